@@ -1,0 +1,40 @@
+# make demo: the whole chain on the built-in world, about five minutes on two CPU cores
+# make test, make test-all: the tests; make assets: the shipped halves anew
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all lint assets clean
+
+.venv/demo.ok: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/test.ok: requirements-test.txt requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@ .venv/demo.ok
+
+demo: .venv/demo.ok
+	rm -rf runs/demo
+	$(BIN)/python train_pretrain.py --preset tiny --data scenes --out runs/demo/pretrain
+	$(BIN)/python train_sft.py --init runs/demo/pretrain --scale 32to144 --data scenes --out runs/demo/sft
+	$(BIN)/python eval.py --model runs/demo/sft --tasks scenes --tokens both --out runs/demo/eval.json --report runs/demo/report.html
+
+test: .venv/test.ok lint
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: .venv/test.ok lint
+	$(BIN)/python -m pytest -q
+
+lint: .venv/test.ok
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+assets: .venv/demo.ok
+	$(BIN)/python assets/make.py tokenizer
+	$(BIN)/python assets/make.py vit
+	$(BIN)/python assets/make.py lm
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,823 @@
+"""Data: tokenizer, records, pictures, labels, batches, and the built-in world *Scenes*.
+
+    record ─► pieces: token ids, each supervised or not, and images ─► rows (B, T) with doc_ids and positions
+
+The way of one sample: a source (Scenes, or LLaVA's JSON) gives a Record; `lay_out` turns it into ids, image
+slots
+and targets; `make_batch` puts several samples into rows. Labels come from the pieces, never from string
+splits, so the supervised tokens are the answers by construction.
+"""
+
+import base64
+import dataclasses
+import functools
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from model import ModelConfig, UserError, read_json
+
+# ---------------------------------------------------------------------------------------------------------
+# Tokenizer: a tiktoken rank file plus control tokens. Text of users and data sets is always encoded as
+# ordinary text, so that "<|end|>" in a caption is nine characters and never a control token.
+
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+CONTROL = ("<|end|>", "<|user|>", "<|assistant|>")
+TEMPLATE = {"user": ("<|user|>", ""), "assistant": ("<|assistant|>", "<|end|>")}  # before and after each turn
+
+
+class Tokenizer:
+    """ids of text. `ranks` maps bytes to id, which is also the priority of the merge (tiktoken's format)."""
+
+    def __init__(self, ranks: dict[bytes, int]):
+        self.ranks = ranks
+        control = {name: len(ranks) + i for i, name in enumerate(CONTROL)}
+        self.bpe = tiktoken.Encoding(
+            "sightspeed", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=control
+        )
+        self.end = control["<|end|>"]
+        self.vocab_size = len(ranks) + len(control)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Tokenizer":
+        """A file of lines `base64 rank`."""
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"tokenizer file {path} does not exist")
+        try:
+            lines = [line.split() for line in path.read_text().splitlines() if line]
+            return cls({base64.b64decode(token): int(rank) for token, rank in lines})
+        except ValueError as e:
+            raise UserError(
+                f"{path} is not a tiktoken rank file, whose lines are 'base64 rank' ({e})"
+            ) from None
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks.items())
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return self.bpe.encode_ordinary(text)
+
+    def control(self, text: str) -> list[int]:
+        """Ids of our own template strings: the only place where control tokens are made."""
+        return self.bpe.encode(text, allowed_special="all")
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids; control tokens are left out."""
+        return self.bpe.decode([i for i in ids if i < len(self.ranks)], errors="replace")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Records and their pieces. A piece is an image (its number in the record) or (ids, supervised).
+
+Piece = int | tuple[list[int], bool]
+
+
+@dataclass
+class Record:
+    """One document of any kind, before tokenization.
+
+    parts: for "caption", "interleaved" and "text": image numbers and strings in order, all text supervised.
+           for "chat": (role, parts) turns, where only what the assistant says is supervised.
+    images: paths or PIL images. name: where it came from, for error messages.
+    """
+
+    kind: str
+    parts: list
+    images: list
+    name: str = ""
+
+
+def pieces_of(record: Record, tokenizer: Tokenizer) -> list[Piece]:
+    if record.kind == "chat":
+        return chat_pieces(record.parts, tokenizer)
+    pieces = [part if isinstance(part, int) else (tokenizer.encode(part), True) for part in record.parts]
+    return [*pieces, ([tokenizer.end], True)]
+
+
+def chat_pieces(turns: list[tuple[str, list]], tokenizer: Tokenizer) -> list[Piece]:
+    """Turns to pieces; the end token of an answer is supervised with it, so that the model learns to stop."""
+    pieces = []
+    for role, parts in turns:
+        before, after = TEMPLATE[role]
+        answer = role == "assistant"
+        pieces.append((tokenizer.control(before), False))
+        pieces += [part if isinstance(part, int) else (tokenizer.encode(part), answer) for part in parts]
+        pieces.append((tokenizer.control(after), answer))
+    return pieces
+
+
+def prompt_pieces(question: str, images: int, tokenizer: Tokenizer, history: list = ()) -> list[Piece]:
+    """Everything up to where the assistant starts to answer. history: earlier (question, answer) pairs."""
+    asked = [q for q, _ in history] + [question]
+    turns = []
+    for n, text in enumerate(asked):
+        turns.append(("user", [*range(images), text] if n == 0 else [text]))
+        turns.append(("assistant", [history[n][1]] if n < len(history) else []))
+    return chat_pieces(turns, tokenizer)[:-1]  # without the last end token
+
+
+def cut(pieces: list[Piece], per_image: int, limit: int) -> list[Piece]:
+    """The longest beginning of at most `limit` positions that does not cut into an image."""
+    kept = []
+    for piece in pieces:
+        room = limit
+        limit -= per_image if isinstance(piece, int) else len(piece[0])
+        if limit < 0:
+            if not isinstance(piece, int):
+                kept.append((piece[0][:room], piece[1]))
+            break
+        kept.append(piece)
+    return kept
+
+
+@dataclass
+class Laid:
+    """One sample as flat arrays of length T. slot: token number inside the sample's visual tokens, or -1."""
+
+    ids: np.ndarray
+    slot: np.ndarray
+    targets: np.ndarray  # id of the next token where that is supervised, else -1
+    images: int
+
+
+def lay_out(pieces: list[Piece], per_image: int) -> Laid:
+    """Pieces to positions: `per_image` slots an image, ids 0 there; targets are shifted by one already."""
+    ids, slot, supervised, images = [], [], [], 0
+    for piece in pieces:
+        if isinstance(piece, int):
+            ids += [0] * per_image
+            slot += range(images * per_image, (images + 1) * per_image)
+            supervised += [False] * per_image
+            images += 1
+        else:
+            ids += piece[0]
+            slot += [-1] * len(piece[0])
+            supervised += [piece[1]] * len(piece[0])
+    ids, slot = np.array(ids, dtype=np.int64), np.array(slot, dtype=np.int64)
+    targets = np.full(len(ids), -1)
+    targets[:-1] = np.where(supervised[1:], ids[1:], -1)
+    return Laid(ids, slot, targets, images)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def open_image(image: Image.Image | str | Path, name: str = "") -> Image.Image:
+    """Decode to RGB: EXIF orientation applied, palette and alpha laid on white."""
+    if not isinstance(image, Image.Image):
+        try:
+            image = Image.open(image)
+            image.load()
+        except FileNotFoundError:
+            raise UserError(f"{name}: image {image} does not exist") from None
+        except (OSError, ValueError, Image.DecompressionBombError) as e:
+            raise UserError(f"{name}: image {image} does not decode ({e})") from None
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def to_pixels(image: Image.Image, size: int) -> np.ndarray:
+    """Plain square resize, aspect not kept: uint8 (3, size, size); normalised later, on the device."""
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    return np.asarray(image).transpose(2, 0, 1)  # (3, size, size)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Batches: several samples in rows of T positions; attention is masked by doc_ids, positions restart.
+
+
+@dataclass
+class Rows:
+    ids: Tensor  # (B, T), 0 at slots and padding
+    slot_mask: Tensor  # (B, T) True where a visual token goes
+    positions: Tensor  # (B, T), from 0 in every document
+    doc_ids: Tensor  # (B, T), -1 at padding
+    visual_index: Tensor  # (slots,) which row of the bank of visual tokens fills each slot, see VLM.bank
+    supervised: Tensor  # (R,) flat positions in B*T whose next token is a target
+    targets: Tensor  # (R,)
+
+
+@dataclass
+class Batch:
+    pixels: Tensor  # (I, 3, size, size) uint8
+    fast: Tensor  # (I,) True where the image's student tokens are pruned
+    student: Rows
+    teacher: Rows | None  # the slow samples once more, on pruned tokens, their targets in the same order
+    distill: Tensor | None  # (R of teacher,) rows of student's `supervised` that the teacher's rows belong to
+    pruned: bool  # whether any slot of student or teacher refers to pruned tokens
+    samples: int
+    next_sample: int  # the number of the first sample after this batch, over all ranks
+
+    def to(self, device: torch.device) -> "Batch":
+        def move(value):
+            if isinstance(value, Rows):
+                return Rows(*(move(getattr(value, f.name)) for f in dataclasses.fields(value)))
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        return Batch(*(move(getattr(self, f.name)) for f in dataclasses.fields(self)))
+
+
+def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Which samples share a row: longest first, each into the fullest row that still has room."""
+    rows, room = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fits = [r for r in range(len(rows)) if room[r] >= lengths[i]]
+        if fits:
+            r = min(fits, key=room.__getitem__)
+        else:
+            r = len(rows)
+            rows.append([])
+            room.append(capacity)
+        rows[r].append(i)
+        room[r] -= lengths[i]
+    return rows
+
+
+def make_rows(laid: list[Laid], first_slot: list[int], row_length: int) -> tuple[Rows, list[np.ndarray]]:
+    """Place samples in rows; also returns, for each sample, which entries of `supervised` are its own.
+
+    first_slot[i]: row of the bank of visual tokens that holds sample i's first visual token.
+    """
+    lengths = [len(s.ids) for s in laid]
+    T = max(row_length, -(-max(lengths) // 64) * 64)  # few shapes: a multiple of 64
+    rows = best_fit(lengths, T)
+    ids, doc_ids, positions, index = (np.full((len(rows), T), fill) for fill in (0, -1, 0, -1))
+    targets, owner = np.full((len(rows), T), -1), np.full((len(rows), T), -1)
+    for b, row in enumerate(rows):
+        start = 0
+        for i in row:
+            here = slice(start, start + lengths[i])
+            ids[b, here], doc_ids[b, here], positions[b, here] = laid[i].ids, i, np.arange(lengths[i])
+            index[b, here] = np.where(laid[i].slot >= 0, laid[i].slot + first_slot[i], -1)
+            targets[b, here], owner[b, here] = laid[i].targets, i
+            start = here.stop
+    supervised = np.flatnonzero(targets.reshape(-1) >= 0)
+    owner = owner.reshape(-1)[supervised]
+    t = torch.from_numpy
+    rows = Rows(
+        t(ids), t(index >= 0), t(positions), t(doc_ids), t(index[index >= 0]), t(supervised),
+        t(targets.reshape(-1)[supervised]),
+    )  # fmt: skip
+    return rows, [np.flatnonzero(owner == i) for i in range(len(laid))]
+
+
+def make_batch(
+    samples: list[tuple[list[Piece], np.ndarray]], modes: list[str], cfg: ModelConfig,
+    row_length: int, limit: int, next_sample: int = 0,
+) -> Batch:  # fmt: skip
+    """samples: (pieces, pixels (n, 3, size, size)) each; modes: "full", "fast" or "slow" for each.
+
+    A slow sample is one whose student row holds all visual tokens and whose teacher row holds the pruned
+    ones.
+    The bank of visual tokens (VLM.bank) lists all images' full tokens first, then all their pruned ones.
+    """
+    full, pruned = cfg.visual_tokens("full"), cfg.visual_tokens("pruned")
+    first_image = np.cumsum([0] + [len(pixels) for _, pixels in samples])
+    images = int(first_image[-1])
+    student, student_slot, teacher, teacher_slot, slow = [], [], [], [], []
+    for i, ((pieces, _), mode) in enumerate(zip(samples, modes)):
+        per_image = pruned if mode == "fast" else full
+        pieces = cut(pieces, per_image, limit)
+        student.append(lay_out(pieces, per_image))
+        pruned_slot = images * full + int(first_image[i]) * pruned
+        student_slot.append(pruned_slot if mode == "fast" else int(first_image[i]) * full)
+        if mode == "slow" and student[-1].images:  # without images teacher and student would be the same
+            slow.append(i)
+            teacher.append(lay_out(pieces, pruned))
+            teacher_slot.append(pruned_slot)
+    rows, entries = make_rows(student, student_slot, row_length)
+    teacher_rows, distill = None, None
+    if teacher:
+        teacher_rows, teacher_entries = make_rows(teacher, teacher_slot, row_length)
+        order = np.argsort(np.concatenate(teacher_entries))
+        distill = torch.from_numpy(np.concatenate([entries[i] for i in slow])[order])
+    size = cfg.vit.image_size
+    pixels = np.concatenate([p for _, p in samples] + [np.zeros((0, 3, size, size), np.uint8)])
+    fast = np.repeat([m == "fast" for m in modes], np.diff(first_image))
+    pruning = any(mode != "full" for mode in modes)
+    pixels, fast = torch.from_numpy(pixels), torch.from_numpy(fast)
+    return Batch(pixels, fast, rows, teacher_rows, distill, pruning, len(samples), next_sample)
+
+
+def prompt_batch(samples: list[tuple[list[Piece], np.ndarray]], mode: str, cfg: ModelConfig) -> Batch:
+    """Prompts to continue: one a row, padded on the left so that all end together. mode: "full" or
+    "pruned".
+    """
+    full, pruned = cfg.visual_tokens("full"), cfg.visual_tokens("pruned")
+    per_image = full if mode == "full" else pruned
+    laid = [lay_out(pieces, per_image) for pieces, _ in samples]
+    T = max(len(s.ids) for s in laid)
+    ids, doc_ids, positions, index = (np.full((len(laid), T), fill) for fill in (0, -1, 0, -1))
+    images = sum(s.images for s in laid)
+    slot = 0 if mode == "full" else images * full
+    for b, s in enumerate(laid):
+        here = slice(T - len(s.ids), T)
+        ids[b, here], doc_ids[b, here], positions[b, here] = s.ids, 0, np.arange(len(s.ids))
+        index[b, here] = np.where(s.slot >= 0, s.slot + slot, -1)
+        slot += s.images * per_image
+    t, none = torch.from_numpy, torch.zeros(0, dtype=torch.long)
+    rows = Rows(t(ids), t(index >= 0), t(positions), t(doc_ids), t(index[index >= 0]), none, none)
+    pixels = torch.from_numpy(np.concatenate([p for _, p in samples]))
+    fast = torch.full((images,), mode != "full")
+    return Batch(pixels, fast, rows, None, None, mode != "full", len(samples), 0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Scenes: a world drawn by Pillow from a seed, so it needs no download and its ground truth is exact.
+# Two to six shapes and perhaps a three-letter word lie in a loose 3x3 grid on grey paper.
+
+COLOURS = {
+    "red": (214, 40, 40),
+    "green": (40, 150, 60),
+    "blue": (40, 70, 220),
+    "yellow": (245, 215, 40),
+    "purple": (140, 40, 170),
+    "orange": (245, 130, 20),
+    "white": (250, 250, 250),
+    "black": (15, 15, 15),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+PLACES = ("northwest", "north", "northeast", "west", "centre", "east", "southwest", "south", "southeast")
+LETTERS = "AEHKLNORTX"
+MADE_UP = ("dax", "wug", "blick", "fep", "zorp", "tulv")
+HELD_OUT = {("red", "star"), ("blue", "ring"), ("green", "square")}  # never drawn nor told in training
+PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+CANVAS = 128  # pixels per side of the drawing, before it is resized to what the encoder wants
+CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
+
+
+@dataclass(frozen=True)
+class Thing:
+    colour: str
+    shape: str
+    cell: int  # 0-8, row-major in the 3x3 grid
+    x: float  # centre and radius in canvas pixels
+    y: float
+    radius: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+    @property
+    def box(self) -> str:
+        """x0 y0 x1 y1 as integers 0-999 of the image side."""
+        sides = (self.x - self.radius, self.y - self.radius, self.x + self.radius, self.y + self.radius)
+        return " ".join(str(min(999, max(0, round(1000 * side / CANVAS)))) for side in sides)
+
+
+@dataclass(frozen=True)
+class Scene:
+    things: tuple[Thing, ...]  # sorted by cell
+    word: str  # three letters, or "" for none
+    word_cell: int
+    word_xy: tuple[float, float]
+    paper: int  # grey level
+
+
+def make_scene(split: str, index: int) -> Scene:
+    """Scene number `index` of "train" or "test": the streams never meet, and only "test" has HELD_OUT
+    pairs.
+    """
+    rng = random.Random(f"{split}-scene-{index}")
+    allowed = PAIRS if split == "test" else [pair for pair in PAIRS if pair not in HELD_OUT]
+    palette = rng.sample(
+        list(COLOURS), 4
+    )  # few colours and shapes a scene, so that counting has something to count
+    forms = rng.sample(SHAPES, 3)
+    allowed = [pair for pair in allowed if pair[0] in palette and pair[1] in forms]
+    if split == "test" and rng.random() < 0.3:
+        allowed = allowed + 4 * [rng.choice(sorted(HELD_OUT))]
+    cells = rng.sample(range(9), rng.randint(2, 6) + 1)
+
+    def jitter(cell: int) -> tuple[float, float]:
+        third = CANVAS / 3
+        return (cell % 3 + 0.5) * third + rng.uniform(-4, 4), (cell // 3 + 0.5) * third + rng.uniform(-4, 4)
+
+    things = [
+        Thing(*rng.choice(allowed), cell, *jitter(cell), rng.uniform(10, 16)) for cell in sorted(cells[1:])
+    ]
+    word = "".join(rng.choice(LETTERS) for _ in range(3)) if rng.random() < 0.5 else ""
+    return Scene(tuple(things), word, cells[0], jitter(cells[0]), rng.randint(120, 205))
+
+
+def render(scene: Scene, size: int = CANVAS) -> Image.Image:
+    """The scene as an RGB picture of size x size pixels."""
+    picture = Image.new("RGB", (CANVAS, CANVAS), (scene.paper,) * 3)
+    pen = ImageDraw.Draw(picture)
+    for thing in scene.things:
+        draw_shape(pen, thing, scene.paper)
+    if scene.word:
+        pen.text(scene.word_xy, scene.word, fill=(0, 0, 60), font=word_font(), anchor="mm")
+    return picture if size == CANVAS else picture.resize((size, size), Image.Resampling.BOX)
+
+
+def draw_shape(pen: ImageDraw.ImageDraw, thing: Thing, paper: int) -> None:
+    x, y, r, fill = thing.x, thing.y, thing.radius, COLOURS[thing.colour]
+    if thing.shape in ("circle", "ring"):
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+        if thing.shape == "ring":
+            pen.ellipse((x - r * 0.5, y - r * 0.5, x + r * 0.5, y + r * 0.5), fill=(paper,) * 3)
+    elif thing.shape == "square":
+        pen.rectangle((x - r * 0.9, y - r * 0.9, x + r * 0.9, y + r * 0.9), fill=fill)
+    elif thing.shape == "triangle":
+        pen.polygon([(x, y - r), (x + r, y + r * 0.8), (x - r, y + r * 0.8)], fill=fill)
+    elif thing.shape == "cross":
+        pen.rectangle((x - r, y - r * 0.33, x + r, y + r * 0.33), fill=fill)
+        pen.rectangle((x - r * 0.33, y - r, x + r * 0.33, y + r), fill=fill)
+    else:  # star: ten points, alternately far and near
+        reach = [r if k % 2 == 0 else r * 0.45 for k in range(10)]
+        turn = [math.pi * (k / 5 - 0.5) for k in range(10)]
+        pen.polygon([(x + a * math.cos(t), y + a * math.sin(t)) for a, t in zip(reach, turn)], fill=fill)
+
+
+@functools.cache
+def word_font() -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size=18)  # the font that Pillow carries
+
+
+# What can be said about a scene. Every question is (type, question, answer, asks about a held-out pair?).
+
+QUESTION_TYPES = ("colour", "shape", "count", "relation", "exists")
+YES_NO = ("no", "yes")
+
+
+def say(scene: Scene, rng: random.Random | None = None, boxes: bool = False) -> str:
+    """One sentence that names everything, in raster order or, given rng, in a random one."""
+    parts = [
+        (t.cell, f"{t.name} {PLACES[t.cell]}" + (f" [{t.box}]" if boxes else "")) for t in scene.things
+    ]
+    if scene.word:
+        parts.append((scene.word_cell, f"word {scene.word} {PLACES[scene.word_cell]}"))
+    parts.sort()
+    if rng:
+        rng.shuffle(parts)
+    return ", ".join(part for _, part in parts) + "."
+
+
+def ask(scene: Scene, kind: str, rng: random.Random, split: str) -> tuple[str, str, str, bool] | None:
+    """A question of one type, or None where the scene offers none; yes and no are equally likely."""
+    things = list(scene.things)
+    pairs = [(t.colour, t.shape) for t in things]
+    alone = [t for t in things if pairs.count((t.colour, t.shape)) == 1]
+    if kind == "colour" or kind == "shape":
+        thing = rng.choice(things)
+        other = thing.shape if kind == "colour" else thing.colour
+        unique = sum(other in pair for pair in pairs) == 1
+        place, by_name = PLACES[thing.cell], unique and rng.random() < 0.5
+        if kind == "colour":
+            question = f"what colour is the {other}?" if by_name else f"what colour is the {place} shape?"
+        else:
+            question = f"what shape is {other}?" if by_name else f"what shape is in the {place}?"
+        return kind, question, getattr(thing, kind), (thing.colour, thing.shape) in HELD_OUT
+    if kind == "count":
+        counts = [
+            (f"{shape}s" if shape != "cross" else "crosses", sum(shape in pair for pair in pairs))
+            for shape in SHAPES
+        ]
+        counts += [(f"{colour} shapes", sum(colour in pair for pair in pairs)) for colour in COLOURS]
+        counts.append(("shapes", len(things)))
+        answer = rng.choice(
+            sorted({n for _, n in counts})
+        )  # first the number, so that 0 and 1 do not swamp the rest
+        return (
+            kind,
+            f"how many {rng.choice([what for what, n in counts if n == answer])} are there?",
+            str(answer),
+            False,
+        )
+    if kind == "relation":
+        return ask_relation(alone, rng)
+    if kind == "exists":
+        return ask_exists(pairs, rng, split)
+    if kind == "place" and alone:
+        thing = rng.choice(alone)
+        return (
+            kind,
+            f"where is the {thing.name}?",
+            PLACES[thing.cell],
+            (thing.colour, thing.shape) in HELD_OUT,
+        )
+    if kind == "what":
+        cell = rng.randrange(9)
+        here = [t.name for t in things if t.cell == cell]
+        word = f"word {scene.word}" if scene.word and scene.word_cell == cell else "nothing"
+        return kind, f"what is in the {PLACES[cell]}?", here[0] if here else word, False
+    if kind == "text" and scene.word:
+        return kind, "what word is written?", scene.word, False
+    if kind == "ref" and alone:
+        thing = rng.choice(alone)
+        return kind, f"give the box of the {thing.name}.", thing.box, (thing.colour, thing.shape) in HELD_OUT
+    return None
+
+
+def ask_relation(alone: list[Thing], rng: random.Random) -> tuple[str, str, str, bool] | None:
+    """Is A left of / right of / above / below B? Only where the two lie in different columns (rows)."""
+    options = []
+    for a in alone:
+        for b in alone:
+            if a.cell % 3 != b.cell % 3:
+                options.append((a, b, "left of", a.cell % 3 < b.cell % 3))
+                options.append((a, b, "right of", a.cell % 3 > b.cell % 3))
+            if a.cell // 3 != b.cell // 3:
+                options.append((a, b, "above", a.cell // 3 < b.cell // 3))
+                options.append((a, b, "below", a.cell // 3 > b.cell // 3))
+    if not options:
+        return None
+    a, b, relation, true = rng.choice(
+        options
+    )  # every pair is listed both ways round: yes and no are balanced
+    held_out = bool({(a.colour, a.shape), (b.colour, b.shape)} & HELD_OUT)
+    return "relation", f"is the {a.name} {relation} the {b.name}?", YES_NO[true], held_out
+
+
+def ask_exists(pairs: list[tuple[str, str]], rng: random.Random, split: str) -> tuple[str, str, str, bool]:
+    """Half the answers are yes. A "no" asks for a held-out pair in tests only, else training would teach the
+    no.
+    """
+    yes = rng.random() < 0.5
+    if yes:
+        pair = rng.choice(pairs)
+    else:
+        absent = [pair for pair in PAIRS if pair not in pairs and (split == "test" or pair not in HELD_OUT)]
+        near = [p for p in absent if p[0] in {c for c, _ in pairs} and p[1] in {s for _, s in pairs}]
+        pair = rng.choice(
+            near if near and rng.random() < 0.6 else absent
+        )  # hard: both halves are there, apart
+    return "exists", f"is there any {pair[0]} {pair[1]}?", YES_NO[yes], pair in HELD_OUT
+
+
+def ask_many(
+    scene: Scene, kinds: tuple[str, ...], n: int, rng: random.Random, split: str
+) -> list[tuple[str, str, str, bool]]:
+    """n different questions of types drawn from `kinds`; fewer where the scene offers fewer."""
+    found = {}
+    for _ in range(3 * n):
+        question = ask(scene, rng.choice(kinds), rng, split)
+        if question and question[1] not in found:
+            found[question[1]] = question
+        if len(found) == n:
+            break
+    return list(found.values())
+
+
+# Records made of scenes, in the three data kinds of MM1 and as instructions.
+
+SCENE_QUESTIONS = (
+    *QUESTION_TYPES,
+    *QUESTION_TYPES,
+    "place",
+    "what",
+    "text",
+    "ref",
+)  # the five types come twice
+
+
+class Scenes:
+    """Endless records of one kind; record i is a pure function of (split, kind, i)."""
+
+    def __init__(self, kind: str, split: str = "train"):
+        self.kind, self.split = kind, split
+
+    def __len__(self) -> int:
+        return 1_000_000
+
+    def __getitem__(self, i: int) -> Record:
+        rng = random.Random(f"{self.split}-{self.kind}-{i}")
+        scene = make_scene(self.split, rng.randrange(1 << 40))
+        name = f"scenes {self.kind} {i}"
+        if self.kind == "caption":
+            return Record("caption", [0, say(scene)], [scene], name)
+        if self.kind == "chat":
+            return Record("chat", chat_about(scene, [0], rng, self.split), [scene], name)
+        if self.kind == "text":
+            return Record("text", [told_in_words(scene, rng)], [], name)
+        return self.interleaved(scene, rng, name)
+
+    def interleaved(self, first: Scene, rng: random.Random, name: str) -> Record:
+        """A few pictures with captions in which a made-up word stands for one colour or shape throughout."""
+        scenes = [first] + [make_scene(self.split, rng.randrange(1 << 40)) for _ in range(rng.randint(1, 3))]
+        meaning = rng.choice([thing.colour if rng.random() < 0.5 else thing.shape for thing in first.things])
+        word = rng.choice(MADE_UP)
+        parts = []
+        for n, scene in enumerate(scenes):
+            parts += [n, say(scene).replace(meaning, word) + "\n"]
+        return Record("interleaved", parts, scenes, name)
+
+
+def chat_about(
+    scene: Scene, picture: list, rng: random.Random, split: str, n: int = 6
+) -> list[tuple[str, list]]:
+    """n questions and answers; `picture` opens the first: [0] for an image, or words that tell the scene."""
+    turns = []
+    for _, question, answer, _ in ask_many(scene, SCENE_QUESTIONS, n, rng, split):
+        turns += [("user", [question]), ("assistant", [answer])]
+    if rng.random() < 0.2:
+        turns[-2:] = [("user", [CAPTION_PROMPT]), ("assistant", [say(scene)])]
+    turns[0] = ("user", picture + turns[0][1])
+    return turns
+
+
+def told_in_words(scene: Scene, rng: random.Random) -> str:
+    """Text only: the sentence and a few true statements, no picture."""
+    facts = [
+        f"{question} {answer}." for _, question, answer, _ in ask_many(scene, QUESTION_TYPES, 3, rng, "train")
+    ]
+    return " ".join([say(scene, rng), *facts])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files: LLaVA's JSON, and mixtures of sources
+
+
+class LlavaJson:
+    """A list of {"image": path, "conversations": [{"from": "human"|"gpt", "value": ...}]} (LLaVA's
+    format).
+    """
+
+    ROLES = {"human": "user", "gpt": "assistant"}
+
+    def __init__(self, path: Path, images: str | None = None, kind: str = "chat"):
+        self.path, self.kind = path, kind
+        self.folder = path.parent / images if images else path.parent
+        self.records = read_json(path)
+        if not isinstance(self.records, list) or not self.records:
+            raise UserError(f"{path}: expected a JSON list of records with 'conversations'")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> Record:
+        raw, name = self.records[i], f"{self.path} record {i}"
+        paths = raw.get("image", [])
+        paths = [paths] if isinstance(paths, str) else paths
+        turns, seen = [], 0
+        for turn in raw.get("conversations", []):
+            if turn.get("from") not in self.ROLES or not isinstance(turn.get("value"), str):
+                raise UserError(
+                    f"{name}: a turn must have 'from' (human or gpt) and a text 'value', got {turn}"
+                )
+            role, parts = self.ROLES[turn["from"]], [turn["value"]]
+            if role == "user" and paths:  # without images "<image>" is plain text
+                parts, seen = split_at_images(turn["value"], seen)
+            turns.append((role, parts))
+        if seen != len(paths):
+            raise UserError(f"{name}: {len(paths)} images but {seen} <image> marks in its human turns")
+        if len(turns) < 2 or turns[0][0] != "user":
+            raise UserError(f"{name}: 'conversations' must start with a human turn and an answer")
+        images = [self.folder / path for path in paths]
+        if self.kind == "caption":  # stage 1 of LLaVA: the bare image and its caption, no instruction
+            return Record("caption", [*range(len(paths)), turns[1][1][0]], images, name)
+        return Record("chat", turns, images, name)
+
+
+def split_at_images(text: str, seen: int) -> tuple[list, int]:
+    """'<image>\\nWhat?' -> [0, 'What?']; a single image moves to the front of its turn, as LLaVA does."""
+    chunks = text.split("<image>")
+    if len(chunks) == 2:
+        return [seen, (chunks[0].strip() + " " + chunks[1].strip()).strip()], seen + 1
+    parts = []
+    for n, chunk in enumerate(chunks):
+        parts += ([seen + n - 1] if n else []) + ([chunk.strip("\n")] if chunk.strip() else [])
+    return parts, seen + len(chunks) - 1
+
+
+# What `--data scenes` means in each stage: (kind, weight). Chain-of-Sight's stage 1 is multi-task as well.
+SCENES_MIX = {
+    "pretrain": [("caption", 0.35), ("chat", 0.50), ("interleaved", 0.05), ("text", 0.10)],
+    "sft": [("chat", 1.0)],
+}
+
+
+def open_sources(spec: str, stage: str) -> list[tuple[Dataset, float]]:
+    """--data: "scenes", a LLaVA JSON file, or a mixture file [{"kind", "path", "images", "weight"}]."""
+    if spec == "scenes":
+        return [(Scenes(kind), weight) for kind, weight in SCENES_MIX[stage]]
+    path = Path(spec)
+    if path.suffix != ".json" or not path.is_file():
+        raise UserError(
+            f"--data {spec}: no such file; use 'scenes', a LLaVA .json file or a mixture .json file"
+        )
+    entries = read_json(path)
+    if not (isinstance(entries, list) and entries and isinstance(entries[0], dict) and "path" in entries[0]):
+        return [(LlavaJson(path), 1.0)]
+    sources = []
+    for n, entry in enumerate(entries):
+        if entry.get("kind") not in ("chat", "caption"):
+            raise UserError(
+                f"{path} entry {n}: kind '{entry.get('kind')}' is not supported, use chat or caption"
+            )
+        if not isinstance(entry.get("weight", 1.0), int | float) or entry.get("weight", 1.0) < 0:
+            raise UserError(f"{path} entry {n}: weight {entry['weight']!r} is not a number of at least 0")
+        target = path.parent / entry["path"]
+        if not target.is_file():
+            raise UserError(f"{path} entry {n}: {target} does not exist")
+        sources.append((LlavaJson(target, entry.get("images"), entry["kind"]), entry.get("weight", 1.0)))
+    return sources
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The order of samples. Sample number n is a pure function of (seed, n): not of workers, ranks or restarts.
+
+
+class SampleOrder:
+    """n -> (source, index): the source is drawn by weight, its records come in a new permutation each
+    epoch.
+    """
+
+    def __init__(self, sizes: list[int], weights: list[float], seed: int, total: int):
+        share = np.cumsum(weights) / np.sum(weights)
+        self.source = np.searchsorted(share, np.random.default_rng(seed).random(total), side="right").astype(
+            np.int16
+        )
+        self.turn = np.zeros(total, dtype=np.int64)  # how often that source came before
+        for s in range(len(sizes)):
+            mine = self.source == s
+            self.turn[mine] = np.arange(mine.sum())
+        self.sizes, self.seed = sizes, seed
+        self.permutation = functools.lru_cache(maxsize=2 * len(sizes))(self._permutation)
+
+    def _permutation(self, source: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, source, epoch)).permutation(self.sizes[source])
+
+    def __getitem__(self, n: int) -> tuple[int, int]:
+        source, turn = int(self.source[n]), int(self.turn[n])
+        epoch, place = divmod(turn, self.sizes[source])
+        return source, int(self.permutation(source, epoch)[place])
+
+
+@dataclass
+class Stream(Dataset):
+    """Item k is the k-th micro-batch of this rank, ready to train on. Workers are handed numbers k.
+
+    choose_mode: sample number -> "full", "fast" or "slow". A broken record is returned as the UserError it
+    is, because an exception that crosses a worker's border loses its one clear sentence.
+    """
+
+    sources: list
+    order: SampleOrder
+    tokenizer: Tokenizer
+    cfg: ModelConfig
+    batch_size: int  # samples of an optimizer step, over all ranks and micro-steps
+    micro_steps: int
+    rank: int
+    world: int
+    row_length: int
+    limit: int  # positions a sample may take
+    choose_mode: object
+
+    def __getitem__(self, k: int) -> Batch | UserError:
+        share = self.batch_size // (self.micro_steps * self.world)
+        step, micro = divmod(k, self.micro_steps)
+        first = step * self.batch_size + (micro * self.world + self.rank) * share
+        try:
+            samples = [self.sample(n) for n in range(first, first + share)]
+            modes = [self.choose_mode(n) for n in range(first, first + share)]
+            batch = make_batch(
+                samples, modes, self.cfg, self.row_length, self.limit, (step + 1) * self.batch_size
+            )
+            if not len(batch.student.targets):
+                names = ", ".join(self.record(n).name for n in range(first, min(first + 3, first + share)))
+                raise UserError(
+                    f"no answer is left to learn in {names}, ...: raise --row_limit above {self.limit}"
+                )
+            return batch
+        except UserError as error:
+            return error
+
+    def record(self, n: int) -> Record:
+        source, index = self.order[n]
+        return self.sources[source][index]
+
+    def sample(self, n: int) -> tuple[list[Piece], np.ndarray]:
+        record = self.record(n)
+        return pieces_of(record, self.tokenizer), load_images(
+            record.images, self.cfg.vit.image_size, record.name
+        )
+
+
+def load_images(images: list, size: int, name: str = "") -> np.ndarray:
+    """Scenes, paths or pictures to uint8 (n, 3, size, size)."""
+    pixels = [np.zeros((0, 3, size, size), np.uint8)]
+    for image in images:
+        picture = render(image, size) if isinstance(image, Scene) else open_image(image, name)
+        pixels.append(to_pixels(picture, size)[None])
+    return np.concatenate(pixels)

@@ -1,0 +1,625 @@
+"""Evaluation: tasks, prompts, scorers, the blind control, chat, and report.html.
+
+    python eval.py --model runs/a/sft --tasks scenes --out runs/a/eval.json --report runs/a/report.html
+    python eval.py --model runs/a/sft --tasks choice:my/questions.jsonl,caption:my/captions.jsonl
+    python eval.py --model runs/a/sft --chat image.png
+
+A task is scored twice: as it is, and with the images swapped (a seeded derangement): what a model scores blind
+it did not see. Scores are 0-100 (CIDEr-D x 100), with n and the standard error beside them.
+"""
+
+import base64
+import collections
+import dataclasses
+import html
+import io
+import json
+import math
+import os
+import random
+import re
+import string
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import data
+import model
+import prune
+from model import UserError
+
+
+@dataclass
+class EvalConfig:
+    model: str = ""  # run or checkpoint folder
+    tasks: str = (
+        "scenes"  # comma list of scenes_vqa, scenes_text, ..., "scenes" for all of them, or kind:FILE.jsonl
+    )
+    images: str = ""  # folder of the images of kind:FILE tasks; default: the file's own
+    tokens: str = "full"  # visual tokens at inference: full, pruned, or both
+    out: str = ""  # eval.json to write
+    report: str = ""  # report.html to write
+    chat: str = ""  # a picture to ask about in the terminal, instead of tasks
+    n: int = 200  # questions of each Scenes task and of each type of scenes_vqa
+    seed: int = 0  # of the questions, and of the swapped images of the blind score
+    batch_size: int = 64
+    temperature: float = 0.0  # of --chat; tasks are always greedy
+    device: str = "auto"  # auto, cpu or cuda
+
+
+def main(argv: list[str]) -> None:
+    cfg = EvalConfig()
+    model.parse_cli(argv, __doc__, cfg)
+    if not cfg.model:
+        raise UserError("--model is missing: a run or checkpoint folder, such as runs/a/sft")
+    if cfg.tokens not in ("full", "pruned", "both"):
+        raise UserError(f"--tokens '{cfg.tokens}' is unknown: use full, pruned or both")
+    step = model.find_step(cfg.model)
+    device = (
+        "cuda" if cfg.device == "auto" and torch.cuda.is_available() else cfg.device.replace("auto", "cpu")
+    )
+    vlm = model.VLM.from_pretrained(step).to(device).eval()
+    tokenizer = data.Tokenizer.from_file(step / "tokenizer" / "ranks.tiktoken")
+    if cfg.chat:
+        return chat(vlm, tokenizer, cfg)
+    tasks = open_tasks(cfg)
+    results, examples = [], []
+    for mode in ("full", "pruned") if cfg.tokens == "both" else (cfg.tokens,):
+        for task in tasks:
+            rows, shown = score_task(vlm, tokenizer, task, mode, cfg)
+            results += rows
+            examples += shown if mode == "full" or cfg.tokens == "pruned" else []
+    print_table(results)
+    summary = {"model": str(step), "commit": git_commit(), "seed": cfg.seed, "results": results}
+    if cfg.out:
+        model.write_json(Path(cfg.out), summary)
+    if cfg.report:
+        make_report(Path(cfg.report), vlm, step, summary, examples)
+        print(f"report: {cfg.report}")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tasks
+
+
+@dataclass
+class Question:
+    image: object  # a Scene, a path or a PIL image
+    text: str
+    answers: list[str]
+    type: str = ""  # sub-score it belongs to
+    held_out: bool = False  # about an attribute pair that no training scene has
+
+
+@dataclass
+class Task:
+    name: str
+    kind: str  # vqa, choice, yesno, caption or ref: how it is scored
+    questions: list[Question]
+    max_new_tokens: int = 24
+
+
+METRICS = {
+    "vqa": "accuracy",
+    "choice": "accuracy",
+    "yesno": "accuracy",
+    "caption": "cider_d_x100",
+    "ref": "accuracy_iou50",
+}
+SCENE_TASKS = ("scenes_vqa", "scenes_text", "scenes_pope", "scenes_ref", "scenes_cap")
+
+
+def open_tasks(cfg: EvalConfig) -> list[Task]:
+    tasks = []
+    for name in cfg.tasks.split(","):
+        kind, _, file = name.partition(":")
+        if name == "scenes":
+            tasks += [scenes_task(each, cfg.n, cfg.seed) for each in SCENE_TASKS]
+        elif name in SCENE_TASKS:
+            tasks.append(scenes_task(name, cfg.n, cfg.seed))
+        elif file and kind in METRICS:
+            tasks.append(file_task(kind, Path(file), cfg.images))
+        else:
+            raise UserError(
+                f"--tasks '{name}' is unknown: use scenes, {', '.join(SCENE_TASKS)} "
+                f"or {'|'.join(METRICS)}:FILE"
+            )
+    return tasks
+
+
+def scenes_task(name: str, n: int, seed: int) -> Task:
+    """Questions about unseen scenes; scenes_vqa has n of each of its types."""
+    kinds = {
+        "scenes_vqa": data.QUESTION_TYPES,
+        "scenes_text": ("text",),
+        "scenes_pope": ("exists",),
+        "scenes_ref": ("ref",),
+    }
+    found = []
+    for kind in kinds.get(name, ("caption",)):
+        index, before = 0, len(found)
+        while len(found) - before < n:
+            rng = random.Random(f"{name}-{kind}-{seed}-{index}")
+            scene = data.make_scene("test", seed * 1_000_000 + index)
+            index += 1
+            if kind == "caption":
+                references = [data.say(scene)] + [data.say(scene, rng) for _ in range(2)]
+                found.append(Question(scene, data.CAPTION_PROMPT, references))
+                continue
+            asked = data.ask(scene, kind, rng, "test")
+            if asked:
+                sub = kind if name == "scenes_vqa" else ""
+                found.append(Question(scene, asked[1], [asked[2]], sub, asked[3]))
+    scorer = {"scenes_pope": "yesno", "scenes_ref": "ref", "scenes_cap": "caption"}.get(name, "vqa")
+    return Task(name, scorer, found, max_new_tokens=96 if scorer == "caption" else 16)
+
+
+def file_task(kind: str, path: Path, images: str) -> Task:
+    """JSON lines of {"question_id", "image", "text", "answers": [...]}."""
+    if not path.is_file():
+        raise UserError(f"--tasks {kind}:{path}: no such file")
+    questions = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            answers = [str(answer) for answer in row["answers"]]
+            if not answers:
+                raise ValueError("'answers' is empty")
+            image = (Path(images) if images else path.parent) / row["image"]
+            questions.append(
+                Question(image, row["text"], answers, row.get("category", "") if kind != "caption" else "")
+            )
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(
+                f"{path} line {number}: expected an object with image, text and answers ({e})"
+            ) from None
+    if not questions:
+        raise UserError(f"{path}: holds no questions")
+    return Task(path.stem, kind, questions, max_new_tokens=64)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Answering and scoring
+
+
+def score_task(vlm, tokenizer, task: Task, mode: str, cfg: EvalConfig) -> tuple[list[dict], list[dict]]:
+    """Rows of eval.json (the task, then its types) and a few examples for the report."""
+    images = [q.image for q in task.questions]
+    answers = answer_all(vlm, tokenizer, task, images, mode, cfg)
+    scores = score_answers(task, answers)
+    blind = score_answers(task, answer_all(vlm, tokenizer, task, derange(images, cfg.seed), mode, cfg))
+    groups = collections.defaultdict(list)
+    for i, question in enumerate(task.questions):
+        groups[question.type].append(i)
+        if question.held_out:
+            groups["held_out"].append(i)
+    rows = [row_of(task, name, members, scores, blind, mode) for name, members in groups.items()]
+    if "" not in groups:  # the task's own score is the mean over its types
+        types = [row for row in rows if not row["task"].endswith("/held_out")]
+        mean = {
+            key: round(sum(row[key] for row in types) / len(types), 2)
+            for key in ("score", "blind_score", "chance")
+        }
+        error = math.sqrt(sum(row["stderr"] ** 2 for row in types)) / len(types)
+        rows.insert(
+            0, {**types[0], "task": task.name, **mean, "stderr": round(error, 2), "n": len(task.questions)}
+        )
+    picked = random.Random(cfg.seed).sample(range(len(answers)), min(6, len(answers)))
+    shown = []
+    for i in picked:
+        q = task.questions[i]
+        shown.append(
+            {
+                "image": q.image,
+                "task": task.name,
+                "question": q.text,
+                "answer": answers[i],
+                "right": q.answers,
+                "score": min(1.0, scores[i]),
+            }
+        )
+    return rows, shown
+
+
+def row_of(
+    task: Task, name: str, members: list[int], scores: list[float], blind: list[float], mode: str
+) -> dict:
+    mine = [100 * scores[i] for i in members]
+    most_common = Counter(task.questions[i].answers[0] for i in members).most_common(1)[0][1]
+    chance = 100 * most_common / len(members) if task.kind in ("vqa", "choice", "yesno") else 0.0
+    return {
+        "task": f"{task.name}/{name}" if name else task.name,
+        "metric": METRICS[task.kind],
+        "score": round(sum(mine) / len(mine), 2),
+        "stderr": round(standard_error(mine), 2),
+        "n": len(mine),
+        "shots": 0,
+        "tokens": mode,
+        "blind_score": round(100 * sum(blind[i] for i in members) / len(members), 2),
+        "chance": round(chance, 2),  # the best constant answer
+    }
+
+
+def derange(images: list, seed: int) -> list:
+    """The same images dealt out anew so that none stays where it was: one cycle through them in random order."""
+    different = list(
+        {id(image) if isinstance(image, Image.Image) else image: image for image in images}.values()
+    )
+    order = random.Random(seed).sample(range(len(different)), len(different))
+    other = {order[i]: order[i - 1] for i in range(len(order))}
+    number = {id(image) if isinstance(image, Image.Image) else image: i for i, image in enumerate(different)}
+    return [
+        different[other[number[id(image) if isinstance(image, Image.Image) else image]]] for image in images
+    ]
+
+
+def answer_all(vlm, tokenizer, task: Task, images: list, mode: str, cfg: EvalConfig) -> list[str]:
+    """Greedy answers, in batches of similar length."""
+    texts = [q.text for q in task.questions]
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    answers = [""] * len(texts)
+    device = next(vlm.parameters()).device
+    for start in tqdm(range(0, len(order), cfg.batch_size), desc=f"{task.name} {mode}", leave=False):
+        chosen = order[start : start + cfg.batch_size]
+        samples = []
+        for i in chosen:
+            pixels = data.load_images([images[i]], vlm.cfg.vit.image_size, f"{task.name} question {i}")
+            samples.append((data.prompt_pieces(texts[i], 1, tokenizer), pixels))
+        batch = data.prompt_batch(samples, mode, vlm.cfg).to(device)
+        for i, ids in zip(chosen, vlm.generate(batch, tokenizer.end, task.max_new_tokens)):
+            answers[i] = tokenizer.decode(ids).strip()
+    return answers
+
+
+def score_answers(task: Task, answers: list[str]) -> list[float]:
+    """One score for each question, 0..1 (CIDEr-D: 0..10)."""
+    asked = task.questions
+    if task.kind == "caption":
+        return cider_d(answers, [q.answers for q in asked])
+    if task.kind == "choice":
+        options = [re.findall(r"^[A-Z]\. (.*)$", q.text, re.M) for q in asked]
+        return [float(choice_parse(a, o) == q.answers[0]) for a, o, q in zip(answers, options, asked)]
+    if task.kind == "yesno":
+        return [float(yesno_parse(a) == q.answers[0].lower()) for a, q in zip(answers, asked)]
+    if task.kind == "ref":
+        return [box_hit(a, q.answers[0]) for a, q in zip(answers, asked)]
+    return [vqa_accuracy(a, q.answers) for a, q in zip(answers, asked)]
+
+
+def print_table(results: list[dict]) -> None:
+    print(f"\n{'task':<28}{'tokens':<8}{'score':>7}{'±':>6}{'blind':>8}{'chance':>8}{'n':>7}  metric")
+    for r in results:
+        name = "  " + r["task"].split("/")[1] if "/" in r["task"] else r["task"]
+        print(
+            f"{name:<28}{r['tokens']:<8}{r['score']:>7.1f}{r['stderr']:>6.1f}{r['blind_score']:>8.1f}"
+            f"{r['chance']:>8.1f}{r['n']:>7}  {r['metric']}"
+        )
+
+
+def git_commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def chat(vlm, tokenizer, cfg: EvalConfig) -> None:
+    """Ask about one picture; earlier questions and answers stay in the context. An empty line ends."""
+    pixels = data.load_images([Path(cfg.chat)], vlm.cfg.vit.image_size, "--chat")
+    device = next(vlm.parameters()).device
+    mode = "pruned" if cfg.tokens == "pruned" else "full"
+    print(f"{cfg.chat}: {vlm.cfg.visual_tokens(mode)} visual tokens. Ask; an empty line ends.")
+    history = []
+    while question := ask_line():
+        pieces = data.prompt_pieces(question, 1, tokenizer, history)
+        batch = data.prompt_batch([(pieces, pixels)], mode, vlm.cfg).to(device)
+        ids = vlm.generate(batch, tokenizer.end, 128, cfg.temperature, cfg.seed + len(history))[0]
+        history.append((question, tokenizer.decode(ids).strip()))
+        print(history[-1][1])
+
+
+def ask_line() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Scorers: pure functions from text to numbers
+
+# --- VQA accuracy (VQAv2, TextVQA, VizWiz, OKVQA). Of the two normalisers in use we take EvalAI's everywhere.
+
+VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # apostrophes, $ % & # * : ~ and curly quotes are left alone
+VQA_NUMBERS = {
+    "none": "0",
+    "zero": "0",
+    "one": "1",
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
+    "ten": "10",
+}
+
+# An entry of the contraction table is one of these words with one apostrophe left out: dont -> don't,
+# couldnt've and couldn'tve -> couldn't've (but not couldntve). The table's one slip, somebody'd -> somebodyd,
+# is kept. Its I'm, I've and I'd've are not: words are lower-cased before the look-up, so "im" stays "im".
+VQA_CONTRACTED = """
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
+    he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't
+    must've needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've
+    somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd
+    something'd've something'll that's there'd there'd've there're there's they'd they'd've they'll they're
+    they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've
+    who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll
+    y'all'd've you'd you'd've you'll you're you've
+""".split()
+VQA_CONTRACTIONS = {
+    word[:i] + word[i + 1 :]: word
+    for word in VQA_CONTRACTED
+    for i, letter in enumerate(word)
+    if letter == "'"
+}
+VQA_CONTRACTIONS["somebody'd"] = "somebodyd"
+
+
+def vqa_normalise(text: str, official: bool = False) -> str:
+    """An answer as VQA scorers compare it: lower case, digits for number words, no articles or punctuation.
+
+    Source: the EvalAI rules, as TextVQA and LLaVA apply them; `official=True` gives those of VQA-v2, which
+    differ in 's, ? and commas only. Quirks kept: EvalAI turns "it's" into "it 's" and "yes,no" into "yesno";
+    a mark beside a space anywhere is deleted everywhere, any other becomes a space (VQA-v2 deletes all marks
+    once a comma stands between two digits); the first 32 periods go unless a digit follows.
+    """
+    if not official:
+        text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    thousands = re.search(r"\d,\d", text) is not None
+    cleaned = text
+    for mark in VQA_PUNCTUATION:
+        beside_space = mark + " " in text or " " + mark in text
+        cleaned = cleaned.replace(mark, "" if beside_space or thousands else " ")
+    cleaned = re.sub(r"\.(?!\d)", "", cleaned, count=32)
+    words = [VQA_NUMBERS.get(word, word) for word in cleaned.lower().split()]
+    return " ".join(VQA_CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def vqa_accuracy(prediction: str, answers: list[str], official: bool = False) -> float:
+    """Soft accuracy in 0..1 of one prediction against the answers of (usually ten) annotators.
+
+    Source: Antol et al. 2015. Each annotator in turn is left out and min(1, matches among the others / 3) is
+    averaged: with ten answers k = 0, 1, 2, 3, 4+ matches give 0, .3, .6, .9, 1. Other numbers of answers use
+    the same formula, so below four nobody reaches 1 (two equal answers: 1/3); only a single answer, which
+    leaves nothing to compare with, is plain equality. `official=True` has VQA-v2's quirk of comparing raw
+    strings when all answers are identical: "Yes" against ten times "yes" is 0. No answers: ValueError.
+    """
+    if not answers:
+        raise ValueError("vqa_accuracy needs at least one answer, this question has none")
+    if not official or len(set(answers)) > 1:
+        prediction = vqa_normalise(prediction, official)
+        answers = [vqa_normalise(answer, official) for answer in answers]
+    n, k = len(answers), answers.count(prediction)
+    if n == 1:
+        return float(k)
+    return (k * min(1, (k - 1) / 3) + (n - k) * min(1, k / 3)) / n
+
+
+# --- Yes or no (POPE)
+def yesno_parse(text: str) -> str:
+    """'yes' or 'no' by POPE's rule: 'no' if No, no or not is a word before the first period, otherwise 'yes'.
+
+    Quirks kept: case matters and words are split at single spaces only, so "NO", "Not", "Nope", "isn't",
+    a no followed by a newline and the empty string are all 'yes'.
+    """
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if any(word in ("No", "no", "not") for word in words) else "yes"
+
+
+def yesno_metrics(predictions: list[str], labels: list[str]) -> dict[str, float]:
+    """accuracy, precision, recall, f1 and yes_ratio, all in 0..1, with 'yes' as the positive class (POPE).
+
+    predictions: the model's raw texts, parsed here; labels: yes or no in any case, in that order. The
+    yes_ratio is the predictions'. A ratio over nothing is 0. Unequal lengths or other labels: ValueError.
+    """
+    if len(predictions) != len(labels):
+        raise ValueError(f"{len(predictions)} predictions but {len(labels)} labels")
+    truths = [label.strip().lower() for label in labels]
+    if not set(truths) <= {"yes", "no"}:
+        raise ValueError(f"labels must be yes or no, found also {sorted(set(truths) - {'yes', 'no'})}")
+    pairs = Counter(zip(map(yesno_parse, predictions), truths, strict=True))
+    hits = pairs["yes", "yes"]
+    said_yes = hits + pairs["yes", "no"]
+    precision = hits / max(1, said_yes)
+    recall = hits / max(1, hits + pairs["no", "yes"])
+    return {
+        "accuracy": (hits + pairs["no", "no"]) / max(1, len(truths)),
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * precision * recall / (precision + recall) if hits else 0.0,
+        "yes_ratio": said_yes / max(1, len(truths)),
+    }
+
+
+# --- Multiple choice
+def choice_parse(text: str, options: list[str]) -> str | None:
+    """The letter a free text chooses among options ("A" is options[0]), or None, to be counted as wrong.
+
+    The rule is ours (LLaVA, MMBench, SEED and MMMU each have another). The first step to give a letter wins:
+    1. the text is one letter, in any case or brackets: B, b, (B), B.
+    2. it starts with a capital and a mark: "B. blue", "(B) blue", "B: blue", "B, because", but not "B, C"
+    3. "answer is B" or "Answer: B"; an A must be followed by a mark or the end, since "a" is also a word
+    4. exactly one option's text occurs, as whole words in any case ("dark green" does not count as "green")
+    "A and B" and "blue or red" give None, and so does a letter beyond the options. It never guesses.
+    """
+    letters = string.ascii_uppercase[: len(options)]
+    alone = re.findall(r"^\W*([A-Za-z])\W*$", text)
+    marked = re.findall(r"^\W*([A-Z])(?:[.:)\]](?!\w)|,(?!\W*[A-Z]\b))", text)
+    stated = re.findall(r"(?i:\banswer(?: is|:))\W*([B-Z]\b(?!')|A(?=[.:),;]|\W*$))", text)
+    for found in (alone, marked, stated):
+        letter = found[0].upper() if len(set(found)) == 1 else ""
+        if letter and letter in letters:
+            return letter
+    wanted = [" ".join(option.lower().split()) for option in options]
+    longest_first = sorted(wanted, key=len, reverse=True)  # so that "dark green" is tried before "green"
+    pattern = r"(?<!\w)(?:" + "|".join(map(re.escape, longest_first)) + r")(?!\w)"
+    said = set(re.findall(pattern, " ".join(text.lower().split()))) - {""}
+    chosen = [letter for letter, option in zip(letters, wanted, strict=False) if option in said]
+    return chosen[0] if len(chosen) == 1 else None
+
+
+# --- Captions (CIDEr-D). A score depends on the whole set through idf: that of a subset is not comparable.
+
+PTB_BRACKETS = str.maketrans(
+    {"(": " -lrb- ", ")": " -rrb- ", "[": " -lsb- ", "]": " -rsb- ", "{": " -lcb- ", "}": " -rcb- "}
+)
+PTB_REWRITES = (  # applied in this order to lower-cased text
+    (r"[\u2018\u2019]", "'"),
+    (r"\b([a-z])\.{2,}", r"\1. "),  # "a..." is read as the initial "a." and the rest of an ellipsis
+    (r"\.{2,}|--+|[\"`;!?\u201c\u201d\u2026\u2013\u2014]", " "),
+    (r"(?<!\d)[,:](?!//)|[,:](?!\d|//)", " "),  # stays in 12:30, 1,000 and http://
+    (r"(?<=\d)'(?=\d)", " "),  # 5'6
+    (r"(?<=\d:\d\d)(?=[ap]m\b)", " "),  # 12:30pm, but 10am stays whole
+    (r"\bno\.(?!\s*\d)", "no "),  # "no. 5" keeps its period
+    (r"([#$%&*=+]|(?<!\w)@|@(?!\w))", r" \1 "),  # a@b.com stays whole
+)
+PTB_ABBREVIATION = re.compile(
+    r"(?:[a-z]\.)+|(?:mr|mrs|ms|dr|jr|sr|prof|capt|lt|gen|gov|sen|rev|st|ave|blvd|rd|mt|ft|no|vs|etc|est|"
+    r"inc|co|corp|ltd|bros|dept|jan|feb|mar|apr|aug|sept|oct|nov|dec|mon|tue|wed|thu|fri)\."
+)
+PTB_CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|m|re|ve|ll|d))(?=$|')")
+PTB_TWO_PARTS = {
+    "cannot": "can not",
+    "gonna": "gon na",
+    "gotta": "got ta",
+    "wanna": "wan na",
+    "gimme": "gim me",
+    "lemme": "lem me",
+}
+
+
+def ptb_tokenize(text: str) -> list[str]:
+    """A caption as COCO's scorers see it: lower-case Penn Treebank tokens without punctuation.
+
+    Stands in for the Java tokenizer of coco-caption (CoreNLP 3.4.1): the same on nearly all captions, not on
+    every odd string. Quirks kept: brackets stay as -lrb- and the like; "mr." and "u.s." keep their period.
+    """
+    text = text.lower().translate(PTB_BRACKETS)
+    for pattern, replacement in PTB_REWRITES:
+        text = re.sub(pattern, replacement, text)
+    tokens = []
+    for word in text.split():
+        if word not in ("'s", "'m", "'re", "'ve", "'ll", "'d"):
+            word = word.strip("'")
+        if word.endswith(".") and not PTB_ABBREVIATION.fullmatch(word):
+            word = word[:-1].strip("'")
+        tokens += PTB_TWO_PARTS.get(word, PTB_CLITIC.sub(r" \1", word)).split()
+    return [token for token in tokens if token != "-"]
+
+
+def ngram_counts(text: str) -> Counter:
+    """How often each n-gram (a tuple of n = 1..4 tokens) occurs in a caption."""
+    words = ptb_tokenize(text)
+    return Counter(tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
+
+
+def cider_similarity(candidate: Counter, reference: Counter, items_with: Counter, items: int) -> float:
+    """Clipped tf-idf cosine of two captions, 0..1, averaged over n and damped by their difference in length.
+
+    items_with: in how many of the items an n-gram occurs. Sigma is 6; length is counted in bigrams.
+    """
+    cosines = []
+    for n in range(1, 5):
+        ours, theirs = (
+            {
+                gram: k * math.log(items / max(1, items_with[gram]))
+                for gram, k in counts.items()
+                if len(gram) == n
+            }
+            for counts in (candidate, reference)
+        )
+        dot = sum(min(weight, theirs[gram]) * theirs[gram] for gram, weight in ours.items() if gram in theirs)
+        cosines.append(dot / (math.hypot(*ours.values()) * math.hypot(*theirs.values()) or 1.0))
+    bigrams = [sum(k for gram, k in counts.items() if len(gram) == 2) for counts in (candidate, reference)]
+    gap = bigrams[0] - bigrams[1]
+    return sum(cosines) / 4 * math.exp(-(gap**2) / (2 * 6**2))
+
+
+def cider_d(candidates: list[str], references: list[list[str]]) -> list[float]:
+    """CIDEr-D of each candidate caption against its references, 0..10; papers report 100 times the mean.
+
+    Source: Vedantam et al. 2015 and coco-caption; idf comes from these references. Quirks kept: a lone item
+    has 0, a perfect caption of three words 7.5 (no 4-gram). Unequal lengths, an item without any: ValueError.
+    """
+    if len(candidates) != len(references):
+        raise ValueError(f"{len(candidates)} candidate captions but {len(references)} lists of references")
+    if [] in references:
+        raise ValueError(f"caption item {references.index([])} has no references")
+    groups = [[ngram_counts(text) for text in group] for group in references]
+    items_with = Counter(gram for group in groups for gram in set().union(*group))
+    scores = []
+    for candidate, group in zip(map(ngram_counts, candidates), groups, strict=True):
+        alike = [cider_similarity(candidate, reference, items_with, len(groups)) for reference in group]
+        scores.append(10 * sum(alike) / len(group))
+    return scores
+
+
+# --- Boxes (RefCOCO)
+def parse_box(text: str) -> tuple[int, int, int, int] | None:
+    """The first four numbers of a text as (x1, y1, x2, y2), in thousandths of the image's sides, or None.
+
+    Each must be an integer in 0..999, whatever stands around it; digits glued to a letter (the 1 of "x1=20")
+    are no number. Corners stay as they are: a box with x2 < x1 is returned and has no area.
+    """
+    numbers = re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", text)[:4]
+    if len(numbers) < 4 or not all(re.fullmatch(r"\d{1,3}", number) for number in numbers):
+        return None
+    return tuple(map(int, numbers))
+
+
+def box_area(box: tuple[int, int, int, int]) -> int:
+    """Area with continuous edges, (x2 - x1) * (y2 - y1) without + 1; 0 where corners are swapped."""
+    return max(0, box[2] - box[0]) * max(0, box[3] - box[1])
+
+
+def box_iou(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> float:
+    """Intersection over union of two (x1, y1, x2, y2) boxes, 0..1; 0 if both are empty."""
+    shared = box_area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
+    return shared / (box_area(a) + box_area(b) - shared or 1)
+
+
+def box_hit(prediction: str, answer: str, threshold: float = 0.5) -> float:
+    """1.0 if the box in a text has IoU >= threshold with the answer's, else 0.0; its mean is accuracy.
+
+    Some papers ask for more than 0.5, we for 0.5 or more. An answer without a box: ValueError.
+    """
+    truth = parse_box(answer)
+    if truth is None:
+        raise ValueError(f"expected four integers 0-999 (x1 y1 x2 y2) as the answer, got {answer!r}")
+    box = parse_box(prediction)
+    return float(box is not None and box_iou(box, truth) >= threshold)
+
+
+def standard_error(scores: list[float]) -> float:
+    """Standard error of the mean, in the scores' unit, 0 below two items. Rough for CIDEr-D (shared idf)."""
+    n = len(scores)
+    mean = sum(scores) / max(1, n)
+    return math.sqrt(sum((score - mean) ** 2 for score in scores) / (n - 1) / n) if n > 1 else 0.0
+
+
+if __name__ == "__main__":
+    model.run_cli(main)

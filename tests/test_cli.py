@@ -1,0 +1,120 @@
+"""Bad input: one clear sentence, exit code 2, nothing written. And the flags themselves."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import eval as evaluation
+import model
+import train_pretrain
+import train_sft
+
+ROOT = Path(__file__).parent.parent
+PRETRAIN = [sys.executable, "train_pretrain.py"]
+
+
+def refused(main, argv: list[str]) -> str:
+    with pytest.raises(model.UserError) as error:
+        main(argv)
+    return str(error.value)
+
+
+def test_exit_code_is_2_and_the_message_one_line():
+    done = subprocess.run([*PRETRAIN, "--step", "3"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "train_pretrain.py: unknown flag '--step', did you mean --steps?\n"
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--steps", "many"], ["--steps", "many", "whole number"]),
+        (["--model.x", "1"], ["unknown flag '--model.x'"]),
+        (["--steps"], ["--steps needs a value"]),
+        ([], ["--out is missing"]),
+        (["--out", "OUT", "--init", "nowhere"], ["nowhere", "checkpoint"]),
+        (["--out", "OUT", "--preset", "huge"], ["huge", "tiny"]),
+        (["--out", "OUT", "--data", "none.json"], ["none.json", "scenes"]),
+        (
+            ["--out", "OUT", "--connector.windows", "8,3"],
+            ["3 does not divide the 8x8 patch grid", "[1, 2, 4, 8]"],
+        ),
+        (["--out", "OUT", "--vit.image_size", "60"], ["60", "vit.patch_size 8"]),
+        (["--out", "OUT", "--connector.levels", "2,9"], ["[2, 9]", "0..4"]),
+        (["--out", "OUT", "--scale", "32to144"], ["--scale 32to144 needs --init"]),
+        (["--out", "OUT", "--train", "head"], ["'head'", "vit, connector, decoder"]),
+        (["--out", "OUT", "--prune.name", "magic"], ["magic", "divprune"]),
+        (["--out", "OUT", "--batch_size", "10", "--micro_steps", "3"], ["--batch_size 10", "3 micro-steps"]),
+        (["--out", "OUT", "--resume", "yes"], ["--resume 'yes'", "auto"]),
+        (["--out", "OUT", "--device", "tpu"], ["tpu", "auto, cpu or cuda"]),
+        (["--out", "OUT", "--encoder_from", "nowhere"], ["nowhere/config.json"]),
+    ],
+)
+def test_wrong_flags_say_so_and_write_nothing(argv, words, tmp_path):
+    out = tmp_path / "run"
+    message = refused(train_pretrain.main, [str(out) if word == "OUT" else word for word in argv])
+    assert all(word in message for word in words), message
+    assert not out.exists()
+
+
+def test_scaling_from_the_wrong_base_is_refused(tmp_path, small_halves):
+    flags = [*small_halves, *"--steps 1 --batch_size 4 --workers 0 --dtype float32".split()]
+    train_pretrain.main([*flags, "--out", str(tmp_path / "a")])
+    sft = ["--init", str(tmp_path / "a"), "--out", str(tmp_path / "b"), "--scale"]
+    assert "starts from two scales with 80 tokens, this model has 32" in refused(
+        train_sft.main, [*sft, "80to336"]
+    )
+    assert "did you mean 32to144" in refused(train_sft.main, [*sft, "32to44"])
+    assert not (tmp_path / "b").exists()
+    assert "already holds a run" in refused(train_pretrain.main, [*flags, "--out", str(tmp_path / "a")])
+
+
+def test_an_image_that_does_not_decode_is_named(tmp_path, small_halves):
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
+    talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A square."}]
+    records = [{"image": name, "conversations": talk} for name in ("good.png", "bad.png")]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    flags = [*small_halves, *"--steps 2 --batch_size 2 --workers 1 --dtype float32".split()]
+    message = refused(
+        train_pretrain.main, [*flags, "--data", str(tmp_path / "train.json"), "--out", str(tmp_path / "a")]
+    )
+    assert "train.json record 1: image" in message and "bad.png does not decode" in message
+    assert not list((tmp_path / "a").glob("step-*"))
+
+
+def test_broken_json_gives_line_and_column(tmp_path):
+    (tmp_path / "x.json").write_text('[{"conversations": }]')
+    message = refused(train_pretrain.main, ["--out", str(tmp_path / "a"), "--data", str(tmp_path / "x.json")])
+    assert "line 1 column 20" in message and not (tmp_path / "a").exists()
+
+
+def test_eval_refuses_with_a_sentence(tmp_path):
+    assert "--model is missing" in refused(evaluation.main, [])
+    assert "neither a run folder" in refused(evaluation.main, ["--model", str(tmp_path)])
+    (tmp_path / "q.jsonl").write_text('{"image": "a.png", "text": "What?"}\n')
+    with pytest.raises(model.UserError, match="q.jsonl line 1"):
+        evaluation.file_task("vqa", tmp_path / "q.jsonl", "")
+    cfg = evaluation.EvalConfig(tasks="scenes_vqaa")
+    with pytest.raises(model.UserError, match="scenes_vqaa"):
+        evaluation.open_tasks(cfg)
+
+
+def test_help_shows_defaults_and_comments(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train_sft.main(["--help"])
+    told = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "--slow_share [0.1]" in told and "share of samples" in told
+    assert "--connector.windows [[8, 2]]" in told and "window side" in told
+
+
+def test_flags_set_nested_fields_and_lists():
+    cfg = model.ModelConfig()
+    given = model.parse_cli(["--connector.windows=16,4", "--decoder.qk_norm", "true"], "", cfg)
+    assert cfg.connector.windows == [16, 4] and cfg.decoder.qk_norm is True
+    assert given == {"connector.windows", "decoder.qk_norm"}

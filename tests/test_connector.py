@@ -1,0 +1,280 @@
+"""The Chain-of-Sight connector and its token scaling: reference/chain-of-sight.md section 7, items 1-12."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import model
+from model import ChainOfSight, ConnectorConfig, DecoderConfig, ModelConfig, ViTConfig
+
+# The token table (section 2.2): scaling step, base, pixels, windows, tokens of each scale
+TABLE = [
+    (None, (16, 1), 224, [16, 4], [16, 16]),
+    (None, (16, 2), 224, [16, 4], [16, 32]),
+    (None, (16, 4), 224, [16, 4], [16, 64]),
+    ("80to80", (16, 4), 448, [32, 8], [16, 64]),
+    ("80to144w", (16, 4), 224, [16, 8, 4], [16, 64, 64]),
+    ("80to272w", (16, 4), 224, [16, 2], [16, 256]),
+    ("80to336w", (16, 4), 224, [16, 8, 2], [16, 64, 256]),
+    ("80to144", (16, 4), 448, [32, 16, 8], [16, 64, 64]),
+    ("80to272", (16, 4), 448, [32, 4], [16, 256]),
+    ("80to336", (16, 4), 448, [32, 16, 4], [16, 64, 256]),
+    ("80to528", (16, 4), 448, [32, 8, 4], [16, 256, 256]),
+    ("80to1104", (16, 4), 448, [32, 8, 2], [16, 64, 1024]),  # the table's 16 would be a misprint: note (b)
+    ("80to1296", (16, 4), 448, [32, 8, 2], [16, 256, 1024]),
+    ("32to528", (16, 1), 448, [32, 8, 2], [16, 256, 256]),
+    ("48to784", (16, 2), 448, [32, 8, 2], [16, 256, 512]),
+    ("32to336", (16, 1), 448, [32, 16, 2], [16, 64, 256]),
+    ("32to144", (16, 1), 448, [32, 16, 4], [16, 64, 64]),  # not in the paper: the demo's
+]
+
+
+@pytest.fixture(autouse=True)
+def fp64():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def published(queries: tuple[int, int] = (16, 4)) -> ModelConfig:
+    """CLIP-L/14 at 224, two scales, 4096 wide decoder."""
+    return ModelConfig(
+        vit=ViTConfig(image_size=224, patch_size=14, width=1024, layers=24, heads=16),
+        connector=ConnectorConfig("chain", [16, 23], 1024, 16, windows=[16, 4], queries=list(queries)),
+        decoder=DecoderConfig(width=4096),
+    )
+
+
+def narrow(queries: tuple[int, int] = (16, 4), key_positions: bool = False) -> ModelConfig:
+    """The published grids of patches and windows, 8 numbers wide: one pixel a patch."""
+    return ModelConfig(
+        vit=ViTConfig(image_size=16, patch_size=1, width=8, layers=2, heads=2, mlp_width=8),
+        connector=ConnectorConfig("chain", [1, 2], 8, 2, [16, 4], list(queries), key_positions),
+        decoder=DecoderConfig(vocab_size=16, width=12, layers=1, heads=2, kv_heads=1, head_dim=4),
+    )
+
+
+def connector_of(cfg: ModelConfig) -> ChainOfSight:
+    return ChainOfSight(cfg.connector, cfg.vit.width, cfg.side, cfg.decoder.width)
+
+
+def shaken(module: torch.nn.Module) -> torch.nn.Module:
+    """Every parameter of the size that makes it count: at init the queries are small, the biases zero."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn_like(p) * 0.5)
+    return module
+
+
+def scaled(name: str, **config) -> tuple[ChainOfSight, ChainOfSight, model.VLM]:
+    """The connector of a narrow model before and after a scaling step, and the model."""
+    before = {"80": (16, 4), "48": (16, 2), "32": (16, 1)}[name[:2]]
+    vlm = model.VLM(narrow(before, **config))
+    old = shaken(vlm.connector)
+    model.scale_up(vlm, name)
+    return old, vlm.connector, vlm
+
+
+def levels_of(side: int, images: int = 2) -> list[torch.Tensor]:
+    return [torch.randn(images, side**2, 8) for _ in range(2)]
+
+
+def upsampled(levels: list[torch.Tensor], factor: int) -> list[torch.Tensor]:
+    """Nearest neighbour on the patch grid: (I, P, C) -> (I, factor^2 P, C)"""
+    side = round(levels[0].shape[1] ** 0.5)
+    grids = [x.unflatten(1, (side, side)) for x in levels]
+    return [g.repeat_interleave(factor, 1).repeat_interleave(factor, 2).flatten(1, 2) for g in grids]
+
+
+# --- Counts and shapes (items 1 to 3)
+@pytest.mark.parametrize("step, queries, pixels, windows, tokens", TABLE)
+def test_token_table(step, queries, pixels, windows, tokens):
+    cfg = published(queries)
+    cfg = model.scaled_config(cfg, step) if step else cfg
+    assert (cfg.vit.image_size, cfg.connector.windows) == (pixels, windows)
+    assert cfg.visual_tokens() == sum(tokens)
+    side = pixels // 14
+    assert [(side // w) ** 2 * n for w, n in zip(windows, cfg.connector.queries)] == tokens
+    cfg.vit.width, cfg.decoder.width = 8, 12  # so that it can run
+    cfg.connector.width, cfg.connector.heads = 8, 2
+    connector, levels = connector_of(cfg), levels_of(side)
+    assert [scale(levels).shape for scale in connector.scales] == [(2, n, 8) for n in tokens]
+    assert connector(levels).shape == (2, sum(tokens), 12)
+
+
+def test_rows_of_the_table_that_no_step_reaches():
+    cfg = published()
+    cfg.connector.windows, cfg.connector.queries = [16, 8, 2], [16, 16, 4]
+    assert cfg.visual_tokens() == 336  # CoS pre-trained with 336 tokens at 224
+    cfg.connector.kind = "linear"
+    assert cfg.visual_tokens() == 256  # every patch
+    assert set(model.SCALINGS) == {row[0] for row in TABLE} - {None}
+
+
+def test_a_step_from_elsewhere_and_a_bad_window_are_refused():
+    with pytest.raises(model.UserError, match="two scales with 48 tokens, this model has 80"):
+        model.scaled_config(published(), "48to784")
+    with pytest.raises(model.UserError, match="did you mean 80to336"):
+        model.scaled_config(published(), "80to366")
+    cfg = published()
+    cfg.connector.windows = [16, 5]
+    with pytest.raises(model.UserError, match=r"5 does not divide the 16x16 patch grid.*\[1, 2, 4, 8, 16\]"):
+        cfg.check()
+
+
+@pytest.mark.parametrize("step, total", [(None, 54_663_168), ("80to1296", 81_098_752)])
+def test_parameter_counts(step, total):
+    cfg = model.scaled_config(published(), step) if step else published()
+    with torch.device("meta"):
+        built = connector_of(cfg)
+    blocks = [block for scale in built.scales for block in scale.blocks]
+    assert {sum(p.numel() for p in block.parameters()) for block in blocks} == {12_595_200}
+    assert sum(p.numel() for p in built.parameters()) == total
+
+
+@pytest.mark.parametrize("step", ["80to1296", "32to336"])
+def test_scales_come_coarse_to_fine(step):
+    _, new, vlm = scaled(step)
+    levels = levels_of(32)
+    out = new(levels)  # (2, V, 12)
+    sizes = [(32 // w) ** 2 * n for w, n in zip(vlm.cfg.connector.windows, vlm.cfg.connector.queries)]
+    assert out.shape == (2, sum(sizes), 12) and sizes[0] == 16
+    for part, scale in zip(out.split(sizes, 1), new.scales):
+        assert_close(part, new.proj(new.norm(scale(levels))), rtol=0, atol=1e-12)
+    for k in (1, 2, 3):
+        assert_close(new(levels, n_scales=k), out[:, : sum(sizes[:k])], rtol=0, atol=1e-12)
+
+
+def test_one_scale_against_loops_over_windows_and_heads():
+    """Two levels, low then high; pre-norm; windows row-major, then queries."""
+    scale = shaken(model.Scale(narrow().connector, 8, 16, window=4, n_queries=3))
+    levels = levels_of(16, images=1)
+    expected = []
+    for r in range(4):
+        for c in range(4):
+            x = scale.queries[4 * r + c]  # (3, 8)
+            for block, level in zip(scale.blocks, levels):
+                patches = level[0].unflatten(0, (16, 16))[4 * r : 4 * r + 4, 4 * c : 4 * c + 4].flatten(0, 1)
+                q = block.to_q(block.norm_queries(x))
+                k, v = block.to_kv(block.norm_context(patches)).chunk(2, -1)
+                heads = [slice(0, 4), slice(4, 8)]
+                out = [torch.softmax(q[:, h] @ k[:, h].T / 2, -1) @ v[:, h] for h in heads]
+                x = x + block.to_out(torch.cat(out, -1))
+                x = x + block.mlp.fc2(torch.nn.functional.gelu(block.mlp.fc1(block.norm_mlp(x))))
+            expected.append(x)
+    assert_close(scale(levels)[0], torch.cat(expected), rtol=0, atol=1e-12)
+
+
+# --- Locality and symmetry (items 4 to 6)
+@pytest.mark.parametrize("row, column", [(0, 0), (6, 13), (15, 4)])
+def test_a_patch_changes_only_its_window(row, column):
+    connector = shaken(connector_of(narrow()))
+    levels = levels_of(16, images=1)
+    for changed in (0, 1):  # either level alone
+        other = [x.clone() for x in levels]
+        other[changed][0, 16 * row + column] = torch.randn(8)
+        moved = (connector(other) - connector(levels)).abs().amax(-1)[0] > 1e-9  # (80,)
+        assert moved[:16].all()  # the global window sees every patch
+        window = 4 * (row // 4) + column // 4
+        assert moved[16:].nonzero()[:, 0].tolist() == list(range(4 * window, 4 * window + 4))
+
+
+@pytest.mark.parametrize("key_positions", [False, True])
+def test_order_inside_a_window(key_positions):
+    connector = shaken(connector_of(narrow(key_positions=key_positions)))
+    levels = levels_of(16)
+    order = torch.arange(256).reshape(16, 16)
+    order[4:8, 8:12] = order[4:8, 8:12].flatten()[torch.randperm(16)].reshape(4, 4)
+    moved = connector([x[:, order.flatten()] for x in levels]) - connector(levels)
+    assert (moved.abs().max() > 1e-3) == key_positions  # positions inside a window exist only if asked for
+    assert key_positions or moved.abs().max() < 1e-12
+
+
+def test_identity_step_is_bit_equal(monkeypatch):
+    monkeypatch.setitem(model.SCALINGS, "80same", (80, 80, 1, [(0, 1), (1, 1)]))
+    old, new, _ = scaled("80same")
+    levels = levels_of(16)
+    assert new is not old and torch.equal(new(levels), old(levels))
+
+
+# --- Inflation (items 7 to 12)
+@pytest.mark.parametrize("step", ["80to80", "80to1296", "80to336"])
+def test_resolution_alone_changes_nothing_on_upsampled_features(step):
+    old, new, _ = scaled(step)
+    levels = levels_of(16)
+    before, after = old(levels), new(upsampled(levels, 2))
+    kept = 80 if step == "80to80" else 16  # with new windows, the global scale that was kept
+    assert_close(after[:, :kept], before[:, :kept], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("step", ["80to1296", "80to336", "32to528", "80to1104"])
+def test_inflated_scales_repeat_their_source_on_constant_windows(step):
+    """Only there: on general features a new window sees fewer patches than its source (item 9)."""
+    old, new, _ = scaled(step)
+    for scale, (source, factor) in zip(new.scales, model.SCALINGS[step][3]):
+        source = old.scales[source]
+        constant = upsampled(levels_of(source.per_side), 16 // source.per_side)  # one feature a source window
+        for levels, equal in ((constant, True), (levels_of(16), factor == 1)):
+            tokens = source(levels).unflatten(1, (source.per_side**2, -1)).flatten(2)  # (I, windows, q * 8)
+            out = scale(upsampled(levels, 2)).unflatten(1, (scale.per_side**2, -1)).flatten(2)
+            difference = (out - upsampled([tokens], factor)[0]).abs().max()
+            assert difference < 1e-12 if equal else difference > 0.1
+
+
+@pytest.mark.parametrize("step", ["80to1296", "80to336", "80to272w"])
+def test_queries_are_repeated_on_both_axes(step):
+    old, new, _ = scaled(step)
+    for scale, (source, factor) in zip(new.scales, model.SCALINGS[step][3]):
+        source, n = old.scales[source], scale.per_side
+        assert n == source.per_side * factor
+        for r in range(n):
+            for c in range(n):
+                origin = (r // factor) * source.per_side + c // factor
+                assert torch.equal(scale.queries[n * r + c], source.queries[origin])
+
+
+def test_new_scales_own_their_weights():
+    old, new, _ = scaled("80to1296")
+    parts = [*old.scales, *new.scales]
+    pointers = [p.data_ptr() for scale in parts for p in scale.parameters()]
+    assert len(set(pointers)) == len(pointers)
+    kept, inflated = new.scales[0].blocks, new.scales[1].blocks  # both from the old global scale
+    assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), inflated.parameters()))
+    before = [p.clone() for p in old.scales[0].parameters()]
+    optimizer = torch.optim.SGD(new.parameters(), lr=0.1)
+    out = new(levels_of(32))
+    (out * torch.randn_like(out)).sum().backward()
+    assert not any(torch.equal(a.grad, b.grad) for a, b in zip(kept.parameters(), inflated.parameters()))
+    optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(kept.parameters(), inflated.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(before, old.scales[0].parameters()))
+
+
+@pytest.mark.parametrize("key_positions", [False, True])
+def test_scaled_model_survives_a_round_trip(key_positions, tmp_path):
+    _, new, vlm = scaled("80to1296", key_positions=key_positions)
+    vlm.save_pretrained(tmp_path)
+    again = model.VLM.from_pretrained(tmp_path)
+    assert again.cfg == vlm.cfg and again.vit.cfg == vlm.vit.cfg == vlm.cfg.vit
+    assert again.state_dict().keys() == vlm.state_dict().keys()
+    pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(again.encode(pixels), vlm.encode(pixels))
+    levels = levels_of(32)
+    assert torch.equal(again.connector(levels), new(levels))
+
+
+def test_without_inflation_only_the_kept_scale_is_inherited():
+    vlm = model.VLM(narrow())
+    old = shaken(vlm.connector)
+    model.scale_up(vlm, "80to1296", inflate=False)
+    same = [torch.equal(a.blocks[0].to_q.weight, old.scales[b].blocks[0].to_q.weight)
+            for a, b in zip(vlm.connector.scales, (0, 0, 1))]  # fmt: skip
+    assert same == [True, False, False]
+    assert torch.equal(vlm.connector.proj.weight, old.proj.weight)
+
+
+def test_scaling_keeps_the_dtype():
+    vlm = model.VLM(narrow()).bfloat16()
+    model.scale_up(vlm, "80to336")
+    assert {p.dtype for p in vlm.parameters()} == {torch.bfloat16}

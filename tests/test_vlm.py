@@ -1,0 +1,116 @@
+"""The VLM on small random weights: generation, saving and loading, packed rows, control words in text."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import data
+import model
+from model import ConnectorConfig, DecoderConfig, ModelConfig, PruneConfig, UserError, ViTConfig
+
+TOKENIZER = data.Tokenizer.from_file(model.ASSETS / "scenes.tiktoken")
+
+
+def tiny_vlm(tied: bool = False, seed: int = 0) -> model.VLM:
+    """4x4 patches, 4 + 4 visual tokens of which the fast mode keeps 3; weights so large that outputs vary."""
+    torch.manual_seed(seed)
+    vlm = model.VLM(ModelConfig(
+        vit=ViTConfig(image_size=32, patch_size=8, width=16, layers=2, heads=2, mlp_width=32),
+        connector=ConnectorConfig("chain", [1, 2], 16, 2, windows=[4, 2], queries=[4, 1]),
+        decoder=DecoderConfig(TOKENIZER.vocab_size, 32, 2, 4, 2, 8, mlp_width=48, tied=tied),
+        prune=PruneConfig(keep=3, isolator=2),
+    ))  # fmt: skip
+    for p in vlm.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    return vlm.eval()
+
+
+def prompts() -> list[tuple[list, torch.Tensor]]:
+    """One picture, one and a longer question, two pictures in a dialogue, none."""
+    asked = [("what is this?", 1, []), ("is there any red star to the left of the word?", 1, []),
+             ("how many?", 2, [("hello", "there it is")]), ("no picture at all", 0, [])]  # fmt: skip
+    samples = []
+    for n, (text, images, history) in enumerate(asked):
+        scenes = [data.make_scene("train", 10 * n + i) for i in range(images)]
+        pieces = data.prompt_pieces(text, images, TOKENIZER, history)
+        samples.append((pieces, data.load_images(scenes, 32)))
+    return samples
+
+
+def greedy(vlm: model.VLM, sample: tuple, mode: str, steps: int) -> list[int]:
+    """Arg max of a full forward of this one sample, over and over: no cache, no batch."""
+    pieces, new = sample[0], []
+    for _ in range(steps):
+        batch = data.prompt_batch([([*pieces, (new, False)], sample[1])], mode, vlm.cfg)
+        rows = batch.student
+        x = vlm.splice(rows, vlm.bank(batch))
+        hidden = vlm.decoder.hidden(x, rows.positions, model.document_mask(rows.doc_ids))
+        new = [*new, vlm.decoder.lm_head(hidden[0, -1]).argmax().item()]
+    return new
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["full", "pruned"])
+def test_generate_is_the_arg_max_of_full_forwards(mode):
+    vlm, samples = tiny_vlm(), prompts()
+    expected = [greedy(vlm, sample, mode, 8) for sample in samples]
+    assert len(set(map(tuple, expected))) == 4 and len(set(sum(expected, []))) > 12  # a test worth its name
+    batch = data.prompt_batch(samples, mode, vlm.cfg)
+    assert batch.student.slot_mask.sum(1).tolist() == [n * (8 if mode == "full" else 5) for n in (1, 1, 2, 0)]
+    never = TOKENIZER.vocab_size  # an id that no arg max takes
+    assert vlm.generate(batch, never, 8) == expected
+    end = expected[1][2]  # now one row ends early, and perhaps others
+    stopped = [row[: row.index(end)] if end in row else row for row in expected]
+    assert vlm.generate(batch, end, 8) == stopped and len(stopped[1]) < 3
+    sampled = [vlm.generate(batch, never, 8, temperature=1.0, seed=s) for s in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def samples_of_scenes() -> list[tuple[list, torch.Tensor]]:
+    records = [data.Scenes("chat")[i] for i in range(3)]
+    return [(data.pieces_of(r, TOKENIZER), data.load_images(r.images, 32)) for r in records]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_model_gives_the_same_logits(tied, tmp_path):
+    vlm = tiny_vlm(tied)
+    vlm.save_pretrained(tmp_path / "step-00000005")
+    (tmp_path / "latest").write_text("step-00000005\n")
+    batch = data.make_batch(samples_of_scenes(), ["slow", "fast", "full"], vlm.cfg, 256, 250)
+    expected = vlm(batch)
+    assert expected[0].shape == (len(batch.student.targets), TOKENIZER.vocab_size)
+    assert expected[1].shape == (len(batch.distill), TOKENIZER.vocab_size)
+    for path in (tmp_path, tmp_path / "step-00000005"):  # a run folder, a step folder
+        again = model.VLM.from_pretrained(path)
+        assert again.cfg == vlm.cfg
+        for ours, theirs in zip(again(batch), expected):
+            assert torch.equal(ours, theirs)
+    with pytest.raises(UserError, match=f"{tmp_path}/nothing is neither a run folder"):
+        model.VLM.from_pretrained(tmp_path / "nothing")
+
+
+@torch.no_grad()
+def test_packing_and_mode_do_not_change_a_samples_logits():
+    """A packed sample gives what it gives alone, in each mode; the slow mode's teacher is the fast mode."""
+    vlm, samples, modes = tiny_vlm(), samples_of_scenes(), ["slow", "fast", "full"]
+    packed = data.make_batch(samples, modes, vlm.cfg, 1024, 250)
+    assert len(packed.student.ids) == 1  # one row
+    student, teacher = vlm(packed)
+    alone = [vlm(data.make_batch([s], [m], vlm.cfg, 64, 250))[0] for s, m in zip(samples, modes)]
+    order = packed.student.doc_ids.flatten()[packed.student.supervised]  # whose each logit is
+    for i in range(3):
+        assert_close(student[order == i], alone[i], rtol=0, atol=1e-4)
+    fast = vlm(data.make_batch(samples[:1], ["fast"], vlm.cfg, 64, 250))[0]
+    assert_close(teacher, fast, rtol=0, atol=1e-4)
+    assert (order[packed.distill] == 0).all() and not torch.allclose(teacher, alone[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("text", ["<|end|>", "a <image> of <|user|> and <|assistant|>"])
+def test_control_words_in_text_are_ordinary_text(text):
+    ids = TOKENIZER.encode(text)
+    assert max(ids) < len(TOKENIZER.ranks) and TOKENIZER.decode(ids) == text
+    pieces = data.prompt_pieces(text, 1, TOKENIZER)
+    assert [piece for piece in pieces if isinstance(piece, int)] == [0]  # the picture, not the word
+    assert TOKENIZER.control("<|end|>") == [TOKENIZER.end] and TOKENIZER.end >= len(TOKENIZER.ranks)

@@ -1,0 +1,560 @@
+"""Stage 1: align the connector (and the decoder) with few visual tokens an image.
+
+    one CPU      python train_pretrain.py --preset tiny --data scenes --out runs/a/pretrain
+    one GPU      the same; --dtype bfloat16 --compile true are the defaults there
+    one node     torchrun --nproc_per_node=8 train_pretrain.py --preset tiny --data scenes --out
+    runs/a/pretrain
+    many nodes   torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 train_pretrain.py ...
+    go on        the same command with --resume auto
+    stage 1b     python train_pretrain.py --init runs/a/pretrain --scale 80to1296 --train vit,connector --out
+    runs/a/1b
+
+`main` below is the stage, top to bottom. The parts of a run that stage 2 shares follow it: configs, ranks,
+optimizers, schedule, step, checkpoint, log.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+import model
+from model import UserError
+
+
+@dataclass
+class RunConfig:
+    """Flags that both stages share. Defaults are overridden by the preset's recipe, then by the command
+    line.
+    """
+
+    out: str = ""  # run folder, made by the run
+    preset: str = "tiny"  # model and recipe, see model.PRESETS
+    init: str = ""  # start from this run or checkpoint instead of the preset's halves
+    scale: str = ""  # token scaling applied to --init, see model.SCALINGS
+    resume: str = ""  # "auto": continue the run in --out where its newest checkpoint left it
+    data: str = "scenes"  # scenes, a LLaVA .json or a mixture .json
+    val_data: str = ""  # the same for validation; default: the unseen scenes where --data is scenes
+    seed: int = 0  # of connector, sample order and modes
+    steps: int = 500  # optimizer steps
+    batch_size: int = 32  # samples of an optimizer step, over all ranks and micro-steps
+    micro_steps: int = 1  # gradient accumulation
+    row_length: int = 256  # positions of a row, shared by several samples where they fit
+    row_limit: int = 2048  # positions one sample may take; what is longer is cut
+    train: str = "connector,decoder"  # what trains: a comma list of vit, connector, decoder
+    lr: float = 1e-3  # peak rate of AdamW
+    muon_lr: float = 0.0  # above 0: Muon at this rate on the matrices inside the blocks
+    vit_lr: float = 0.1  # the encoder's rates as a share of the others
+    warmup: float = 0.03  # share of the steps
+    final_lr: float = 0.1  # share of the peak at the last step (cosine)
+    weight_decay: float = 0.0  # on matrices
+    clip: float = 1.0  # largest gradient norm
+    device: str = "auto"  # auto, cpu or cuda
+    dtype: str = "auto"  # autocast: float32 or bfloat16; auto: bfloat16 on cuda and where the CPU has it
+    compile: str = "auto"  # true or false: torch.compile of every block; auto: on cuda only
+    workers: int = 1  # processes that draw and decode pictures
+    log_every: int = 10  # steps between log lines
+    save_every: int = 0  # steps between checkpoints; 0: only at the end
+    eval_every: int = 0  # steps between validations, which keep the best checkpoint; 0: never
+
+
+@dataclass
+class PretrainConfig(RunConfig):
+    pruner: str = ""  # train every sample on pruned tokens (DualSpeed's stage 1); it learns the isolator
+
+
+def main(argv: list[str]) -> None:
+    run, vlm, tokenizer, cfg = start("pretrain", PretrainConfig, argv, __doc__)
+    if cfg.pruner:
+        vlm.cfg.prune.name = cfg.pruner
+        vlm.cfg.check()
+    mode = "fast" if cfg.pruner else "full"
+    vlm.set_trainable(model.trainable_parts(cfg.train), isolator=bool(cfg.pruner))
+    optimizers = make_optimizers(vlm, cfg)
+    first = resume(run, vlm, optimizers)
+    ddp = prepare(run, vlm)
+    batches = load_batches(run, vlm.cfg, tokenizer, cfg.data, first, lambda number: mode)
+    for step in run.bar(first):
+        micro, waited = fetch(batches, run)
+        stats = optimizer_step(run, ddp, micro, optimizers, step, caption_loss)
+        run.log(
+            step,
+            stats,
+            micro,
+            waited,
+            visual_tokens=vlm.cfg.visual_tokens("pruned" if cfg.pruner else "full"),
+        )
+        finish_step(run, vlm, tokenizer, optimizers, step, lambda number: mode)
+    run.close()
+
+
+def caption_loss(logits: Tensor, teacher: Tensor | None, batch: data.Batch) -> dict[str, Tensor]:
+    """Next-token cross entropy of the supervised positions: a sum, divided by the global count in
+    optimizer_step.
+    """
+    return {"loss": F.cross_entropy(logits, batch.student.targets, reduction="sum")}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The start of a run: ranks, config, model
+
+
+@dataclass
+class Run:
+    """What a run knows of itself: its flags, its place among the ranks, its folder and its log."""
+
+    stage: str
+    cfg: RunConfig
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.cfg.out)
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self):
+        if self.cfg.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def say(self, text: str) -> None:
+        if self.main:
+            tqdm.write(text)
+
+    def bar(self, first: int):
+        self.progress = tqdm(
+            total=self.cfg.steps,
+            initial=first,
+            desc=self.stage,
+            disable=not self.main,
+            dynamic_ncols=True,
+            mininterval=1,
+        )
+        self.since, self.seen = time.perf_counter(), 0
+        self.wait, self.best = 0.0, math.inf
+        for step in range(first, self.cfg.steps):
+            yield step
+            self.progress.update()
+
+    def log(self, step: int, stats: dict, micro: list[data.Batch], waited: float, visual_tokens: int) -> None:
+        """Bar and metrics.jsonl every log_every steps: the only place where the loop waits for the device."""
+        self.seen += sum(b.samples for b in micro) * self.world
+        self.wait += waited
+        if (step + 1) % self.cfg.log_every and step + 1 != self.cfg.steps:
+            return
+        values = {name: float(value) for name, value in stats.items()}
+        took = time.perf_counter() - self.since
+        rate, wait = self.seen / took, self.wait / took
+        self.since, self.seen, self.wait = time.perf_counter(), 0, 0.0
+        shown = {name: f"{value:.3f}" for name, value in values.items() if name in ("loss", "kl")}
+        self.progress.set_postfix(
+            {**shown, "samples/s": f"{rate:.0f}", "tok/img": visual_tokens, "wait": f"{wait:.0%}"}
+        )
+        self.record(
+            step=step + 1,
+            samples_per_s=round(rate, 2),
+            wait=round(wait, 4),
+            visual_tokens=visual_tokens,
+            **values,
+        )
+
+    def record(self, **values) -> None:
+        if self.main:
+            with open(self.folder / "metrics.jsonl", "a") as f:
+                f.write(
+                    json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()})
+                    + "\n"
+                )
+
+    def close(self) -> None:
+        self.progress.close()
+        self.say(f"{self.stage}: {self.cfg.steps} steps done, checkpoint in {model.find_step(self.folder)}")
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+def find_ranks(device: str) -> tuple[int, int, torch.device]:
+    """Rank, world size and device, from torchrun's environment; gloo on CPU, NCCL on CUDA."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device '{device}' is unknown: use auto, cpu or cuda")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    place = (
+        torch.device(device, int(os.environ.get("LOCAL_RANK", 0)))
+        if device == "cuda"
+        else torch.device("cpu")
+    )
+    if device == "cuda":
+        torch.cuda.set_device(place)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return rank, world, place
+
+
+def start(
+    stage: str, config: type, argv: list[str], doc: str
+) -> tuple[Run, model.VLM, data.Tokenizer, RunConfig]:
+    """Flags over recipe over defaults; then the model, from a resumed run, --init or the preset."""
+    cfg, model_cfg = config(), model.ModelConfig()
+    model.parse_cli(argv, doc, cfg, model_cfg)  # a first look, for the flags that decide what to start from
+    if not cfg.out:
+        raise UserError("--out is missing: the run folder to write, such as runs/a")
+    going_on = cfg.resume == "auto" and (Path(cfg.out) / "latest").is_file()
+    if cfg.resume not in ("", "auto"):
+        raise UserError(f"--resume '{cfg.resume}': the only value is auto")
+    if not going_on and (Path(cfg.out) / "latest").is_file():
+        raise UserError(
+            f"--out {cfg.out} already holds a run: add --resume auto to continue it, or choose another folder"
+        )
+    source = cfg.out if going_on else cfg.init
+    step = model.find_step(source) if source else None
+    recipe = model.preset(cfg.preset)[stage]
+    if step:
+        saved = model.read_json(step / "config.json")
+        model_cfg = model.from_dict(model.ModelConfig, saved["model"])
+        recipe = saved["train"] if going_on else recipe
+    else:
+        model_cfg = model.copy_config(model.preset(cfg.preset)["model"])
+    cfg = model.from_dict(config, {**dataclasses.asdict(config()), **recipe})
+    model.parse_cli(argv, doc, cfg, model_cfg)
+    if cfg.scale and not cfg.init:
+        raise UserError(f"--scale {cfg.scale} needs --init: the run whose tokens are to be scaled up")
+    rank, world, device = find_ranks(cfg.device)
+    resolve_auto(cfg, device, world)
+    model.trainable_parts(cfg.train)
+    run = Run(stage, cfg, rank, world, device)
+    torch.manual_seed(cfg.seed)
+    if step:
+        tokenizer = data.Tokenizer.from_file(step / "tokenizer" / "ranks.tiktoken")
+        vlm = model.VLM.from_pretrained(step)
+        vlm.cfg.prune = model_cfg.prune
+        vlm.cfg.check()
+        inherited = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(model_cfg.connector).items())
+        run.say(
+            f"model from {step}: {vlm.cfg.vit.image_size} px, {vlm.cfg.visual_tokens()} tokens ({inherited})"
+        )
+        if cfg.scale and not going_on:
+            hand_over(run, vlm, tokenizer, saved["train"]["data"])
+    else:
+        tokenizer = data.Tokenizer.from_file(model_cfg.tokenizer_from)
+        vlm = model.VLM.build(model_cfg)
+    if tokenizer.vocab_size > vlm.cfg.decoder.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the decoder only {vlm.cfg.decoder.vocab_size}"
+        )
+    data.open_sources(cfg.data, stage)  # a wrong --data shows before a folder is made
+    if run.main:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        model.write_json(run.folder / "config.json", run_config(run, vlm))
+    return run, vlm.to(device), tokenizer, cfg
+
+
+def resolve_auto(cfg: RunConfig, device: torch.device, world: int) -> None:
+    cuda = device.type == "cuda"
+    if cfg.dtype == "auto":
+        cfg.dtype = "bfloat16" if cuda or torch.backends.cpu.get_cpu_capability() == "AVX512" else "float32"
+    if cfg.compile == "auto":
+        cfg.compile = "true" if cuda else "false"
+    if cfg.dtype not in ("float32", "bfloat16") or cfg.compile not in ("true", "false"):
+        raise UserError(
+            f"--dtype {cfg.dtype} --compile {cfg.compile}: use float32 or bfloat16, true or false"
+        )
+    if cfg.batch_size % (cfg.micro_steps * world):
+        raise UserError(
+            f"--batch_size {cfg.batch_size} is not divisible by {cfg.micro_steps} micro-steps x {world} ranks"
+        )
+
+
+def run_config(run: Run, vlm: model.VLM) -> dict:
+    """config.json: everything needed to rebuild and repeat."""
+    return {
+        "model": dataclasses.asdict(vlm.cfg), "stage": run.stage, "train": dataclasses.asdict(run.cfg),
+        "torch": torch.__version__, "world": run.world,
+    }  # fmt: skip
+
+
+def hand_over(run: Run, vlm: model.VLM, tokenizer: data.Tokenizer, stage1_data: str) -> None:
+    """Scale the tokens up, and print what inflation is worth: the loss on stage-1 data, before any
+    training.
+    """
+    losses = {"before": validation_loss(run, vlm.to(run.device), tokenizer, stage1_data, "pretrain")}
+    cfg, before = vlm.cfg, (vlm.connector, vlm.cfg, vlm.vit.cfg, vlm.vit.embeddings.position_embedding)
+    model.scale_up(vlm, run.cfg.scale, inflate=False)
+    losses["random new scales"] = validation_loss(run, vlm.to(run.device), tokenizer, stage1_data, "pretrain")
+    vlm.connector, vlm.cfg, vlm.vit.cfg, vlm.vit.embeddings.position_embedding = before
+    model.scale_up(vlm, run.cfg.scale)
+    losses["inflated"] = validation_loss(run, vlm.to(run.device), tokenizer, stage1_data, "pretrain")
+    told = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+    run.say(
+        f"--scale {run.cfg.scale}: {cfg.visual_tokens()} -> {vlm.cfg.visual_tokens()} visual tokens; "
+        f"loss on stage-1 data {told}"
+    )
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.record(scale=run.cfg.scale, **{f"loss {name}": loss for name, loss in losses.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Batches
+
+
+def load_batches(
+    run: Run, cfg: model.ModelConfig, tokenizer: data.Tokenizer, spec: str, first: int, choose_mode
+):
+    """Endless enough: the micro-batches of this rank from step `first` on, made by worker processes."""
+    sources = data.open_sources(spec, run.stage)
+    total = run.cfg.steps * run.cfg.batch_size
+    order = data.SampleOrder([len(s) for s, _ in sources], [w for _, w in sources], run.cfg.seed, total)
+    c = run.cfg
+    stream = data.Stream(
+        [s for s, _ in sources], order, tokenizer, cfg, c.batch_size, c.micro_steps, run.rank, run.world,
+        c.row_length, c.row_limit, choose_mode,
+    )  # fmt: skip
+    numbers = range(first * c.micro_steps, c.steps * c.micro_steps)
+    pin = run.device.type == "cuda"
+    context = "fork" if c.workers and os.name == "posix" else None
+    return iter(
+        DataLoader(
+            stream,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=c.workers,
+            pin_memory=pin,
+            multiprocessing_context=context,
+        )
+    )
+
+
+def fetch(batches, run: Run) -> tuple[list[data.Batch], float]:
+    """The micro-batches of one optimizer step, on the device, and the seconds spent waiting for them."""
+    began = time.perf_counter()
+    micro = []
+    for _ in range(run.cfg.micro_steps):
+        batch = next(batches)
+        if isinstance(batch, UserError):
+            raise batch
+        micro.append(batch.to(run.device))
+    return micro, time.perf_counter() - began
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Optimizers, schedule, step
+
+
+def make_optimizers(vlm: model.VLM, cfg: RunConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for the matrices inside the blocks where --muon_lr is set. No decay on vectors and
+    tables.
+    """
+    groups = {}
+    for name, p in vlm.named_parameters():
+        if not p.requires_grad:
+            continue
+        vit = name.startswith("vit.")
+        matrix = p.ndim == 2 and "embed" not in name and "lm_head" not in name and "isolator" not in name
+        inner = matrix and ("layers." in name or "blocks." in name)
+        groups.setdefault((bool(cfg.muon_lr and inner), vit, matrix), []).append(p)
+    if not groups:
+        raise UserError(f"--train '{cfg.train}' leaves nothing to train")
+    adam, muon = [], []
+    for (use_muon, vit, matrix), parameters in groups.items():
+        peak = (cfg.muon_lr if use_muon else cfg.lr) * (cfg.vit_lr if vit else 1.0)
+        group = {"params": parameters, "peak": peak, "weight_decay": cfg.weight_decay if matrix else 0.0}
+        (muon if use_muon else adam).append(group)
+    optimizers = [torch.optim.AdamW(adam, lr=cfg.lr, betas=(0.9, 0.95), fused=True)] if adam else []
+    return optimizers + ([torch.optim.Muon(muon, lr=cfg.muon_lr)] if muon else [])
+
+
+def schedule(step: int, cfg: RunConfig) -> float:
+    """Share of the peak rate: linear warm-up, then a cosine to final_lr at the last step."""
+    warm = max(1, round(cfg.warmup * cfg.steps))
+    if step < warm:
+        return (step + 1) / warm
+    done = (step - warm) / max(1, cfg.steps - warm)
+    return cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def prepare(run: Run, vlm: model.VLM) -> nn.Module:
+    """Compile block by block if asked, wrap in DDP if there are other ranks."""
+    vlm.train()
+    if run.cfg.compile == "true":
+        for block in [*vlm.vit.encoder["layers"], *vlm.decoder.layers]:
+            block.compile(fullgraph=True)
+    if run.world == 1:
+        return vlm
+    ids = [run.device.index] if run.device.type == "cuda" else None
+    return DistributedDataParallel(vlm, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def optimizer_step(run: Run, ddp: nn.Module, micro: list[data.Batch], optimizers, step: int, loss_of) -> dict:
+    """One step over all micro-batches and ranks. Every loss is a sum divided by one number: the supervised
+    tokens of the whole step, so that 8 micro-steps of 1 equal 1 of 8 and ranks with more answers weigh more.
+    """
+    count = torch.tensor(float(sum(len(b.student.targets) for b in micro)), device=run.device)
+    if run.world > 1:
+        dist.all_reduce(count)
+    sums = {}
+    for n, batch in enumerate(micro):
+        last = n == len(micro) - 1
+        with nullcontext() if last or run.world == 1 else ddp.no_sync():
+            with run.autocast():
+                logits, teacher = ddp(batch)
+            losses = loss_of(logits, teacher, batch)
+            (losses["loss"] * (run.world / count)).backward()  # DDP divides by the number of ranks
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + value.detach()
+    rate = schedule(step, run.cfg)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, run.cfg.clip)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    values = torch.stack([*sums.values()]) / count
+    if run.world > 1:
+        dist.all_reduce(values)
+    return {**dict(zip(sums, values)), "grad_norm": norm, "rate": rate}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checkpoints and validation
+
+
+def finish_step(run: Run, vlm: model.VLM, tokenizer, optimizers, step: int, choose_mode) -> None:
+    """Save before validating, so that a failure there loses nothing."""
+    cfg, done = run.cfg, step + 1
+    last = done == cfg.steps
+    evaluate = cfg.eval_every and (done % cfg.eval_every == 0 or last)
+    if evaluate or last or (cfg.save_every and done % cfg.save_every == 0):
+        save(run, vlm, tokenizer, optimizers, done)
+    if evaluate:
+        loss = validation_loss(run, vlm, tokenizer, cfg.val_data or cfg.data, run.stage)
+        run.say(f"step {done}: validation loss {loss:.4f}" + (" (best)" if loss < run.best else ""))
+        run.record(step=done, val_loss=loss)
+        if loss < run.best:
+            run.best = loss
+            if run.main:
+                write_text(run.folder / "best", f"step-{done:08d}")
+        if run.main:
+            show_answers(run, vlm, tokenizer, cfg.val_data or cfg.data)
+
+
+def save(run: Run, vlm: model.VLM, tokenizer, optimizers, done: int) -> None:
+    """step-00000200/ under a temporary name, then renamed; then `latest` points to it; then older ones go."""
+    if run.main:
+        folder = run.folder / f"step-{done:08d}"
+        temporary = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        vlm.save_pretrained(temporary, run_config(run, vlm))
+        tokenizer.save(temporary / "tokenizer" / "ranks.tiktoken")
+        state = {
+            "optimizers": [o.state_dict() for o in optimizers], "step": done,
+            "next_sample": done * run.cfg.batch_size, "rng": torch.get_rng_state(), "best": run.best,
+        }  # fmt: skip
+        torch.save(state, temporary / "state.pt")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+        write_text(run.folder / "latest", folder.name)
+        best = (run.folder / "best").read_text().strip() if (run.folder / "best").is_file() else ""
+        for old in run.folder.glob("step-*"):
+            if old.name not in (folder.name, best):
+                shutil.rmtree(old)
+    if run.world > 1:
+        dist.barrier()
+
+
+def write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text + "\n")
+    os.replace(temporary, path)
+
+
+def resume(run: Run, vlm: model.VLM, optimizers) -> int:
+    """Optimizers, RNG and the number of the next step, if --resume auto found a checkpoint (weights are
+    loaded).
+    """
+    if run.cfg.resume != "auto" or not (run.folder / "latest").is_file():
+        return 0
+    folder = model.find_step(run.folder)
+    state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    if state["next_sample"] != state["step"] * run.cfg.batch_size:
+        raise UserError(
+            f"{folder}: was trained with another --batch_size, its data order cannot be continued"
+        )
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    torch.set_rng_state(state["rng"])
+    run.best = state["best"]
+    run.say(f"resumed from {folder}")
+    return state["step"]
+
+
+@torch.no_grad()
+def validation_loss(run: Run, vlm: model.VLM, tokenizer, spec: str, stage: str, batches: int = 4) -> float:
+    """Mean loss per supervised token with all visual tokens, on unseen scenes or on --val_data; same on all
+    ranks.
+    """
+    sources = [
+        (data.Scenes(s.kind, "test"), w) if isinstance(s, data.Scenes) else (s, w)
+        for s, w in data.open_sources(spec, stage)
+    ]
+    size = 32
+    order = data.SampleOrder([len(s) for s, _ in sources], [w for _, w in sources], 1, batches * size)
+    stream = data.Stream(
+        [s for s, _ in sources], order, tokenizer, vlm.cfg, size, 1, 0, 1,
+        run.cfg.row_length, run.cfg.row_limit, lambda n: "full",
+    )  # fmt: skip
+    total, count = 0.0, 0
+    for k in range(batches):
+        batch = stream[k]
+        if isinstance(batch, UserError):
+            raise batch
+        with run.autocast():
+            logits, _ = vlm(batch.to(run.device))
+        total += F.cross_entropy(logits, batch.student.targets.to(run.device), reduction="sum").item()
+        count += len(batch.student.targets)
+    return total / count
+
+
+def show_answers(run: Run, vlm: model.VLM, tokenizer, spec: str, n: int = 4) -> None:
+    """A few generated answers beside the right ones, so that one sees what a loss of 0.4 means."""
+    source = next((s for s, _ in data.open_sources(spec, run.stage) if s.kind == "chat"), None)
+    if source is None:
+        return
+    source = data.Scenes("chat", "test") if isinstance(source, data.Scenes) else source
+    for i in range(n):
+        record = source[i]
+        question, answer = record.parts[0][1][-1], record.parts[1][1][0]
+        pixels = data.load_images(record.images, vlm.cfg.vit.image_size, record.name)
+        batch = data.prompt_batch(
+            [(data.prompt_pieces(question, len(pixels), tokenizer), pixels)], "full", vlm.cfg
+        )
+        said = tokenizer.decode(vlm.generate(batch.to(run.device), tokenizer.end, 24)[0])
+        run.say(f"   {question!r} -> {said!r} (right: {answer!r})")
+
+
+if __name__ == "__main__":
+    model.run_cli(main)

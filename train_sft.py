@@ -1,0 +1,84 @@
+"""Stage 2: fine-tune with many visual tokens, most samples fast and a few slow (DualSpeed, arXiv 2602.03815).
+
+    one CPU      python train_sft.py --init runs/a/pretrain --scale 32to144 --data scenes --out runs/a/sft
+    one GPU      the same; one node: torchrun --nproc_per_node=8 train_sft.py ...; many: add --nnodes=N
+    go on        the same command with --resume auto
+    plain        --slow_share 1 --distill_weight 0 is fine-tuning on all tokens, --slow_share 0 naive pruning
+
+A fast sample is trained on K pruned visual tokens behind the mode isolator, a slow one on all V; for the slow
+ones the model's own fast view is the teacher. Model and tokenizer come with --init.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+import data
+import model
+import prune
+from model import UserError
+from train_pretrain import (
+    RunConfig,
+    fetch,
+    finish_step,
+    load_batches,
+    make_optimizers,
+    optimizer_step,
+    prepare,
+    resume,
+    start,
+)
+
+
+@dataclass
+class SftConfig(RunConfig):
+    slow_share: float = 0.1  # share of samples (or batches) trained on all visual tokens
+    mode: str = "sample"  # draw fast or slow for every "sample" (ours), or for every "batch" (the paper)
+    temperature: float = 1.0  # of the distillation
+    distill_weight: float = 1.0  # of KL beside cross entropy
+
+
+def main(argv: list[str]) -> None:
+    run, vlm, tokenizer, cfg = start("sft", SftConfig, argv, __doc__)
+    if not cfg.init and cfg.resume != "auto":
+        run.say("no --init: fine-tuning starts from a connector that stage 1 never aligned")
+    if cfg.mode not in ("sample", "batch") or not 0 <= cfg.slow_share <= 1:
+        raise UserError(
+            f"--mode {cfg.mode} --slow_share {cfg.slow_share}: use sample or batch, and a share of 0 to 1"
+        )
+    vlm.set_trainable(model.trainable_parts(cfg.train), isolator=True)
+    optimizers = make_optimizers(vlm, cfg)
+    first = resume(run, vlm, optimizers)
+    ddp = prepare(run, vlm)
+
+    def choose_mode(number: int) -> str:
+        """One draw a sample, or one for all samples of an optimizer step: on all ranks, over all
+        micro-steps.
+        """
+        return prune.draw_mode(
+            cfg.seed, number if cfg.mode == "sample" else number // cfg.batch_size, cfg.slow_share
+        )
+
+    def fast_slow_loss(logits: Tensor, teacher: Tensor | None, batch: data.Batch) -> dict[str, Tensor]:
+        """Sums: cross entropy of all samples, and the KL from the fast view of the slow ones."""
+        ce = F.cross_entropy(logits, batch.student.targets, reduction="sum")
+        if teacher is None:
+            return {"loss": ce, "ce": ce, "kl": ce.new_zeros(())}
+        kl = prune.distillation_sum(logits[batch.distill], teacher, cfg.temperature)
+        return {"loss": ce + cfg.distill_weight * kl, "ce": ce, "kl": kl}
+
+    batches = load_batches(run, vlm.cfg, tokenizer, cfg.data, first, choose_mode)
+    full, pruned = vlm.cfg.visual_tokens("full"), vlm.cfg.visual_tokens("pruned")
+    mean_tokens = round(cfg.slow_share * full + (1 - cfg.slow_share) * pruned)
+    run.say(f"{1 - cfg.slow_share:.0%} fast on {pruned} visual tokens ({vlm.cfg.prune.name}), slow on {full}")
+    for step in run.bar(first):
+        micro, waited = fetch(batches, run)
+        stats = optimizer_step(run, ddp, micro, optimizers, step, fast_slow_loss)
+        run.log(step, stats, micro, waited, visual_tokens=mean_tokens)
+        finish_step(run, vlm, tokenizer, optimizers, step, choose_mode)
+    run.close()
+
+
+if __name__ == "__main__":
+    model.run_cli(main)

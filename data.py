@@ -462,9 +462,7 @@ YES_NO = ("no", "yes")
 
 def say(scene: Scene, rng: random.Random | None = None, boxes: bool = False) -> str:
     """One sentence that names everything, in raster order or, given rng, in a random one."""
-    parts = [
-        (t.cell, f"{t.name} {PLACES[t.cell]}" + (f" [{t.box}]" if boxes else "")) for t in scene.things
-    ]
+    parts = [(t.cell, f"{t.name} {PLACES[t.cell]}" + (f" [{t.box}]" if boxes else "")) for t in scene.things]
     if scene.word:
         parts.append((scene.word_cell, f"word {scene.word} {PLACES[scene.word_cell]}"))
     parts.sort()

@@ -207,7 +207,7 @@ class Attention(nn.Module):
         q = split_heads(self.q_proj(x), self.heads)  # (I, H, P, D/H)
         k = split_heads(self.k_proj(x), self.heads)
         v = split_heads(self.v_proj(x), self.heads)
-        return self.out_proj(merge_heads(F.scaled_dot_product_attention(q, k, v)))  # (I, P, D)
+        return self.out_proj(merge_heads(attend(q, k, v)))  # (I, P, D)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -216,6 +216,20 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(-3, -2).flatten(-2)  # (..., H, T, D/H) -> (..., T, D)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The one place where attention is computed: (..., H, T, d); k and v may have fewer heads.
+
+    On a CPU always in fp32: the backward pass of its bf16 kernel is 2-4 times slower at our lengths (LOG.md).
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    with torch.autocast("cpu", enabled=False):
+        wide = torch.promote_types(v.dtype, torch.float32)
+        q, k, values = q.to(wide), k.to(wide), v.to(wide)
+        out = F.scaled_dot_product_attention(q, k, values, attn_mask=mask, enable_gqa=True)
+    return out.to(v.dtype)
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -317,9 +331,14 @@ class ViT(nn.Module):
             raise UserError(
                 f"{path}/config.json: model_type '{config.get('model_type')}' is not clip_vision_model"
             )
-        vit = cls(
-            ViTConfig(**{ours: config[theirs] for ours, theirs in CLIP_NAMES.items() if theirs in config})
-        )
+        known = {
+            ours: config[theirs] for ours, theirs in CLIP_NAMES.items() if config.get(theirs) is not None
+        }
+        if known.get("activation", "quick_gelu") not in ACTIVATIONS:
+            raise UserError(
+                f"{path}/config.json: hidden_act '{known['activation']}' is not in {list(ACTIVATIONS)}"
+            )
+        vit = cls(ViTConfig(**known))
         weights = {k.removeprefix("vision_model."): v for k, v in read_weights(path).items()}
         load_weights(vit, weights, path)
         return vit
@@ -420,8 +439,7 @@ class DecoderAttention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache:
             k, v = cache.put(layer, k, v)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        return self.o_proj(merge_heads(out))  # (B, T, D)
+        return self.o_proj(merge_heads(attend(q, k, v, mask)))  # (B, T, D)
 
 
 class SwiGLU(nn.Module):
@@ -487,11 +505,13 @@ class Decoder(nn.Module):
         if family not in ("llama", "qwen2", "qwen3"):
             raise UserError(f"{path}/config.json: model_type '{family}' is not one of llama, qwen2, qwen3")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise UserError(
-                f"{path}/config.json: rope_type '{rope.get('rope_type')}' is not supported, only default"
-            )
-        known = {ours: config[theirs] for ours, theirs in LLAMA_NAMES.items() if theirs in config}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default" or config.get("use_sliding_window"):
+            raise UserError(f"{path}/config.json: rope type '{kind}' or a sliding window is not supported")
+        known = {
+            ours: config[theirs] for ours, theirs in LLAMA_NAMES.items() if config.get(theirs) is not None
+        }
+        known.setdefault("tied", False)
         known.setdefault("head_dim", known["width"] // known["heads"])
         known.setdefault("kv_heads", known["heads"])
         known["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
@@ -565,7 +585,7 @@ class WindowBlock(nn.Module):
         q, k, v = (
             split_heads(x.flatten(0, 1), self.heads) for x in (q, k, v)
         )  # (I*windows, H, q or W*W, D/H)
-        out = merge_heads(F.scaled_dot_product_attention(q, k, v)).unflatten(0, (images, windows))
+        out = merge_heads(attend(q, k, v)).unflatten(0, (images, windows))
         queries = queries + self.to_out(out)  # (I, windows, q, D)
         return queries + self.mlp(self.norm_mlp(queries))
 
@@ -723,7 +743,7 @@ def scale_up(vlm: "VLM", name: str, inflate: bool = True) -> None:
     """
     cfg = scaled_config(vlm.cfg, name)
     old = vlm.connector
-    new = ChainOfSight(cfg.connector, cfg.vit.width, cfg.side, cfg.decoder.width).to(old.proj.weight.device)
+    new = ChainOfSight(cfg.connector, cfg.vit.width, cfg.side, cfg.decoder.width).to(old.proj.weight)
     new.norm, new.proj = old.norm, old.proj
     for scale, (source, factor) in zip(new.scales, SCALINGS[name][3]):
         if inflate or factor == 1:
@@ -801,7 +821,8 @@ class VLM(nn.Module):
         if not batch.pruned:
             return full.flatten(0, 1)
         keep = prune.kept_tokens(full.shape[1], self.cfg.prune.keep)
-        chosen = prune.select(self.cfg.prune.name, full, keep, grid=self.cfg.side, seed=batch.next_sample)
+        grid = self.cfg.side if self.cfg.connector.kind == "linear" else 0  # one raster of tokens, or none
+        chosen = prune.select(self.cfg.prune.name, full, keep, grid=grid, seed=batch.next_sample)
         kept = prune.gather(full, chosen)  # (I, K, D)
         return torch.cat([full.flatten(0, 1), self.isolator(kept).flatten(0, 1)])
 

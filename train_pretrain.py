@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import data
 import model
+import prune
 from model import UserError
 
 
@@ -98,7 +99,7 @@ def main(argv: list[str]) -> None:
             waited,
             visual_tokens=vlm.cfg.visual_tokens("pruned" if cfg.pruner else "full"),
         )
-        finish_step(run, vlm, tokenizer, optimizers, step, lambda number: mode)
+        finish_step(run, vlm, tokenizer, optimizers, step)
     run.close()
 
 
@@ -122,6 +123,7 @@ class Run:
     rank: int
     world: int
     device: torch.device
+    best: float = math.inf  # validation loss
 
     @property
     def folder(self) -> Path:
@@ -150,7 +152,7 @@ class Run:
             mininterval=1,
         )
         self.since, self.seen = time.perf_counter(), 0
-        self.wait, self.best = 0.0, math.inf
+        self.wait = 0.0
         for step in range(first, self.cfg.steps):
             yield step
             self.progress.update()
@@ -239,7 +241,10 @@ def start(
     else:
         model_cfg = model.copy_config(model.preset(cfg.preset)["model"])
     cfg = model.from_dict(config, {**dataclasses.asdict(config()), **recipe})
-    model.parse_cli(argv, doc, cfg, model_cfg)
+    given = model.parse_cli(argv, doc, cfg, model_cfg)
+    fixed = [name for name in given if name in model.flags_of(model_cfg) and not name.startswith("prune.")]
+    if step and fixed:
+        raise UserError(f"--{fixed[0]}: the model comes from {source}, only --prune.* of it can be changed")
     if cfg.scale and not cfg.init:
         raise UserError(f"--scale {cfg.scale} needs --init: the run whose tokens are to be scaled up")
     rank, world, device = find_ranks(cfg.device)
@@ -250,6 +255,8 @@ def start(
     if step:
         tokenizer = data.Tokenizer.from_file(step / "tokenizer" / "ranks.tiktoken")
         vlm = model.VLM.from_pretrained(step)
+        if model_cfg.prune.isolator != vlm.cfg.prune.isolator:
+            vlm.isolator = prune.ModeIsolator(model_cfg.prune.isolator, vlm.cfg.decoder.width)
         vlm.cfg.prune = model_cfg.prune
         vlm.cfg.check()
         inherited = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(model_cfg.connector).items())
@@ -333,18 +340,12 @@ def load_batches(
         c.row_length, c.row_limit, choose_mode,
     )  # fmt: skip
     numbers = range(first * c.micro_steps, c.steps * c.micro_steps)
-    pin = run.device.type == "cuda"
-    context = "fork" if c.workers and os.name == "posix" else None
-    return iter(
-        DataLoader(
-            stream,
-            batch_size=None,
-            sampler=numbers,
-            num_workers=c.workers,
-            pin_memory=pin,
-            multiprocessing_context=context,
-        )
+    workers = c.workers if os.name == "posix" else 0
+    context = "fork" if workers else None
+    loader = DataLoader(
+        stream, batch_size=None, sampler=numbers, num_workers=workers, multiprocessing_context=context
     )
+    return iter(loader)
 
 
 def fetch(batches, run: Run) -> tuple[list[data.Batch], float]:
@@ -443,7 +444,7 @@ def optimizer_step(run: Run, ddp: nn.Module, micro: list[data.Batch], optimizers
 # Checkpoints and validation
 
 
-def finish_step(run: Run, vlm: model.VLM, tokenizer, optimizers, step: int, choose_mode) -> None:
+def finish_step(run: Run, vlm: model.VLM, tokenizer, optimizers, step: int) -> None:
     """Save before validating, so that a failure there loses nothing."""
     cfg, done = run.cfg, step + 1
     last = done == cfg.steps

@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
         micro, waited = fetch(batches, run)
         stats = optimizer_step(run, ddp, micro, optimizers, step, fast_slow_loss)
         run.log(step, stats, micro, waited, visual_tokens=mean_tokens)
-        finish_step(run, vlm, tokenizer, optimizers, step, choose_mode)
+        finish_step(run, vlm, tokenizer, optimizers, step)
     run.close()
 
 

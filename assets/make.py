@@ -262,11 +262,11 @@ def text_record(i: int, split: str = "train") -> data.Record:
             for s in (scene, data.make_scene(split, rng.randrange(1 << 40)))
         ]
         return data.Record("text", told, [])
-    boxes = rng.random() < 0.2  # boxes are long
+    boxes = rng.random() < 0.1  # boxes are long
     told = data.say(scene, rng if rng.random() < 0.3 else None, boxes) + "\n"
     kinds = data.SCENE_QUESTIONS if boxes else [k for k in data.SCENE_QUESTIONS if k != "ref"]
     turns = []
-    for _, question, answer, _ in data.ask_many(scene, kinds, 8, rng, split):
+    for _, question, answer, _ in data.ask_many(scene, kinds, 10, rng, split):
         turns += [("user", [question]), ("assistant", [answer])]
     turns[0] = ("user", [told, *turns[0][1]])
     return data.Record("chat", turns, [])
@@ -276,6 +276,8 @@ def text_batch(first: int, n: int, tokenizer: data.Tokenizer, split: str = "trai
     told = []
     for i in range(first, first + n):
         pieces = data.pieces_of(text_record(i, split), tokenizer)
+        if i % 4 == 0:  # plain language modelling: descriptions and questions, too
+            pieces = [(ids, True) for ids, _ in pieces]
         told.append(data.lay_out(data.cut(pieces, 0, 256), 0))
     return data.make_rows(told, [0] * n, 256)[0]
 
@@ -284,12 +286,14 @@ def make_lm(minutes: float, seed: int = 0) -> None:
     torch.manual_seed(seed)
     tokenizer = data.Tokenizer.from_file(HERE / "scenes.tiktoken")
     lm = model.Decoder(model.DecoderConfig(vocab_size=tokenizer.vocab_size))
+    for block in lm.layers:
+        block.compile(fullgraph=True, dynamic=True)
     optimizers = make_optimizer(lm.named_parameters(), 0.02)
     base = [[group["lr"] for group in o.param_groups] for o in optimizers]
     start, step, done = time.time(), 0, 0.0
     bar = tqdm(total=round(minutes * 60), unit="s")
     while done < 1:
-        loss, _ = text_step(lm, text_batch(step * 64, 64, tokenizer))
+        loss, _ = text_step(lm, text_batch(step * 32, 32, tokenizer))
         for o, rates in zip(optimizers, base):
             for group, rate in zip(o.param_groups, rates):
                 group["lr"] = rate * min(1, (step + 1) / 100) * 0.5 * (1 + np.cos(np.pi * done))
@@ -299,14 +303,14 @@ def make_lm(minutes: float, seed: int = 0) -> None:
             o.step()
         done = min(1.0, (time.time() - start) / (minutes * 60))
         step += 1
-        if step % 250 == 0:
+        if step % 500 == 0:
             lm.save_pretrained(HERE / "tiny_lm", torch.float16)
             bar.write(f"step {step} loss {loss.item():.3f} {score_text(lm, tokenizer, 48)}", file=sys.stderr)
         bar.n = round(done * minutes * 60)
         bar.refresh()
     bar.close()
     lm.save_pretrained(HERE / "tiny_lm", torch.float16)
-    print(f"{step} steps of 64;", score_text(model.Decoder.from_pretrained(HERE / "tiny_lm"), tokenizer, 500))
+    print(f"{step} steps of 32;", score_text(model.Decoder.from_pretrained(HERE / "tiny_lm"), tokenizer, 500))
 
 
 def text_step(lm: model.Decoder, rows: data.Rows):

@@ -6,7 +6,7 @@ import torch
 import data
 import model
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # these models are too small to gain from more
 
 
 @pytest.fixture(scope="session")

@@ -66,10 +66,10 @@ def test_older_layout(name, tmp_path):
     check_half(rewritten(tmp_path, name, older_vit if name == "clip-vision" else older_decoder), name)
 
 
-def test_keys_that_transformers_leaves_out_have_its_defaults(tmp_path):
+def test_keys_that_are_left_out_or_null_have_transformers_defaults(tmp_path):
     def change(config, weights):
-        for key in ("tie_word_embeddings", "head_dim", "attention_bias"):
-            del config[key]
+        del config["tie_word_embeddings"], config["attention_bias"]
+        config["head_dim"] = None
 
     check_half(rewritten(tmp_path, "llama", change), "llama")
 

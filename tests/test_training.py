@@ -150,7 +150,7 @@ def test_teacher_sees_pruned_tokens_and_carries_no_gradient():
 
 
 def test_slow_loss_equals_the_formula_in_double():
-    """CE, KL and the gradients of connector, isolator and decoder, recomputed from the plain formulas in fp64."""
+    """CE, KL and the gradients of connector, isolator and decoder, from the plain formulas in fp64."""
     torch.manual_seed(0)
     vlm = model.VLM(small_config()).double()
     for p in vlm.decoder.parameters():
@@ -218,7 +218,7 @@ def test_resume_is_exact(stage, tmp_path, monkeypatch, small_halves):
 
 
 def test_training_lowers_the_loss_end_to_end(tmp_path, small_halves):
-    """Both stages with scaling between them, from random halves: the loss falls by a third, chat works after."""
+    """Both stages with scaling between them, from random halves: the loss falls by a third."""
     flags = [*SMALL, "--lr", "3e-3", "--log_every", "5"]
     train_pretrain.main([*flags, *small_halves, "--steps", "60", "--out", str(tmp_path / "a")])
     log = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]

@@ -3,8 +3,7 @@
     record ─► pieces: token ids, each supervised or not, and images ─► rows (B, T) with doc_ids and positions
 
 The way of one sample: a source (Scenes, or LLaVA's JSON) gives a Record; `lay_out` turns it into ids, image
-slots
-and targets; `make_batch` puts several samples into rows. Labels come from the pieces, never from string
+slots and targets; `make_batch` puts several samples into rows. Labels come from the pieces, never from string
 splits, so the supervised tokens are the answers by construction.
 """
 
@@ -15,6 +14,7 @@ import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
@@ -67,15 +67,16 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        return self.bpe.encode_ordinary(text)
+        """Ids of a text, which gets a space in front so that a word is the same token wherever it stands."""
+        return self.bpe.encode_ordinary(" " + text)
 
     def control(self, text: str) -> list[int]:
         """Ids of our own template strings: the only place where control tokens are made."""
         return self.bpe.encode(text, allowed_special="all")
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids; control tokens are left out."""
-        return self.bpe.decode([i for i in ids if i < len(self.ranks)], errors="replace")
+        """Text of ids: control tokens are left out, and so is the space that `encode` put in front."""
+        return self.bpe.decode([i for i in ids if i < len(self.ranks)], errors="replace").removeprefix(" ")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -286,8 +287,8 @@ def make_batch(
     """samples: (pieces, pixels (n, 3, size, size)) each; modes: "full", "fast" or "slow" for each.
 
     A slow sample is one whose student row holds all visual tokens and whose teacher row holds the pruned
+    ones. The bank of visual tokens (VLM.bank) lists all images' full tokens first, then all their pruned
     ones.
-    The bank of visual tokens (VLM.bank) lists all images' full tokens first, then all their pruned ones.
     """
     full, pruned = cfg.visual_tokens("full"), cfg.visual_tokens("pruned")
     first_image = np.cumsum([0] + [len(pixels) for _, pixels in samples])
@@ -454,7 +455,7 @@ def word_font() -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size=18)  # the font that Pillow carries
 
 
-# What can be said about a scene. Every question is (type, question, answer, asks about a held-out pair?).
+# What can be said and asked about a scene. Questions end with what they are about, places come before things.
 
 QUESTION_TYPES = ("colour", "shape", "count", "relation", "exists")
 YES_NO = ("no", "yes")
@@ -462,72 +463,58 @@ YES_NO = ("no", "yes")
 
 def say(scene: Scene, rng: random.Random | None = None, boxes: bool = False) -> str:
     """One sentence that names everything, in raster order or, given rng, in a random one."""
-    parts = [(t.cell, f"{t.name} {PLACES[t.cell]}" + (f" [{t.box}]" if boxes else "")) for t in scene.things]
+    parts = [(t.cell, f"{PLACES[t.cell]} {t.name}" + (f" [{t.box}]" if boxes else "")) for t in scene.things]
     if scene.word:
-        parts.append((scene.word_cell, f"word {scene.word} {PLACES[scene.word_cell]}"))
+        parts.append((scene.word_cell, f"{PLACES[scene.word_cell]} word {scene.word}"))
     parts.sort()
     if rng:
         rng.shuffle(parts)
     return ", ".join(part for _, part in parts) + "."
 
 
-def ask(scene: Scene, kind: str, rng: random.Random, split: str) -> tuple[str, str, str, bool] | None:
+class Asked(NamedTuple):
+    kind: str
+    question: str
+    answer: str
+    held_out: bool  # about a pair that training never shows
+
+
+def ask(scene: Scene, kind: str, rng: random.Random, split: str) -> Asked | None:
     """A question of one type, or None where the scene offers none; yes and no are equally likely."""
     things = list(scene.things)
     pairs = [(t.colour, t.shape) for t in things]
     alone = [t for t in things if pairs.count((t.colour, t.shape)) == 1]
-    if kind == "colour" or kind == "shape":
+    if kind in ("colour", "shape"):
         thing = rng.choice(things)
         other = thing.shape if kind == "colour" else thing.colour
-        unique = sum(other in pair for pair in pairs) == 1
-        place, by_name = PLACES[thing.cell], unique and rng.random() < 0.5
-        if kind == "colour":
-            question = f"what colour is the {other}?" if by_name else f"what colour is the {place} shape?"
-        else:
-            question = f"what shape is {other}?" if by_name else f"what shape is in the {place}?"
-        return kind, question, getattr(thing, kind), (thing.colour, thing.shape) in HELD_OUT
+        by_name = sum(other in pair for pair in pairs) == 1 and rng.random() < 0.5
+        question = f"what {kind} is {'the ' + other if by_name else PLACES[thing.cell]}?"
+        return Asked(kind, question, getattr(thing, kind), (thing.colour, thing.shape) in HELD_OUT)
     if kind == "count":
-        counts = [
-            (f"{shape}s" if shape != "cross" else "crosses", sum(shape in pair for pair in pairs))
-            for shape in SHAPES
-        ]
-        counts += [(f"{colour} shapes", sum(colour in pair for pair in pairs)) for colour in COLOURS]
-        counts.append(("shapes", len(things)))
-        answer = rng.choice(
-            sorted({n for _, n in counts})
-        )  # first the number, so that 0 and 1 do not swamp the rest
-        return (
-            kind,
-            f"how many {rng.choice([what for what, n in counts if n == answer])} are there?",
-            str(answer),
-            False,
-        )
+        counts = [(other, sum(other in pair for pair in pairs)) for other in (*SHAPES, *COLOURS)]
+        counts.append(("any", len(things)))
+        answer = rng.choice(sorted({n for _, n in counts}))  # the number first, or 0 and 1 would swamp the rest
+        what = rng.choice([other for other, n in counts if n == answer])
+        return Asked(kind, f"how many shapes are {what}?", str(answer), False)
     if kind == "relation":
         return ask_relation(alone, rng)
     if kind == "exists":
         return ask_exists(pairs, rng, split)
-    if kind == "place" and alone:
-        thing = rng.choice(alone)
-        return (
-            kind,
-            f"where is the {thing.name}?",
-            PLACES[thing.cell],
-            (thing.colour, thing.shape) in HELD_OUT,
-        )
     if kind == "what":
         cell = rng.randrange(9)
         here = [t.name for t in things if t.cell == cell]
         word = f"word {scene.word}" if scene.word and scene.word_cell == cell else "nothing"
-        return kind, f"what is in the {PLACES[cell]}?", here[0] if here else word, False
+        return Asked(kind, f"what is {PLACES[cell]}?", here[0] if here else word, False)
     if kind == "text" and scene.word:
-        return kind, "what word is written?", scene.word, False
-    if kind == "ref" and alone:
+        return Asked(kind, "what is the word?", scene.word, False)
+    if kind in ("place", "ref") and alone:
         thing = rng.choice(alone)
-        return kind, f"give the box of the {thing.name}.", thing.box, (thing.colour, thing.shape) in HELD_OUT
+        ask, answer = ("where", PLACES[thing.cell]) if kind == "place" else ("in which box", thing.box)
+        return Asked(kind, f"{ask} is the {thing.name}?", answer, (thing.colour, thing.shape) in HELD_OUT)
     return None
 
 
-def ask_relation(alone: list[Thing], rng: random.Random) -> tuple[str, str, str, bool] | None:
+def ask_relation(alone: list[Thing], rng: random.Random) -> Asked | None:
     """Is A left of / right of / above / below B? Only where the two lie in different columns (rows)."""
     options = []
     for a in alone:
@@ -544,10 +531,10 @@ def ask_relation(alone: list[Thing], rng: random.Random) -> tuple[str, str, str,
         options
     )  # every pair is listed both ways round: yes and no are balanced
     held_out = bool({(a.colour, a.shape), (b.colour, b.shape)} & HELD_OUT)
-    return "relation", f"is the {a.name} {relation} the {b.name}?", YES_NO[true], held_out
+    return Asked("relation", f"is the {a.name} {relation} the {b.name}?", YES_NO[true], held_out)
 
 
-def ask_exists(pairs: list[tuple[str, str]], rng: random.Random, split: str) -> tuple[str, str, str, bool]:
+def ask_exists(pairs: list[tuple[str, str]], rng: random.Random, split: str) -> Asked:
     """Half the answers are yes. A "no" asks for a held-out pair in tests only, else training would teach the
     no.
     """
@@ -560,18 +547,16 @@ def ask_exists(pairs: list[tuple[str, str]], rng: random.Random, split: str) -> 
         pair = rng.choice(
             near if near and rng.random() < 0.6 else absent
         )  # hard: both halves are there, apart
-    return "exists", f"is there any {pair[0]} {pair[1]}?", YES_NO[yes], pair in HELD_OUT
+    return Asked("exists", f"is there any {pair[0]} {pair[1]}?", YES_NO[yes], pair in HELD_OUT)
 
 
-def ask_many(
-    scene: Scene, kinds: tuple[str, ...], n: int, rng: random.Random, split: str
-) -> list[tuple[str, str, str, bool]]:
+def ask_many(scene: Scene, kinds: tuple[str, ...], n: int, rng: random.Random, split: str) -> list[Asked]:
     """n different questions of types drawn from `kinds`; fewer where the scene offers fewer."""
     found = {}
     for _ in range(3 * n):
-        question = ask(scene, rng.choice(kinds), rng, split)
-        if question and question[1] not in found:
-            found[question[1]] = question
+        asked = ask(scene, rng.choice(kinds), rng, split)
+        if asked and asked.question not in found:
+            found[asked.question] = asked
         if len(found) == n:
             break
     return list(found.values())

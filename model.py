@@ -176,8 +176,8 @@ PRESETS = {
             encoder_from=str(ASSETS / "tiny_vit"),
             decoder_from=str(ASSETS / "tiny_lm"),
         ),
-        "pretrain": {"train": "connector,decoder", "steps": 500, "batch_size": 32, "lr": 2e-3},
-        "sft": {"train": "vit,connector,decoder", "steps": 300, "batch_size": 32, "lr": 1e-3},
+        "pretrain": {"train": "connector,decoder", "steps": 500, "lr": 2e-3, "muon_lr": 0.01},
+        "sft": {"train": "connector,decoder", "steps": 300, "lr": 1e-3, "muon_lr": 0.005},
     },
 }
 
@@ -616,9 +616,8 @@ class Scale(nn.Module):
     @torch.no_grad()
     def inflate_from(self, source: "Scale", factor: int) -> None:
         """Parameter inflation: weights are copied as they are, a new window takes the queries of the old
-        window
-        that it lies in (nearest neighbour on the grid of windows, so both axes are repeated, not the flat
-        list).
+        window that it lies in (nearest neighbour on the grid of windows, so both axes are repeated, not the
+        flat list).
         """
         self.blocks.load_state_dict(source.blocks.state_dict())
         grid = source.queries.unflatten(0, (source.per_side, source.per_side))
@@ -642,8 +641,8 @@ class ChainOfSight(nn.Module):
     """Scales from coarse to fine, concatenated: a causal decoder reads the whole before the details.
 
     Window side 1 is a linear projection, window side S a plain resampler; Chain-of-Sight lies between. All
-    scales
-    share the last LayerNorm and Linear. No exchange between windows or scales: the chain is only the order.
+    scales share the last LayerNorm and Linear. No exchange between windows or scales: the chain is only the
+    order.
     """
 
     def __init__(self, cfg: ConnectorConfig, context_width: int, side: int, out_width: int):

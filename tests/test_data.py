@@ -21,7 +21,14 @@ def samples(kind: str, n: int) -> list:
 
 
 def test_tokenizer_round_trip_and_control_tokens_in_text_stay_text():
-    for text in ("red ring northwest.", "Grüße <|end|> \U0001f600\n\n  x", "KTZ 12 345", "<|user|>", ""):
+    for text in (
+        "red ring northwest.",
+        "Grüße <|end|> \U0001f600\n\n  x",
+        "KTZ 12 345",
+        "<|user|>",
+        "",
+        " led",
+    ):
         ids = TOKENIZER.encode(text)
         assert TOKENIZER.decode(ids) == text
         assert all(i < len(TOKENIZER.ranks) for i in ids)
@@ -40,7 +47,7 @@ def test_supervised_tokens_decode_to_exactly_the_answers(mode):
             ids = rows.targets.tolist()
             assert ids.count(TOKENIZER.end) == len(answers)
             decoded = TOKENIZER.bpe.decode(ids).split("<|end|>")[:-1]
-            assert decoded == answers
+            assert decoded == [" " + answer for answer in answers]
             shifted = rows.ids.flatten()[rows.supervised + 1]  # a target is the token that comes next
             assert torch.equal(shifted, rows.targets)
 
@@ -142,7 +149,7 @@ def test_yes_and_no_are_balanced_and_answers_are_true():
         _, text, answer, _ = data.ask(scene, "exists", random.Random(i), "test")
         assert (answer == "yes") == (text.removeprefix("is there any ").removesuffix("?") in names)
         counted = data.ask(scene, "count", random.Random(i), "test")
-        if counted[1] == "how many shapes are there?":
+        if counted[1] == "how many shapes are any?":
             assert int(counted[2]) == len(names)
     for kind, n in asked.items():
         assert abs(yes[kind] / n - 0.5) < 3 * 0.5 / n**0.5, kind

@@ -493,7 +493,7 @@ def ask(scene: Scene, kind: str, rng: random.Random, split: str) -> Asked | None
     if kind == "count":
         counts = [(other, sum(other in pair for pair in pairs)) for other in (*SHAPES, *COLOURS)]
         counts.append(("any", len(things)))
-        answer = rng.choice(sorted({n for _, n in counts}))  # the number first, or 0 and 1 would swamp the rest
+        answer = rng.choice(sorted({n for _, n in counts}))  # the number first: else mostly 0 and 1
         what = rng.choice([other for other, n in counts if n == answer])
         return Asked(kind, f"how many shapes are {what}?", str(answer), False)
     if kind == "relation":

@@ -4,13 +4,12 @@
     python eval.py --model runs/a/sft --tasks choice:my/questions.jsonl,caption:my/captions.jsonl
     python eval.py --model runs/a/sft --chat image.png
 
-A task is scored twice: as it is, and with the images swapped (a seeded derangement): what a model scores blind
-it did not see. Scores are 0-100 (CIDEr-D x 100), with n and the standard error beside them.
+A task is scored twice: as it is, and with the images swapped (a seeded derangement): what a model scores
+blind it did not see. Scores are 0-100 (CIDEr-D x 100), with n and the standard error beside them.
 """
 
 import base64
 import collections
-import dataclasses
 import html
 import io
 import json
@@ -20,10 +19,8 @@ import random
 import re
 import string
 import subprocess
-import sys
-import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +37,7 @@ from model import UserError
 @dataclass
 class EvalConfig:
     model: str = ""  # run or checkpoint folder
-    tasks: str = (
-        "scenes"  # comma list of scenes_vqa, scenes_text, ..., "scenes" for all of them, or kind:FILE.jsonl
-    )
+    tasks: str = "scenes"  # comma list of scenes (all), scenes_vqa, scenes_text, ..., or kind:FILE.jsonl
     images: str = ""  # folder of the images of kind:FILE tasks; default: the file's own
     tokens: str = "full"  # visual tokens at inference: full, pruned, or both
     out: str = ""  # eval.json to write
@@ -92,7 +87,7 @@ def main(argv: list[str]) -> None:
 
 @dataclass
 class Question:
-    image: object  # a Scene, a path or a PIL image
+    image: object  # a Scene or a path
     text: str
     answers: list[str]
     type: str = ""  # sub-score it belongs to
@@ -251,16 +246,11 @@ def row_of(
 
 
 def derange(images: list, seed: int) -> list:
-    """The same images dealt out anew so that none stays where it was: one cycle through them in random order."""
-    different = list(
-        {id(image) if isinstance(image, Image.Image) else image: image for image in images}.values()
-    )
-    order = random.Random(seed).sample(range(len(different)), len(different))
-    other = {order[i]: order[i - 1] for i in range(len(order))}
-    number = {id(image) if isinstance(image, Image.Image) else image: i for i, image in enumerate(different)}
-    return [
-        different[other[number[id(image) if isinstance(image, Image.Image) else image]]] for image in images
-    ]
+    """The same images dealt out anew, none where it was: one cycle through them in random order."""
+    different = list(dict.fromkeys(images))  # scenes and paths; questions about one image stay together
+    cycle = random.Random(seed).sample(different, len(different))
+    other = dict(zip(cycle, cycle[1:] + cycle[:1]))
+    return [other[image] for image in images]
 
 
 def answer_all(vlm, tokenizer, task: Task, images: list, mode: str, cfg: EvalConfig) -> list[str]:
@@ -619,6 +609,237 @@ def standard_error(scores: list[float]) -> float:
     n = len(scores)
     mean = sum(scores) / max(1, n)
     return math.sqrt(sum((score - mean) ** 2 for score in scores) / (n - 1) / n) if n > 1 else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The report: one page that opens offline. What comes from data or the model goes through `quote`, and the
+# page's own policy forbids to run or to fetch anything. Canvas and CanvasText follow prefers-color-scheme.
+
+quote = html.escape
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+DASHES = ("none", "6 3", "2 3", "9 3 2 3")  # together with the hue: no curve is told apart by colour alone
+CSS = """
+:root { color-scheme: light dark; --c0: #3b7fe0; --c1: #d0701f; --c2: #1f9483; --c3: #9560cc;
+  --soft: color-mix(in srgb, CanvasText 65%, Canvas); --line: color-mix(in srgb, CanvasText 14%, Canvas) }
+body { margin: 0 auto; max-width: 1000px; padding: 24px 20px 64px; background: Canvas; color: CanvasText;
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere }
+h1 { font-size: 26px; margin: 0 } h2 { font-size: 18px; margin: 40px 0 4px } b { font-weight: 600 }
+p, small, dt, th, figcaption { color: var(--soft); font-size: 13px; margin: 0 } dl, dd, figure { margin: 0 }
+.grid { display: grid; gap: 16px; margin-top: 14px } img, svg { display: block; width: 100% }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; margin-top: 12px }
+td, th { padding: 3px 0 3px 16px; white-space: nowrap; text-align: right; font-weight: normal }
+.left { text-align: left; padding-left: 0 } td:has(.bar) { width: 40%; min-width: 160px }
+.first td { border-top: 1px solid var(--line); padding-top: 8px } .part [rowspan] { padding-left: 20px }
+[rowspan] { vertical-align: top; padding-right: 14px } .key { text-indent: -18px }
+.key i { display: inline-block; margin: -3px 6px 0 18px; vertical-align: middle }
+i { height: 12px; width: 22px; border-radius: 3px } .bar i { position: absolute; left: 0 }
+.bar { height: 12px; border-radius: 3px; background: var(--line); position: relative }
+.seen { background: var(--c0) } .unseen { background: color-mix(in srgb, var(--c0) 45%, Canvas) }
+.bar .blind { margin: -2px -1px } i.blind { height: 16px; width: 2px; background: CanvasText }
+i.chance { height: 22px; width: 0; border-left: 3px dotted var(--c1) } .bar .chance { margin: -5px -1px }
+.card { border: 1px solid var(--line); border-radius: 8px; overflow: hidden } .card b { float: right }
+.card div { padding: 8px 12px 12px } figure img { border-radius: 6px } .axis { stroke: var(--line) }
+.card .answer { font-size: 15px; font-weight: 600; color: CanvasText; max-height: 15em; overflow: auto }
+.good { color: color-mix(in srgb, #0c9a55 75%, CanvasText) } text { fill: var(--soft); font-size: 11px }
+.bad { color: color-mix(in srgb, #e03c2c 80%, CanvasText) } polyline { fill: none; stroke-width: 2 }
+figcaption svg { display: inline; width: 24px; height: 8px; margin: 0 6px 0 16px; stroke-width: 2 }
+"""
+
+
+def write_report(
+    path: Path, title: str, facts: list[tuple[str, str]], results: list[dict], examples: list[dict],
+    curves: dict[str, dict[str, list[tuple[float, float]]]], overlays: list[dict],
+) -> None:  # fmt: skip
+    """Everything a run has to show, on one page. What is empty leaves its section out."""
+    told = [f"<dl><dt>{quote(str(k))}</dt><dd>{quote(str(v))}</dd></dl>" for k, v in facts]
+    body = f"<h1>{quote(title)}</h1>" + html_grid("", told, 165) + html_results(results)
+    body += html_grid("What the decoder sees: the bright patches", [html_overlay(o) for o in overlays], 215)
+    body += html_grid("Examples", [html_card(e) for e in examples], 215)
+    body += html_grid("Training, log scale over steps", [html_chart(*c) for c in curves.items()], 420)
+    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+    head += f'<meta name="viewport" content="width=device-width"><title>{quote(title)}</title>'
+    page = f'<!doctype html><html lang="en"><head>{head}<style>{CSS}</style></head><body>{body}</body></html>'
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(page, encoding="utf-8", errors="replace")  # an answer may hold half a surrogate pair
+    os.replace(temporary, path)
+
+
+def html_grid(heading: str, cells: list[str], width: int) -> str:
+    """A section of equal columns, at least `width` pixels wide each; nothing where there are no cells."""
+    columns = f"grid-template-columns: repeat(auto-fill, minmax(min({width}px, 100%), 1fr))"
+    grid = f'<h2>{heading}</h2><div class="grid" style="{columns}">{"".join(cells)}</div>'
+    return grid.removeprefix("<h2></h2>") if any(cells) else ""
+
+
+def html_image(image: Image.Image, alt: str, most: int = 320) -> str:
+    """A picture that carries its own bytes; photos are shrunk, or fifty of them would make a heavy page."""
+    image = image.convert("RGB")  # also a copy, as thumbnail works in place
+    image.thumbnail((most, most))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    code = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{quote(alt)}" src="data:image/png;base64,{code}">'
+
+
+def html_results(results: list[dict]) -> str:
+    """A row with a bar for every result; full and pruned of one task and number of shots stand together."""
+    groups = {}
+    for r in sorted(results, key=lambda r: r["tokens"]):  # full before pruned, else in the order given
+        groups.setdefault((r["task"], r["shots"]), []).append(r)
+    rows = "".join(html_row(group, i) for group in groups.values() for i in range(len(group)))
+    key = '<i class="unseen"></i>score up to blind<i class="seen"></i>what looking adds'
+    key += '<i class="chance"></i>chance<i class="blind"></i>blind: same questions, other pictures'
+    head = '<th class="left">task<th class="left">tokens<th><th>score<th>blind<th>chance<th>questions'
+    table = f'<div style="overflow-x: auto"><table><tr>{head}</tr>{rows}</table></div>'
+    return f'<h2>Results</h2><p class="key">{key}</p>{table}' if rows else ""
+
+
+def html_row(group: list[dict], i: int) -> str:
+    """Row i of a group; the first one also names the group."""
+    r = group[i]
+    base, _, part = quote(r["task"]).partition("/")
+    top = 100 * max(1, math.ceil(max(g["score"] for g in group) / 100))  # CIDEr-D may exceed 100
+    about = [quote(r["metric"])] + [f"{r['shots']}-shot"] * (r["shots"] > 0) + [f"bar to {top}"] * (top > 100)
+    name = part or f"<b>{base}</b><br><small>{', '.join(about)}</small>"
+    row = "" if i else f'<td class="left" rowspan="{len(group)}">{name}</td>'
+    row += f'<td class="left"><small>{quote(r["tokens"])}</small></td><td><div class="bar">'
+    score, blind, chance = values = r["score"], r.get("blind_score"), r.get("chance")
+    marks = (("seen", score), ("unseen", min(score, blind or 0)), ("chance", chance), ("blind", blind))
+    for mark, value in marks:
+        side = "width" if "seen" in mark else "left"
+        if value is not None:
+            row += f'<i class="{mark}" style="{side}: {max(0, min(100, 100 * value / top)):.1f}%"></i>'
+    score, blind, chance = ("–" if value is None else f"{value:.1f}" for value in values)
+    row += f"</div></td><td><b>{score}</b> <small>± {r['stderr']:.1f}</small></td>"
+    row += f"<td>{blind}</td><td>{chance}</td><td>{r['n']:,}</td>"
+    return f'<tr class="{"part" if part else "" if i else "first"}">{row}</tr>'
+
+
+def html_card(e: dict) -> str:
+    """One picture, question and answer. A sign and a word tell the verdict; colour only repeats it."""
+    kind, verdict = ("good", "✓ right") if e["score"] > 0.999 else ("bad", "✗ wrong")
+    if 0 < e["score"] <= 0.999:
+        kind, verdict = "", f"◐ {100 * e['score']:.0f} %"
+    right = list(dict.fromkeys(e["right"]))[:3] or ["–"]
+    known = "reference: " + right[0] if len(right[0]) > 40 else "right: " + " / ".join(right)
+    text = f'<b class="{kind}">{verdict}</b><small>{quote(e["task"])}</small><p>{quote(e["question"])}</p>'
+    text += f'<p class="answer">{quote(e["answer"]) or "–"}</p><p>{quote(known)}</p>'
+    return f'<div class="card">{html_image(e["image"], e["question"])}<div>{text}</div></div>'
+
+
+def html_overlay(o: dict) -> str:
+    """The picture under its patch grid, each patch as bright as its weight."""
+    S = len(o["weight"])
+    patch = max(8, 288 // S)  # whole pixels a patch
+    light = np.kron(0.2 + 0.8 * o["weight"], np.ones((patch, patch)))[..., None]  # (S*patch, S*patch, 1)
+    pixels = light * np.asarray(o["image"].convert("RGB").resize((S * patch, S * patch)))
+    for edge in (np.s_[::patch], np.s_[:, ::patch]):
+        pixels[edge] = 0.85 * pixels[edge] + 0.15 * 128
+    picture = html_image(Image.fromarray(pixels.astype(np.uint8)), o["label"], S * patch)
+    return f"<figure>{picture}<figcaption>{quote(o['label'])}</figcaption></figure>"
+
+
+def html_chart(name: str, lines: dict[str, list[tuple[float, float]]]) -> str:
+    """One stage's curves over steps, on a logarithmic axis that CE, KL and the steep start can share."""
+    lines = {label: [p for p in points if 0 < p[1] < math.inf] for label, points in lines.items()}
+    every = np.array([point for points in lines.values() for point in points])
+    if not len(every):
+        return ""
+    (x0, low), (x1, high) = every.min(0), every.max(0)
+    x1, low = max(x1, x0 + 1), max(low, high / 1000)  # what is smaller lies on the floor
+    round_numbers = [m * 10.0**e for e in range(-40, 40) for m in (1, 2, 5)]
+    y0, y1 = max(t for t in round_numbers if t <= low), min(t for t in round_numbers if t > high)
+    ticks = [t for t in round_numbers if y0 <= t <= y1]
+    stride = next(t for t in round_numbers if t >= max(1, (x1 - x0) / 5))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return 44 + 414 * (x - x0) / (x1 - x0), 214 - 206 * max(0, math.log(y / y0)) / math.log(y1 / y0)
+
+    svg, legend = "", f"<b>{quote(name)}</b>"
+    for t in ticks if len(ticks) < 9 else ticks[::3]:
+        y = place(x0, t)[1]
+        svg += f'<path class="axis" d="M44 {y}H458"/><text x="38" y="{y + 4}" text-anchor="end">{t:g}</text>'
+    for t in np.arange(math.ceil(x0 / stride), x1 / stride + 1e-9) * stride:
+        svg += f'<text x="{place(t, y0)[0]}" y="232" text-anchor="middle">{t:,.0f}</text>'
+    for i, (label, points) in enumerate((label, points) for label, points in lines.items() if points):
+        parts = np.array_split(points, min(len(points), 100))  # a long noisy curve is drawn as 100 means
+        spots = [place(*part.mean(0)) for part in parts]
+        style = f'style="stroke: var(--c{i % 4}); stroke-dasharray: {DASHES[i % 4]}"'
+        svg += f'<polyline {style} points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in spots)}"/>'
+        for x, y in spots if len(spots) < 20 else []:  # what is measured rarely shows when
+            svg += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" style="fill: var(--c{i % 4})"/>'
+        legend += f'<svg viewBox="0 0 24 8"><path d="M0 4H24" {style}/></svg>{quote(label)}'
+        legend += f" {points[-1][1]:.3g}"
+    return f'<figure><figcaption>{legend}</figcaption><svg viewBox="0 0 480 238">{svg}</svg></figure>'
+
+
+def make_report(path: Path, vlm, step: Path, summary: dict, examples: list[dict]) -> None:
+    """report.html: scores, examples, loss curves of this run and the one it came from, what pruners keep."""
+    train = model.read_json(step / "config.json")["train"]
+    curves, facts, folder = {}, [], step.parent if step.name.startswith("step-") else step
+    while folder and (folder / "metrics.jsonl").is_file():
+        config = model.read_json(folder / "config.json")
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        logged = [line for line in lines if "step" in line]
+        names = [name for name in ("ce" if config["stage"] == "sft" else "loss", "kl", "val_loss")]
+        series = {name: [(line["step"], line[name]) for line in logged if name in line] for name in names}
+        curves = {f"{config['stage']}: {folder}": {k: v for k, v in series.items() if v}, **curves}
+        for line in lines:
+            if "scale" in line:
+                told = ", ".join(f"{k[5:]} {v:.3f}" for k, v in line.items() if k.startswith("loss "))
+                facts.append((f"loss on stage-1 data at the hand-over ({line['scale']})", told))
+        init = config["train"]["init"]
+        folder = (Path(init).parent if Path(init).name.startswith("step-") else Path(init)) if init else None
+    size, pruned = vlm.cfg.visual_tokens("full"), vlm.cfg.visual_tokens("pruned")
+    facts = [
+        ("checkpoint", summary["model"]),
+        ("commit", summary["commit"]),
+        ("seed of the run, of the questions", f"{train['seed']}, {summary['seed']}"),
+        ("visual tokens of an image", f"{size} full, {pruned} pruned (isolator included)"),
+        *facts,
+    ]
+    for shown in examples:
+        image = shown["image"]
+        shown["image"] = data.render(image) if isinstance(image, data.Scene) else data.open_image(image)
+    overlays = draw_overlays(vlm, [shown["image"] for shown in examples[:1]])
+    write_report(path, "sightspeed report", facts, summary["results"], examples, curves, overlays)
+
+
+@torch.no_grad()
+def draw_overlays(vlm, images: list[Image.Image]) -> list[dict]:
+    """For each pruner, how much of every patch survives: its share of the kept tokens that cover it."""
+    shown, cfg = [], vlm.cfg
+    for image in images:
+        device = next(vlm.parameters()).device
+        pixels = torch.from_numpy(data.load_images([image], cfg.vit.image_size)).to(device)
+        tokens = vlm.encode(pixels)  # (1, V, D)
+        keep = prune.kept_tokens(tokens.shape[1], cfg.prune.keep)
+        for name in prune.PRUNERS:
+            grid = cfg.side if cfg.connector.kind == "linear" else 0
+            kept = prune.select(name, tokens, keep, grid=grid)[0].tolist()
+            seen = np.zeros((cfg.side, cfg.side))
+            for token in kept:
+                rows, columns, share = token_window(cfg, token)
+                seen[rows, columns] += share
+            label = f"{name} keeps {keep} of {tokens.shape[1]}"
+            shown.append({"image": image, "label": label, "weight": seen / max(seen.max(), 1e-9)})
+    return shown
+
+
+def token_window(cfg: model.ModelConfig, token: int) -> tuple[slice, slice, float]:
+    """The patches that visual token number `token` looks at (rows, columns), and 1 / how many they are."""
+    windows = zip(cfg.connector.windows, cfg.connector.queries) if cfg.connector.kind == "chain" else [(1, 1)]
+    for window, queries in windows:
+        per_side = cfg.side // window
+        if token < per_side**2 * queries:
+            row, column = divmod(token // queries, per_side)
+            rows, columns = (
+                slice(row * window, (row + 1) * window),
+                slice(column * window, (column + 1) * window),
+            )
+            return rows, columns, 1 / window**2
+        token -= per_side**2 * queries
+    raise ValueError(f"token {token} lies beyond the last scale")
 
 
 if __name__ == "__main__":

@@ -777,8 +777,9 @@ class VLM(nn.Module):
         """A new model from pre-trained halves, whose shapes replace those in cfg; the connector is new."""
         if cfg.encoder_from:
             vit = ViT.from_pretrained(cfg.encoder_from)
-            image_size, cfg.vit = cfg.vit.image_size, vit.cfg
-            vit.resize(image_size)
+            cfg.vit = dataclasses.replace(vit.cfg, image_size=cfg.vit.image_size)
+            cfg.check()
+            vit.resize(cfg.vit.image_size)
             cfg.image = read_preprocessor(Path(cfg.encoder_from))
         if cfg.decoder_from:
             decoder = Decoder.from_pretrained(cfg.decoder_from)

@@ -56,7 +56,8 @@ def test_exit_code_is_2_and_the_message_one_line():
 )
 def test_wrong_flags_say_so_and_write_nothing(argv, words, tmp_path):
     out = tmp_path / "run"
-    message = refused(train_pretrain.main, [str(out) if word == "OUT" else word for word in argv])
+    argv = ["--steps", "1", *(str(out) if word == "OUT" else word for word in argv)]
+    message = refused(train_pretrain.main, argv)
     assert all(word in message for word in words), message
     assert not out.exists()
 

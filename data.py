@@ -417,7 +417,9 @@ def make_scene(split: str, index: int) -> Scene:
         Thing(*rng.choice(allowed), cell, *jitter(cell), rng.uniform(10, 16)) for cell in sorted(cells[1:])
     ]
     word = "".join(rng.choice(LETTERS) for _ in range(3)) if rng.random() < 0.5 else ""
-    return Scene(tuple(things), word, cells[0], jitter(cells[0]), rng.randint(120, 205))
+    x, y = jitter(cells[0])
+    word_xy = (min(max(x, 21), CANVAS - 21), y)  # all three letters stay on the paper
+    return Scene(tuple(things), word, cells[0], word_xy, rng.randint(120, 205))
 
 
 def render(scene: Scene, size: int = CANVAS) -> Image.Image:
@@ -564,14 +566,7 @@ def ask_many(scene: Scene, kinds: tuple[str, ...], n: int, rng: random.Random, s
 
 # Records made of scenes, in the three data kinds of MM1 and as instructions.
 
-SCENE_QUESTIONS = (
-    *QUESTION_TYPES,
-    *QUESTION_TYPES,
-    "place",
-    "what",
-    "text",
-    "ref",
-)  # the five types come twice
+SCENE_QUESTIONS = (*QUESTION_TYPES, *QUESTION_TYPES, "place", "what", "text", "ref")  # the five come twice
 
 
 class Scenes:

@@ -198,6 +198,7 @@ def score_task(vlm, tokenizer, task: Task, mode: str, cfg: EvalConfig) -> tuple[
         groups[question.type].append(i)
         if question.held_out:
             groups["held_out"].append(i)
+    groups = dict(sorted(groups.items(), key=lambda group: group[0] == "held_out"))  # a cut across the types
     rows = [row_of(task, name, members, scores, blind, mode) for name, members in groups.items()]
     if "" not in groups:  # the task's own score is the mean over its types
         types = [row for row in rows if not row["task"].endswith("/held_out")]

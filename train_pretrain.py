@@ -89,16 +89,11 @@ def main(argv: list[str]) -> None:
     first = resume(run, vlm, optimizers)
     ddp = prepare(run, vlm)
     batches = load_batches(run, vlm.cfg, tokenizer, cfg.data, first, lambda number: mode)
+    tokens = vlm.cfg.visual_tokens("pruned" if cfg.pruner else "full")
     for step in run.bar(first):
         micro, waited = fetch(batches, run)
         stats = optimizer_step(run, ddp, micro, optimizers, step, caption_loss)
-        run.log(
-            step,
-            stats,
-            micro,
-            waited,
-            visual_tokens=vlm.cfg.visual_tokens("pruned" if cfg.pruner else "full"),
-        )
+        run.log(step, stats, micro, waited, tokens)
         finish_step(run, vlm, tokenizer, optimizers, step)
     run.close()
 
@@ -171,21 +166,14 @@ class Run:
         self.progress.set_postfix(
             {**shown, "samples/s": f"{rate:.0f}", "tok/img": visual_tokens, "wait": f"{wait:.0%}"}
         )
-        self.record(
-            step=step + 1,
-            samples_per_s=round(rate, 2),
-            wait=round(wait, 4),
-            visual_tokens=visual_tokens,
-            **values,
-        )
+        speed = {"samples_per_s": round(rate, 2), "wait": round(wait, 4), "visual_tokens": visual_tokens}
+        self.record(step=step + 1, **speed, **values)
 
     def record(self, **values) -> None:
         if self.main:
+            line = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
             with open(self.folder / "metrics.jsonl", "a") as f:
-                f.write(
-                    json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()})
-                    + "\n"
-                )
+                f.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
         self.progress.close()
@@ -203,11 +191,7 @@ def find_ranks(device: str) -> tuple[int, int, torch.device]:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    place = (
-        torch.device(device, int(os.environ.get("LOCAL_RANK", 0)))
-        if device == "cuda"
-        else torch.device("cpu")
-    )
+    place = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
     if device == "cuda":
         torch.cuda.set_device(place)
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -216,40 +200,44 @@ def find_ranks(device: str) -> tuple[int, int, torch.device]:
     return rank, world, place
 
 
-def start(
-    stage: str, config: type, argv: list[str], doc: str
-) -> tuple[Run, model.VLM, data.Tokenizer, RunConfig]:
-    """Flags over recipe over defaults; then the model, from a resumed run, --init or the preset."""
-    cfg, model_cfg = config(), model.ModelConfig()
-    model.parse_cli(argv, doc, cfg, model_cfg)  # a first look, for the flags that decide what to start from
-    if not cfg.out:
+def read_flags(
+    config: type, stage: str, argv: list[str], doc: str
+) -> tuple[RunConfig, model.ModelConfig, Path]:
+    """Flags over recipe over defaults, and the checkpoint to start from: of --out to go on, else --init."""
+    asked = config()  # a first look: where do recipe and model come from?
+    model.parse_cli(argv, doc, asked, model.ModelConfig())
+    if not asked.out:
         raise UserError("--out is missing: the run folder to write, such as runs/a")
-    going_on = cfg.resume == "auto" and (Path(cfg.out) / "latest").is_file()
-    if cfg.resume not in ("", "auto"):
-        raise UserError(f"--resume '{cfg.resume}': the only value is auto")
-    if not going_on and (Path(cfg.out) / "latest").is_file():
-        raise UserError(
-            f"--out {cfg.out} already holds a run: add --resume auto to continue it, or choose another folder"
-        )
-    source = cfg.out if going_on else cfg.init
-    step = model.find_step(source) if source else None
-    recipe = model.preset(cfg.preset)[stage]
-    if step:
-        saved = model.read_json(step / "config.json")
-        model_cfg = model.from_dict(model.ModelConfig, saved["model"])
-        recipe = saved["train"] if going_on else recipe
+    if asked.resume not in ("", "auto"):
+        raise UserError(f"--resume '{asked.resume}': the only value is auto")
+    begun = (Path(asked.out) / "latest").is_file()
+    if begun and not asked.resume:
+        raise UserError(f"--out {asked.out} already holds a run: add --resume auto, or choose another folder")
+    if asked.scale and not asked.init:
+        raise UserError(f"--scale {asked.scale} needs --init: the run whose tokens are to be scaled up")
+    source = asked.out if begun else asked.init
+    if not source:
+        preset = model.preset(asked.preset)
+        recipe, model_cfg = {**preset[stage], "preset": asked.preset}, model.copy_config(preset["model"])
     else:
-        model_cfg = model.copy_config(model.preset(cfg.preset)["model"])
+        saved = model.read_json(model.find_step(source) / "config.json")
+        recipe = saved["train"] if begun else model.preset(saved["train"]["preset"])[stage]
+        recipe = {"preset": saved["train"]["preset"], **recipe}
+        model_cfg = model.from_dict(model.ModelConfig, saved["model"])
     cfg = model.from_dict(config, {**dataclasses.asdict(config()), **recipe})
     given = model.parse_cli(argv, doc, cfg, model_cfg)
     fixed = [name for name in given if name in model.flags_of(model_cfg) and not name.startswith("prune.")]
-    if step and fixed:
+    if source and fixed:
         raise UserError(f"--{fixed[0]}: the model comes from {source}, only --prune.* of it can be changed")
-    if cfg.scale and not cfg.init:
-        raise UserError(f"--scale {cfg.scale} needs --init: the run whose tokens are to be scaled up")
+    model.trainable_parts(cfg.train)
+    return cfg, model_cfg, model.find_step(source) if source else None
+
+
+def start(stage: str, config: type, argv: list[str], doc: str):
+    """Up to the first step: run, model on its device, tokenizer, flags. Writes config.json last."""
+    cfg, model_cfg, step = read_flags(config, stage, argv, doc)
     rank, world, device = find_ranks(cfg.device)
     resolve_auto(cfg, device, world)
-    model.trainable_parts(cfg.train)
     run = Run(stage, cfg, rank, world, device)
     torch.manual_seed(cfg.seed)
     if step:
@@ -259,24 +247,22 @@ def start(
             vlm.isolator = prune.ModeIsolator(model_cfg.prune.isolator, vlm.cfg.decoder.width)
         vlm.cfg.prune = model_cfg.prune
         vlm.cfg.check()
-        inherited = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(model_cfg.connector).items())
-        run.say(
-            f"model from {step}: {vlm.cfg.vit.image_size} px, {vlm.cfg.visual_tokens()} tokens ({inherited})"
-        )
-        if cfg.scale and not going_on:
-            hand_over(run, vlm, tokenizer, saved["train"]["data"])
     else:
         tokenizer = data.Tokenizer.from_file(model_cfg.tokenizer_from)
         vlm = model.VLM.build(model_cfg)
+    vlm.to(device)
     if tokenizer.vocab_size > vlm.cfg.decoder.vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the decoder only {vlm.cfg.decoder.vocab_size}"
+            f"the tokenizer has {tokenizer.vocab_size} ids, the decoder {vlm.cfg.decoder.vocab_size}"
         )
     data.open_sources(cfg.data, stage)  # a wrong --data shows before a folder is made
+    if step:
+        run.say(f"from {step}: {vlm.cfg.vit.image_size} px, {vlm.cfg.visual_tokens()} visual tokens")
+        if cfg.scale and step.parent != run.folder:
+            hand_over(run, vlm, tokenizer, model.read_json(step / "config.json")["train"]["data"])
     if run.main:
-        run.folder.mkdir(parents=True, exist_ok=True)
         model.write_json(run.folder / "config.json", run_config(run, vlm))
-    return run, vlm.to(device), tokenizer, cfg
+    return run, vlm, tokenizer, cfg
 
 
 def resolve_auto(cfg: RunConfig, device: torch.device, world: int) -> None:
@@ -307,13 +293,13 @@ def hand_over(run: Run, vlm: model.VLM, tokenizer: data.Tokenizer, stage1_data: 
     """Scale the tokens up, and print what inflation is worth: the loss on stage-1 data, before any
     training.
     """
-    losses = {"before": validation_loss(run, vlm.to(run.device), tokenizer, stage1_data, "pretrain")}
+    losses = {"before": validation_loss(run, vlm, tokenizer, stage1_data, "pretrain")}
     cfg, before = vlm.cfg, (vlm.connector, vlm.cfg, vlm.vit.cfg, vlm.vit.embeddings.position_embedding)
     model.scale_up(vlm, run.cfg.scale, inflate=False)
-    losses["random new scales"] = validation_loss(run, vlm.to(run.device), tokenizer, stage1_data, "pretrain")
+    losses["random new scales"] = validation_loss(run, vlm, tokenizer, stage1_data, "pretrain")
     vlm.connector, vlm.cfg, vlm.vit.cfg, vlm.vit.embeddings.position_embedding = before
     model.scale_up(vlm, run.cfg.scale)
-    losses["inflated"] = validation_loss(run, vlm.to(run.device), tokenizer, stage1_data, "pretrain")
+    losses["inflated"] = validation_loss(run, vlm, tokenizer, stage1_data, "pretrain")
     told = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
     run.say(
         f"--scale {run.cfg.scale}: {cfg.visual_tokens()} -> {vlm.cfg.visual_tokens()} visual tokens; "
@@ -458,7 +444,7 @@ def finish_step(run: Run, vlm: model.VLM, tokenizer, optimizers, step: int) -> N
         if loss < run.best:
             run.best = loss
             if run.main:
-                write_text(run.folder / "best", f"step-{done:08d}")
+                write_text(run.folder / "best", f"step-{done:08d}\n")
         if run.main:
             show_answers(run, vlm, tokenizer, cfg.val_data or cfg.data)
 
@@ -478,7 +464,7 @@ def save(run: Run, vlm: model.VLM, tokenizer, optimizers, done: int) -> None:
         torch.save(state, temporary / "state.pt")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
-        write_text(run.folder / "latest", folder.name)
+        write_text(run.folder / "latest", folder.name + "\n")
         best = (run.folder / "best").read_text().strip() if (run.folder / "best").is_file() else ""
         for old in run.folder.glob("step-*"):
             if old.name not in (folder.name, best):
@@ -489,7 +475,7 @@ def save(run: Run, vlm: model.VLM, tokenizer, optimizers, done: int) -> None:
 
 def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text + "\n")
+    temporary.write_text(text)
     os.replace(temporary, path)
 
 
@@ -509,6 +495,10 @@ def resume(run: Run, vlm: model.VLM, optimizers) -> int:
         optimizer.load_state_dict(saved)
     torch.set_rng_state(state["rng"])
     run.best = state["best"]
+    if run.main and (run.folder / "metrics.jsonl").is_file():  # steps after the checkpoint come again
+        lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+        kept = [line for line in lines if json.loads(line).get("step", 0) <= state["step"]]
+        write_text(run.folder / "metrics.jsonl", "".join(line + "\n" for line in kept))
     run.say(f"resumed from {folder}")
     return state["step"]
 

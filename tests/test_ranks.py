@@ -1,0 +1,91 @@
+"""The scripts themselves under torchrun on two CPU processes, and the CUDA paths where there is a GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import test_training
+import torch
+
+import model
+import train_pretrain
+import train_sft
+
+ROOT = Path(__file__).parent.parent
+FLAGS = (
+    "--steps 4 --batch_size 8 --micro_steps 2 --workers 1 --log_every 1 --dtype float32 --clip 1e9".split()
+)
+
+
+def losses(folder: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_losses_of_one_process(tmp_path, small_halves):
+    """Both stages: scaling, fast and slow samples, validation, best checkpoint."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for name, launch in (("one", [sys.executable]), ("two", torchrun)):
+        a, b = str(tmp_path / name / "a"), str(tmp_path / name / "b")
+        first = [*launch, "train_pretrain.py", *small_halves, *FLAGS, "--out", a]
+        second = [
+            *launch,
+            "train_sft.py",
+            *FLAGS,
+            "--init",
+            a,
+            "--out",
+            b,
+            "--slow_share",
+            "0.5",
+            "--eval_every",
+            "2",
+        ]
+        for command in (first, [*second, "--scale", "32to144"]):
+            subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    for stage in ("a", "b"):
+        one, two = losses(tmp_path / "one" / stage), losses(tmp_path / "two" / stage)
+        assert one.keys() == two.keys() == {1, 2, 3, 4}
+        for step, loss in one.items():
+            assert two[step] == pytest.approx(loss, rel=2e-3), (stage, step)
+    assert (tmp_path / "two" / "b" / "best").is_file()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a cuda device")
+def test_cuda_gives_the_gradients_of_the_cpu():
+    picks = [("chat", "fast"), ("chat", "slow"), ("text", "fast")]
+    grads = {}
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        vlm = model.VLM(test_training.small_config()).to(device)
+        vlm.set_trainable(["vit", "connector", "decoder"], isolator=True)
+        batch = test_training.small_batch(picks, vlm.cfg).to(torch.device(device))
+        logits, teacher = vlm(batch)
+        test_training.fast_slow_sums(logits, teacher, batch)["loss"].backward()
+        grads[device] = {name: p.grad.cpu() for name, p in vlm.named_parameters() if p.grad is not None}
+    assert grads["cpu"].keys() == grads["cuda"].keys()
+    for name, gradient in grads["cpu"].items():
+        torch.testing.assert_close(grads["cuda"][name], gradient, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a cuda device")
+def test_both_stages_run_compiled_in_bfloat16_on_cuda(tmp_path, small_halves):
+    flags = "--steps 3 --batch_size 8 --device cuda --dtype bfloat16 --compile true".split()
+    train_pretrain.main([*flags, *small_halves, "--out", str(tmp_path / "a")])
+    sft = [
+        "--init",
+        str(tmp_path / "a"),
+        "--scale",
+        "32to144",
+        "--slow_share",
+        "0.5",
+        "--out",
+        str(tmp_path / "b"),
+    ]
+    train_sft.main([*flags, *sft])
+    assert (tmp_path / "b" / "latest").is_file()

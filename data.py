@@ -194,10 +194,10 @@ def open_image(image: Image.Image | str | Path, name: str = "") -> Image.Image:
     return image.convert("RGB")
 
 
-def to_pixels(image: Image.Image, size: int) -> np.ndarray:
+def to_pixels(image: Image.Image, size: int, resample: int = Image.Resampling.BICUBIC) -> np.ndarray:
     """Plain square resize, aspect not kept: uint8 (3, size, size); normalised later, on the device."""
     if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0)
+        image = image.resize((size, size), resample, reducing_gap=3.0)
     return np.asarray(image).transpose(2, 0, 1)  # (3, size, size)
 
 
@@ -787,15 +787,15 @@ class Stream(Dataset):
 
     def sample(self, n: int) -> tuple[list[Piece], np.ndarray]:
         record = self.record(n)
-        return pieces_of(record, self.tokenizer), load_images(
-            record.images, self.cfg.vit.image_size, record.name
-        )
+        pixels = load_images(record.images, self.cfg, record.name)
+        return pieces_of(record, self.tokenizer), pixels
 
 
-def load_images(images: list, size: int, name: str = "") -> np.ndarray:
-    """Scenes, paths or pictures to uint8 (n, 3, size, size)."""
+def load_images(images: list, cfg: ModelConfig, name: str = "") -> np.ndarray:
+    """Scenes, paths or pictures to uint8 (n, 3, size, size), as the encoder's preprocessor wants them."""
+    size = cfg.vit.image_size
     pixels = [np.zeros((0, 3, size, size), np.uint8)]
     for image in images:
         picture = render(image, size) if isinstance(image, Scene) else open_image(image, name)
-        pixels.append(to_pixels(picture, size)[None])
+        pixels.append(to_pixels(picture, size, cfg.image.resample)[None])
     return np.concatenate(pixels)

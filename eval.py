@@ -264,7 +264,7 @@ def answer_all(vlm, tokenizer, task: Task, images: list, mode: str, cfg: EvalCon
         chosen = order[start : start + cfg.batch_size]
         samples = []
         for i in chosen:
-            pixels = data.load_images([images[i]], vlm.cfg.vit.image_size, f"{task.name} question {i}")
+            pixels = data.load_images([images[i]], vlm.cfg, f"{task.name} question {i}")
             samples.append((data.prompt_pieces(texts[i], 1, tokenizer), pixels))
         batch = data.prompt_batch(samples, mode, vlm.cfg).to(device)
         for i, ids in zip(chosen, vlm.generate(batch, tokenizer.end, task.max_new_tokens)):
@@ -306,7 +306,7 @@ def git_commit() -> str:
 
 def chat(vlm, tokenizer, cfg: EvalConfig) -> None:
     """Ask about one picture; earlier questions and answers stay in the context. An empty line ends."""
-    pixels = data.load_images([Path(cfg.chat)], vlm.cfg.vit.image_size, "--chat")
+    pixels = data.load_images([Path(cfg.chat)], vlm.cfg, "--chat")
     device = next(vlm.parameters()).device
     mode = "pruned" if cfg.tokens == "pruned" else "full"
     print(f"{cfg.chat}: {vlm.cfg.visual_tokens(mode)} visual tokens. Ask; an empty line ends.")
@@ -812,7 +812,7 @@ def draw_overlays(vlm, images: list[Image.Image]) -> list[dict]:
     shown, cfg = [], vlm.cfg
     for image in images:
         device = next(vlm.parameters()).device
-        pixels = torch.from_numpy(data.load_images([image], cfg.vit.image_size)).to(device)
+        pixels = torch.from_numpy(data.load_images([image], cfg)).to(device)
         tokens = vlm.encode(pixels)  # (1, V, D)
         keep = prune.kept_tokens(tokens.shape[1], cfg.prune.keep)
         for name in prune.PRUNERS:

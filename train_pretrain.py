@@ -539,7 +539,7 @@ def show_answers(run: Run, vlm: model.VLM, tokenizer, spec: str, n: int = 4) -> 
     for i in range(n):
         record = source[i]
         question, answer = record.parts[0][1][-1], record.parts[1][1][0]
-        pixels = data.load_images(record.images, vlm.cfg.vit.image_size, record.name)
+        pixels = data.load_images(record.images, vlm.cfg, record.name)
         batch = data.prompt_batch(
             [(data.prompt_pieces(question, len(pixels), tokenizer), pixels)], "full", vlm.cfg
         )

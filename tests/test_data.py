@@ -17,7 +17,7 @@ CFG = model.ModelConfig(vit=model.ViTConfig(image_size=64))
 
 def samples(kind: str, n: int) -> list:
     records = [data.Scenes(kind)[i] for i in range(n)]
-    return [(data.pieces_of(r, TOKENIZER), data.load_images(r.images, 64)) for r in records]
+    return [(data.pieces_of(r, TOKENIZER), data.load_images(r.images, CFG)) for r in records]
 
 
 def test_tokenizer_round_trip_and_control_tokens_in_text_stay_text():
@@ -40,7 +40,7 @@ def test_supervised_tokens_decode_to_exactly_the_answers(mode):
     for i in range(20):
         record = data.Scenes("chat")[i]
         batch = data.make_batch(
-            [(data.pieces_of(record, TOKENIZER), data.load_images(record.images, 64))], [mode], CFG, 64, 999
+            [(data.pieces_of(record, TOKENIZER), data.load_images(record.images, CFG))], [mode], CFG, 64, 999
         )
         answers = [parts[0] for role, parts in record.parts if role == "assistant"]
         for rows in [batch.student] + ([batch.teacher] if batch.teacher else []):

@@ -32,7 +32,7 @@ def small_batch(picks: list[tuple[str, str]], cfg: model.ModelConfig) -> data.Ba
     samples = []
     for n, (kind, _) in enumerate(picks):
         record = data.Scenes(kind)[int(kind == "text") * 100 + n]
-        pixels = data.load_images(record.images, cfg.vit.image_size)
+        pixels = data.load_images(record.images, cfg)
         samples.append((data.pieces_of(record, TOKENIZER), pixels))
     return data.make_batch(samples, [mode for _, mode in picks], cfg, 128, 512)
 
@@ -92,9 +92,7 @@ def shifted_batch(ranks) -> data.Batch:
     samples = []
     for n, (kind, _) in enumerate(ranks[1]):
         record = data.Scenes(kind)[int(kind == "text") * 100 + start + n]
-        samples.append(
-            (data.pieces_of(record, TOKENIZER), data.load_images(record.images, cfg.vit.image_size))
-        )
+        samples.append((data.pieces_of(record, TOKENIZER), data.load_images(record.images, cfg)))
     return data.make_batch(samples, [mode for _, mode in ranks[1]], cfg, 128, 512)
 
 

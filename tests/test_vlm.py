@@ -38,7 +38,7 @@ def prompts() -> list[tuple[list, torch.Tensor]]:
     for n, (text, images, history) in enumerate(asked):
         scenes = [data.make_scene("train", 10 * n + i) for i in range(images)]
         pieces = data.prompt_pieces(text, images, TOKENIZER, history)
-        samples.append((pieces, data.load_images(scenes, 32)))
+        samples.append((pieces, data.load_images(scenes, tiny_vlm().cfg)))
     return samples
 
 
@@ -73,7 +73,7 @@ def test_generate_is_the_arg_max_of_full_forwards(mode):
 
 def samples_of_scenes() -> list[tuple[list, torch.Tensor]]:
     records = [data.Scenes("chat")[i] for i in range(3)]
-    return [(data.pieces_of(r, TOKENIZER), data.load_images(r.images, 32)) for r in records]
+    return [(data.pieces_of(r, TOKENIZER), data.load_images(r.images, tiny_vlm().cfg)) for r in records]
 
 
 @torch.no_grad()

@@ -196,34 +196,18 @@ def score_task(vlm, tokenizer, task: Task, mode: str, cfg: EvalConfig) -> tuple[
     groups = collections.defaultdict(list)
     for i, question in enumerate(task.questions):
         groups[question.type].append(i)
-        if question.held_out:
-            groups["held_out"].append(i)
-    groups = dict(sorted(groups.items(), key=lambda group: group[0] == "held_out"))  # a cut across the types
-    rows = [row_of(task, name, members, scores, blind, mode) for name, members in groups.items()]
-    if "" not in groups:  # the task's own score is the mean over its types
-        types = [row for row in rows if not row["task"].endswith("/held_out")]
-        mean = {
-            key: round(sum(row[key] for row in types) / len(types), 2)
-            for key in ("score", "blind_score", "chance")
-        }
-        error = math.sqrt(sum(row["stderr"] ** 2 for row in types)) / len(types)
-        rows.insert(
-            0, {**types[0], "task": task.name, **mean, "stderr": round(error, 2), "n": len(task.questions)}
-        )
+    whole, types = groups.pop("", range(len(answers))), dict(groups)
+    held_out = [i for i, question in enumerate(task.questions) if question.held_out]
+    cuts = {"": whole, **types, **({"held_out": held_out} if held_out else {})}
+    rows = [row_of(task, name, members, scores, blind, mode) for name, members in cuts.items()]
+    if types:  # knowing the type alone gives the best constant answer of each
+        chances = [row["chance"] * row["n"] for row in rows[1 : 1 + len(types)]]
+        rows[0]["chance"] = round(sum(chances) / len(answers), 2)
     picked = random.Random(cfg.seed).sample(range(len(answers)), min(6, len(answers)))
     shown = []
-    for i in picked:
-        q = task.questions[i]
-        shown.append(
-            {
-                "image": q.image,
-                "task": task.name,
-                "question": q.text,
-                "answer": answers[i],
-                "right": q.answers,
-                "score": min(1.0, scores[i]),
-            }
-        )
+    for q, answer, score in ((task.questions[i], answers[i], scores[i]) for i in picked):
+        about = {"image": q.image, "task": task.name, "question": q.text, "right": q.answers}
+        shown.append({**about, "answer": answer, "score": min(1.0, score)})
     return rows, shown
 
 
@@ -247,7 +231,10 @@ def row_of(
 
 
 def derange(images: list, seed: int) -> list:
-    """The same images dealt out anew, none where it was: one cycle through them in random order."""
+    """The same images dealt out anew, none where it was: one cycle through them in random order.
+
+    A task with a single picture keeps it: its blind score says nothing.
+    """
     different = list(dict.fromkeys(images))  # scenes and paths; questions about one image stay together
     cycle = random.Random(seed).sample(different, len(different))
     other = dict(zip(cycle, cycle[1:] + cycle[:1]))

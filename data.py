@@ -717,9 +717,7 @@ def open_sources(spec: str, stage: str) -> list[tuple[Dataset, float]]:
 
 
 class SampleOrder:
-    """n -> (source, index): the source is drawn by weight, its records come in a new permutation each
-    epoch.
-    """
+    """n -> (source, index): a source by weight, its records in a new permutation each epoch."""
 
     def __init__(self, sizes: list[int], weights: list[float], seed: int, total: int):
         share = np.cumsum(weights) / np.sum(weights)

@@ -98,9 +98,7 @@ class PruneConfig:
 
 @dataclass
 class ImageConfig:
-    """How the encoder wants its pictures: its own preprocessor_config.json, which travels with every
-    checkpoint.
-    """
+    """How the encoder wants its pictures (its preprocessor_config.json); travels with every checkpoint."""
 
     mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
     std: list[float] = field(default_factory=lambda: [0.25, 0.25, 0.25])
@@ -555,9 +553,7 @@ LLAMA_NAMES = {
 
 
 class WindowBlock(nn.Module):
-    """Queries look at the patches of their own window, then an MLP: the weights of one scale at one ViT
-    level.
-    """
+    """Queries look at the patches of their own window, then an MLP: one scale at one ViT level."""
 
     def __init__(self, width: int, context_width: int, heads: int):
         super().__init__()
@@ -654,9 +650,7 @@ class ChainOfSight(nn.Module):
         init_linear(self.proj)
 
     def forward(self, levels: list[Tensor], n_scales: int | None = None) -> Tensor:
-        """levels: the ViT's patches at cfg.levels, each (I, P, C) -> (I, V, D); only the first n_scales if
-        given.
-        """
+        """levels: patches at cfg.levels, each (I, P, C) -> (I, V, D); only the first n_scales if given."""
         return self.proj(self.norm(torch.cat([scale(levels) for scale in self.scales[:n_scales]], 1)))
 
 
@@ -737,9 +731,7 @@ def scaled_config(cfg: ModelConfig, name: str) -> ModelConfig:
 
 
 def scale_up(vlm: "VLM", name: str, inflate: bool = True) -> None:
-    """Scale the visual tokens of a model in place: section 3.3's inflation, or new scales at random to
-    compare.
-    """
+    """Scale the visual tokens of a model in place, by inflation or, to compare, with random new scales."""
     cfg = scaled_config(vlm.cfg, name)
     old = vlm.connector
     new = ChainOfSight(cfg.connector, cfg.vit.width, cfg.side, cfg.decoder.width).to(old.proj.weight)
@@ -756,9 +748,7 @@ def scale_up(vlm: "VLM", name: str, inflate: bool = True) -> None:
 
 
 class VLM(nn.Module):
-    """Encoder, connector and decoder. `vlm(batch)` gives logits at supervised positions, for the teacher
-    too.
-    """
+    """Encoder, connector and decoder. `vlm(batch)` gives the logits of student and teacher."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -812,9 +802,7 @@ class VLM(nn.Module):
         return tokens
 
     def bank(self, batch) -> Tensor | None:
-        """All visual tokens that slots may refer to: (I*V, D) full ones, then (I*(l+K), D) isolators and
-        kept ones.
-        """
+        """All visual tokens that slots may refer to: (I*V, D), then the pruned ones (I*(l+K), D)."""
         if not len(batch.pixels):
             return None
         full = self.encode(batch.pixels)  # (I, V, D)
@@ -840,8 +828,7 @@ class VLM(nn.Module):
         return self.decoder.lm_head(hidden.flatten(0, 1)[rows.supervised]).float()
 
     def forward(self, batch) -> tuple[Tensor, Tensor | None]:
-        """Student logits (R, N), and for slow samples the teacher's (R', N): same weights, pruned tokens, no
-        grad.
+        """Student logits (R, N), and for slow samples the teacher's (R', N): pruned tokens, no gradient.
 
         Student and teacher share one pass of the encoder and the connector.
         """
@@ -871,8 +858,7 @@ class VLM(nn.Module):
     def generate(
         self, batch, end: int, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
     ) -> list[list[int]]:
-        """Continue the rows of `data.prompt_batch` (padded on the left): the new ids of each row, without
-        `end`.
+        """Continue the rows of `data.prompt_batch`: the new ids of each row, without `end`.
 
         temperature 0 takes the likeliest token; above, it samples from softmax(logits / temperature).
         """
@@ -1040,6 +1026,12 @@ def flags_of(config, prefix: str = "") -> dict[str, tuple]:
     return flags
 
 
+def changed_flags(before, after) -> list[str]:
+    """Names of the flags whose values differ between two configs of one type."""
+    old, new = flags_of(before), flags_of(after)
+    return [name for name in old if getattr(*old[name][:2]) != getattr(*new[name][:2])]
+
+
 def parse_value(flag: str, text: str, kind):
     try:
         if kind is bool:
@@ -1054,18 +1046,15 @@ def parse_value(flag: str, text: str, kind):
         raise UserError(f"--{flag} '{text}': expected {wanted}") from None
 
 
-def parse_cli(argv: list[str], doc: str, *configs) -> set[str]:
-    """Set the fields of `configs` from `--name value` or `--name=value`; returns the names that were set."""
+def parse_cli(argv: list[str], doc: str, *configs) -> None:
+    """Set the fields of `configs` from `--name value` or `--name=value`; --help prints them with defaults."""
     flags = {name: entry for config in configs for name, entry in flags_of(config).items()}
     if "--help" in argv or "-h" in argv:
         print(doc.strip() + "\n\nflags (defaults in brackets):")
         for name, (config, attribute, _, comment) in flags.items():
             print(f"  --{name} [{getattr(config, attribute)}]".ljust(40) + f"  {comment}")
         raise SystemExit(0)
-    given, words = (
-        set(),
-        [part for word in argv for part in (word.split("=", 1) if word[:2] == "--" else [word])],
-    )
+    words = [part for word in argv for part in (word.split("=", 1) if word[:2] == "--" else [word])]
     while words:
         name = words.pop(0)
         if not name.startswith("--") or name[2:] not in flags:
@@ -1077,8 +1066,6 @@ def parse_cli(argv: list[str], doc: str, *configs) -> set[str]:
             raise UserError(f"{name} needs a value")
         config, attribute, kind, _ = flags[name[2:]]
         setattr(config, attribute, parse_value(name[2:], words.pop(0), kind))
-        given.add(name[2:])
-    return given
 
 
 def run_cli(main) -> None:

@@ -127,9 +127,7 @@ def draw_mode(seed: int, number: int, slow_share: float) -> str:
 
 
 def distillation_sum(student: Tensor, teacher: Tensor, temperature: float, chunk: int = 2048) -> Tensor:
-    """Sum over rows of KL(teacher || student) * T^2; logits (R, N). In chunks of rows: two fp32 copies of
-    R x 152k logits would not fit.
-    """
+    """Sum over rows of KL(teacher || student) * T^2, logits (R, N), in chunks of rows to save memory."""
     total = student.new_zeros(())
     for s, t in zip(student.split(chunk), teacher.detach().split(chunk)):
         log_s = F.log_softmax(s.float() / temperature, -1)

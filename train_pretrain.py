@@ -39,9 +39,7 @@ from model import UserError
 
 @dataclass
 class RunConfig:
-    """Flags that both stages share. Defaults are overridden by the preset's recipe, then by the command
-    line.
-    """
+    """Flags of both stages. The preset's recipe overrides these defaults, the command line overrides both."""
 
     out: str = ""  # run folder, made by the run
     preset: str = "tiny"  # model and recipe, see model.PRESETS
@@ -49,7 +47,7 @@ class RunConfig:
     scale: str = ""  # token scaling applied to --init, see model.SCALINGS
     resume: str = ""  # "auto": continue the run in --out where its newest checkpoint left it
     data: str = "scenes"  # scenes, a LLaVA .json or a mixture .json
-    val_data: str = ""  # the same for validation; default: the unseen scenes where --data is scenes
+    val_data: str = ""  # the same for validation; default: --data itself, or unseen scenes
     seed: int = 0  # of connector, sample order and modes
     steps: int = 500  # optimizer steps
     batch_size: int = 32  # samples of an optimizer step, over all ranks and micro-steps
@@ -72,17 +70,25 @@ class RunConfig:
     save_every: int = 0  # steps between checkpoints; 0: only at the end
     eval_every: int = 0  # steps between validations, which keep the best checkpoint; 0: never
 
+    def check(self) -> None:
+        """What can be wrong with the flags alone; called before anything is built or written."""
+        model.trainable_parts(self.train)
+
 
 @dataclass
 class PretrainConfig(RunConfig):
     pruner: str = ""  # train every sample on pruned tokens (DualSpeed's stage 1); it learns the isolator
+
+    def check(self) -> None:
+        super().check()
+        if self.pruner and self.pruner not in prune.PRUNERS:
+            raise UserError(f"--pruner '{self.pruner}' is unknown: use one of {', '.join(prune.PRUNERS)}")
 
 
 def main(argv: list[str]) -> None:
     run, vlm, tokenizer, cfg = start("pretrain", PretrainConfig, argv, __doc__)
     if cfg.pruner:
         vlm.cfg.prune.name = cfg.pruner
-        vlm.cfg.check()
     mode = "fast" if cfg.pruner else "full"
     vlm.set_trainable(model.trainable_parts(cfg.train), isolator=bool(cfg.pruner))
     optimizers = make_optimizers(vlm, cfg)
@@ -99,9 +105,7 @@ def main(argv: list[str]) -> None:
 
 
 def caption_loss(logits: Tensor, teacher: Tensor | None, batch: data.Batch) -> dict[str, Tensor]:
-    """Next-token cross entropy of the supervised positions: a sum, divided by the global count in
-    optimizer_step.
-    """
+    """Cross entropy of the supervised positions: a sum, which optimizer_step divides by the global count."""
     return {"loss": F.cross_entropy(logits, batch.student.targets, reduction="sum")}
 
 
@@ -225,11 +229,13 @@ def read_flags(
         recipe = {"preset": saved["train"]["preset"], **recipe}
         model_cfg = model.from_dict(model.ModelConfig, saved["model"])
     cfg = model.from_dict(config, {**dataclasses.asdict(config()), **recipe})
-    given = model.parse_cli(argv, doc, cfg, model_cfg)
-    fixed = [name for name in given if name in model.flags_of(model_cfg) and not name.startswith("prune.")]
+    before = model.copy_config(model_cfg)
+    model.parse_cli(argv, doc, cfg, model_cfg)
+    changed = model.changed_flags(before, model_cfg)
+    fixed = [name for name in changed if not name.startswith("prune.")]
     if source and fixed:
         raise UserError(f"--{fixed[0]}: the model comes from {source}, only --prune.* of it can be changed")
-    model.trainable_parts(cfg.train)
+    cfg.check()
     return cfg, model_cfg, model.find_step(source) if source else None
 
 
@@ -290,9 +296,7 @@ def run_config(run: Run, vlm: model.VLM) -> dict:
 
 
 def hand_over(run: Run, vlm: model.VLM, tokenizer: data.Tokenizer, stage1_data: str) -> None:
-    """Scale the tokens up, and print what inflation is worth: the loss on stage-1 data, before any
-    training.
-    """
+    """Scale the tokens up, and print what inflation is worth: loss on stage-1 data before any training."""
     losses = {"before": validation_loss(run, vlm, tokenizer, stage1_data, "pretrain")}
     cfg, before = vlm.cfg, (vlm.connector, vlm.cfg, vlm.vit.cfg, vlm.vit.embeddings.position_embedding)
     model.scale_up(vlm, run.cfg.scale, inflate=False)
@@ -351,9 +355,7 @@ def fetch(batches, run: Run) -> tuple[list[data.Batch], float]:
 
 
 def make_optimizers(vlm: model.VLM, cfg: RunConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon for the matrices inside the blocks where --muon_lr is set. No decay on vectors and
-    tables.
-    """
+    """AdamW; with --muon_lr, Muon for the matrices inside the blocks. No decay on vectors and tables."""
     groups = {}
     for name, p in vlm.named_parameters():
         if not p.requires_grad:
@@ -480,9 +482,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def resume(run: Run, vlm: model.VLM, optimizers) -> int:
-    """Optimizers, RNG and the number of the next step, if --resume auto found a checkpoint (weights are
-    loaded).
-    """
+    """The number of the next step; optimizers and RNG of a checkpoint whose weights are loaded already."""
     if run.cfg.resume != "auto" or not (run.folder / "latest").is_file():
         return 0
     folder = model.find_step(run.folder)
@@ -505,9 +505,7 @@ def resume(run: Run, vlm: model.VLM, optimizers) -> int:
 
 @torch.no_grad()
 def validation_loss(run: Run, vlm: model.VLM, tokenizer, spec: str, stage: str, batches: int = 4) -> float:
-    """Mean loss per supervised token with all visual tokens, on unseen scenes or on --val_data; same on all
-    ranks.
-    """
+    """Mean loss per supervised token with all visual tokens, on unseen scenes or --val_data."""
     sources = [
         (data.Scenes(s.kind, "test"), w) if isinstance(s, data.Scenes) else (s, w)
         for s, w in data.open_sources(spec, stage)

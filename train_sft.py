@@ -38,27 +38,27 @@ class SftConfig(RunConfig):
     temperature: float = 1.0  # of the distillation
     distill_weight: float = 1.0  # of KL beside cross entropy
 
+    def check(self) -> None:
+        super().check()
+        if self.mode not in ("sample", "batch"):
+            raise UserError(f"--mode '{self.mode}' is unknown: use sample or batch")
+        if not 0 <= self.slow_share <= 1:
+            raise UserError(f"--slow_share {self.slow_share} is not a share between 0 and 1")
+
 
 def main(argv: list[str]) -> None:
     run, vlm, tokenizer, cfg = start("sft", SftConfig, argv, __doc__)
     if not cfg.init and cfg.resume != "auto":
         run.say("no --init: fine-tuning starts from a connector that stage 1 never aligned")
-    if cfg.mode not in ("sample", "batch") or not 0 <= cfg.slow_share <= 1:
-        raise UserError(
-            f"--mode {cfg.mode} --slow_share {cfg.slow_share}: use sample or batch, and a share of 0 to 1"
-        )
     vlm.set_trainable(model.trainable_parts(cfg.train), isolator=True)
     optimizers = make_optimizers(vlm, cfg)
     first = resume(run, vlm, optimizers)
     ddp = prepare(run, vlm)
 
     def choose_mode(number: int) -> str:
-        """One draw a sample, or one for all samples of an optimizer step: on all ranks, over all
-        micro-steps.
-        """
-        return prune.draw_mode(
-            cfg.seed, number if cfg.mode == "sample" else number // cfg.batch_size, cfg.slow_share
-        )
+        """One draw a sample, or one for a whole optimizer step: all ranks and micro-steps."""
+        draw = number if cfg.mode == "sample" else number // cfg.batch_size
+        return prune.draw_mode(cfg.seed, draw, cfg.slow_share)
 
     def fast_slow_loss(logits: Tensor, teacher: Tensor | None, batch: data.Batch) -> dict[str, Tensor]:
         """Sums: cross entropy of all samples, and the KL from the fast view of the slow ones."""

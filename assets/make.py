@@ -58,9 +58,7 @@ def step_all(optimizers: list[torch.optim.Optimizer], step: int, done: float) ->
 
 
 def make_tokenizer(merges: int = 208) -> None:
-    """Learn merges from captions and chats; words drawn in pictures are left out, so they stay single
-    letters.
-    """
+    """Learn merges from captions and chats; words in pictures are left out, so they stay letters."""
     counts = collections.Counter()
     for i in range(4000):
         rng = random.Random(i)
@@ -242,9 +240,7 @@ def probe(steps: int = 300) -> None:
 
 
 def text_record(i: int, split: str = "train") -> data.Record:
-    """Mostly a scene told in words, in the place where the picture will be, then questions; some plain
-    documents.
-    """
+    """Mostly a scene told in words, where the picture will be, then questions; some plain documents."""
     rng = random.Random(f"{split}-lm-{i}")
     scene = data.make_scene(split, rng.randrange(1 << 40))
     if rng.random() < 0.5:  # simple stories first of all: without them looking things up is learned very late

@@ -49,6 +49,7 @@ def test_exit_code_is_2_and_the_message_one_line():
         (["--out", "OUT", "--train", "head"], ["'head'", "vit, connector, decoder"]),
         (["--out", "OUT", "--prune.name", "magic"], ["magic", "divprune"]),
         (["--out", "OUT", "--batch_size", "10", "--micro_steps", "3"], ["--batch_size 10", "3 micro-steps"]),
+        (["--out", "OUT", "--pruner", "magic"], ["--pruner 'magic'", "grid"]),
         (["--out", "OUT", "--resume", "yes"], ["--resume 'yes'", "auto"]),
         (["--out", "OUT", "--device", "tpu"], ["tpu", "auto, cpu or cuda"]),
         (["--out", "OUT", "--encoder_from", "nowhere"], ["nowhere/config.json"]),
@@ -69,6 +70,7 @@ def test_scaling_from_the_wrong_base_is_refused(tmp_path, small_halves):
     assert "starts from two scales with 80 tokens, this model has 32" in refused(
         train_sft.main, [*sft, "80to336"]
     )
+    assert "--slow_share 2.0" in refused(train_sft.main, [*sft[:-1], "--slow_share", "2"])
     assert "did you mean 32to144" in refused(train_sft.main, [*sft, "32to44"])
     assert not (tmp_path / "b").exists()
     assert "the model comes from" in refused(train_sft.main, [*sft[:-1], "--connector.windows", "8,4"])
@@ -117,6 +119,6 @@ def test_help_shows_defaults_and_comments(capsys):
 
 def test_flags_set_nested_fields_and_lists():
     cfg = model.ModelConfig()
-    given = model.parse_cli(["--connector.windows=16,4", "--decoder.qk_norm", "true"], "", cfg)
+    model.parse_cli(["--connector.windows=16,4", "--decoder.qk_norm", "true"], "", cfg)
     assert cfg.connector.windows == [16, 4] and cfg.decoder.qk_norm is True
-    assert given == {"connector.windows", "decoder.qk_norm"}
+    assert model.changed_flags(model.ModelConfig(), cfg) == ["connector.windows", "decoder.qk_norm"]

@@ -484,8 +484,8 @@ class Decoder(nn.Module):
     def hidden(self, x: Tensor, positions: Tensor, mask: Tensor, cache: KVCache | None = None) -> Tensor:
         """Embeddings (B, T, D) to final hidden states (B, T, D)."""
         rope = rope_tables(positions, self.cfg)
-        for block in self.layers:
-            x = block(x, rope, mask, cache)
+        for block in self.layers:  # with a cache past a compiled block, which would recompile at every length
+            x = block.forward(x, rope, mask, cache) if cache else block(x, rope, mask)
         if cache:
             cache.used += x.shape[1]
         return self.norm(x)

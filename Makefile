@@ -1,5 +1,5 @@
 # make demo: the whole chain on the built-in world, about five minutes on two CPU cores
-# make test, make test-all: the tests; make assets: the shipped halves anew
+# make test, make test-all: the tests; make assets: the shipped halves anew, about 50 minutes
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -34,7 +34,7 @@ lint: .venv/test.ok
 assets: .venv/demo.ok
 	$(BIN)/python assets/make.py tokenizer
 	$(BIN)/python assets/make.py vit
-	$(BIN)/python assets/make.py lm
+	$(BIN)/python assets/make.py lm --minutes 18
 
 clean:
 	rm -rf .venv runs

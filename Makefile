@@ -1,6 +1,7 @@
 # make demo: the whole chain on the built-in world, about five minutes on two CPU cores
 # make test, make test-all: the tests; make assets: the shipped halves anew, about 50 minutes
 PYTHON ?= python3
+SEED ?= 0
 BIN := .venv/bin
 
 .PHONY: demo test test-all lint assets clean
@@ -17,9 +18,9 @@ BIN := .venv/bin
 
 demo: .venv/demo.ok
 	rm -rf runs/demo
-	$(BIN)/python train_pretrain.py --preset tiny --data scenes --out runs/demo/pretrain
-	$(BIN)/python train_sft.py --init runs/demo/pretrain --scale 32to144 --data scenes --out runs/demo/sft
-	$(BIN)/python eval.py --model runs/demo/sft --tasks scenes --tokens both --out runs/demo/eval.json --report runs/demo/report.html
+	$(BIN)/python train_pretrain.py --preset tiny --data scenes --seed $(SEED) --out runs/demo/pretrain
+	$(BIN)/python train_sft.py --init runs/demo/pretrain --scale 32to144 --data scenes --seed $(SEED) --out runs/demo/sft
+	$(BIN)/python eval.py --model runs/demo/sft --tasks scenes --tokens both --seed $(SEED) --out runs/demo/eval.json --report runs/demo/report.html
 
 test: .venv/test.ok lint
 	$(BIN)/python -m pytest -q -m "not slow"

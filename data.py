@@ -180,12 +180,13 @@ def open_image(image: Image.Image | str | Path, name: str = "") -> Image.Image:
     """Decode to RGB: EXIF orientation applied, palette and alpha laid on white."""
     if not isinstance(image, Image.Image):
         try:
-            image = Image.open(image)
-            image.load()
+            opened = Image.open(image)
+            opened.load()
         except FileNotFoundError:
             raise UserError(f"{name}: image {image} does not exist") from None
-        except (OSError, ValueError, Image.DecompressionBombError) as e:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
             raise UserError(f"{name}: image {image} does not decode ({e})") from None
+        image = opened
     image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -645,10 +646,13 @@ class LlavaJson:
 
     def __getitem__(self, i: int) -> Record:
         raw, name = self.records[i], f"{self.path} record {i}"
-        paths = raw.get("image", [])
+        if not isinstance(raw, dict) or not isinstance(raw.get("conversations"), list):
+            raise UserError(f"{name}: expected an object with a list of 'conversations'")
+        paths = raw.get("image") or []
         paths = [paths] if isinstance(paths, str) else paths
         turns, seen = [], 0
-        for turn in raw.get("conversations", []):
+        for turn in raw["conversations"]:
+            turn = turn if isinstance(turn, dict) else {}
             if turn.get("from") not in self.ROLES or not isinstance(turn.get("value"), str):
                 raise UserError(
                     f"{name}: a turn must have 'from' (human or gpt) and a text 'value', got {turn}"
@@ -699,6 +703,8 @@ def open_sources(spec: str, stage: str) -> list[tuple[Dataset, float]]:
         return [(LlavaJson(path), 1.0)]
     sources = []
     for n, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+            raise UserError(f"{path} entry {n}: expected an object with kind and path")
         if entry.get("kind") not in ("chat", "caption"):
             raise UserError(
                 f"{path} entry {n}: kind '{entry.get('kind')}' is not supported, use chat or caption"

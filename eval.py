@@ -57,10 +57,9 @@ def main(argv: list[str]) -> None:
         raise UserError("--model is missing: a run or checkpoint folder, such as runs/a/sft")
     if cfg.tokens not in ("full", "pruned", "both"):
         raise UserError(f"--tokens '{cfg.tokens}' is unknown: use full, pruned or both")
+    model.require_at_least(cfg, 1, "n batch_size")
+    device = model.find_device(cfg.device)
     step = model.find_step(cfg.model)
-    device = (
-        "cuda" if cfg.device == "auto" and torch.cuda.is_available() else cfg.device.replace("auto", "cpu")
-    )
     vlm = model.VLM.from_pretrained(step).to(device).eval()
     tokenizer = data.Tokenizer.from_file(step / "tokenizer" / "ranks.tiktoken")
     if cfg.chat:
@@ -167,9 +166,9 @@ def file_task(kind: str, path: Path, images: str) -> Task:
             continue
         try:
             row = json.loads(line)
+            if not isinstance(row["answers"], list) or not row["answers"]:
+                raise ValueError("'answers' must be a list of at least one")
             answers = [str(answer) for answer in row["answers"]]
-            if not answers:
-                raise ValueError("'answers' is empty")
             image = (Path(images) if images else path.parent) / row["image"]
             questions.append(
                 Question(image, row["text"], answers, row.get("category", "") if kind != "caption" else "")
@@ -647,6 +646,7 @@ def write_report(
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
     head += f'<meta name="viewport" content="width=device-width"><title>{quote(title)}</title>'
     page = f'<!doctype html><html lang="en"><head>{head}<style>{CSS}</style></head><body>{body}</body></html>'
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(page, encoding="utf-8", errors="replace")  # an answer may hold half a surrogate pair
     os.replace(temporary, path)

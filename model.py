@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -726,7 +727,8 @@ def scaled_config(cfg: ModelConfig, name: str) -> ModelConfig:
     new.connector = dataclasses.replace(
         old, windows=windows, queries=[old.queries[source] for source, _ in sources]
     )
-    assert new.check().visual_tokens() == after, (name, new.connector)
+    if new.check().visual_tokens() != after:
+        raise UserError(f"--scale {name} would give {new.visual_tokens()} tokens: its base has other windows")
     return new
 
 
@@ -838,7 +840,9 @@ class VLM(nn.Module):
             with torch.no_grad():
                 teacher = self.logits(batch.teacher, self.splice(batch.teacher, bank.detach()))
         x = self.splice(batch.student, bank)
-        if bank is None:  # a batch of text: touch what it leaves out, so that DDP finds every gradient
+        if bank is None or not len(
+            batch.student.visual_index
+        ):  # a batch of text: touch what it leaves out, so that DDP finds every gradient
             seen = [self.vit, self.connector, self.isolator]
             x = x + 0.0 * sum(p.sum() for part in seen for p in part.parameters() if p.requires_grad)
         return self.logits(batch.student, x), teacher
@@ -903,12 +907,28 @@ class VLM(nn.Module):
     def from_pretrained(cls, path: str | Path) -> "VLM":
         """From a run folder (its newest complete step) or a step folder."""
         folder = find_step(path)
-        vlm = cls(from_dict(ModelConfig, read_json(folder / "config.json")["model"]))
+        vlm = cls(from_dict(ModelConfig, read_run_config(folder, "model")["model"]))
         weights = read_weights(folder)
         if vlm.cfg.decoder.tied:
             weights["decoder.lm_head.weight"] = weights["decoder.embed_tokens.weight"]
         load_weights(vlm, weights, folder)
         return vlm
+
+
+def find_device(name: str) -> str:
+    """ "cpu" or "cuda" for a --device of auto, cpu or cuda."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device '{name}' is unknown: use auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def require_at_least(config, least: float, names: str) -> None:
+    """Refuse flags below a bound."""
+    for name in names.split():
+        if getattr(config, name) < least:
+            raise UserError(f"--{name} {getattr(config, name)}: must be at least {least}")
 
 
 def trainable_parts(train: str) -> list[str]:
@@ -927,6 +947,14 @@ def read_preprocessor(folder: Path) -> ImageConfig:
         )
     theirs = read_json(folder / "preprocessor_config.json")
     return ImageConfig(theirs["image_mean"], theirs["image_std"], theirs.get("resample", 3))
+
+
+def read_run_config(step: Path, key: str = "train") -> dict:
+    """config.json of a checkpoint of ours: {"model", and of a run "stage", "train", ...}."""
+    config = read_json(step / "config.json")
+    if key not in config:
+        raise UserError(f"{step} is no run of this project; halves go to --encoder_from and --decoder_from")
+    return config
 
 
 def find_step(path: str | Path) -> Path:
@@ -950,6 +978,8 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path} does not exist")
     try:
         return json.loads(path.read_text())
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 text ({e})") from None
     except json.JSONDecodeError as e:
         raise UserError(f"{path} line {e.lineno} column {e.colno}: not valid JSON ({e.msg})") from None
 
@@ -965,7 +995,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     file = Path(path) / "model.safetensors"
     if not file.is_file():
         raise UserError(f"{file} does not exist: {path} holds no weights")
-    return load_file(file)
+    try:
+        return load_file(file)
+    except SafetensorError as e:
+        raise UserError(f"{file} is damaged or no safetensors file ({e})") from None
 
 
 def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
@@ -1069,9 +1102,9 @@ def parse_cli(argv: list[str], doc: str, *configs) -> None:
 
 
 def run_cli(main) -> None:
-    """An entry point: a UserError becomes one line and exit code 2."""
+    """An entry point: a UserError, or what the system says of a path, becomes one line and exit code 2."""
     try:
         main(sys.argv[1:])
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None

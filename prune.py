@@ -32,8 +32,10 @@ def kept_tokens(tokens: int, keep: float) -> int:
 def random_tokens(features: Tensor, keep: int, seed: int = 0, **_) -> Tensor:
     """A random subset of every image: the baseline that many pruners do not beat."""
     images, tokens, _ = features.shape
-    generator = torch.Generator(features.device).manual_seed(seed)
-    return torch.rand(images, tokens, generator=generator, device=features.device).argsort(1)[:, :keep]
+    scores = torch.rand(
+        images, tokens, generator=torch.Generator().manual_seed(seed)
+    )  # on a CPU: same everywhere
+    return scores.argsort(1)[:, :keep].to(features.device)
 
 
 def grid_tokens(features: Tensor, keep: int, grid: int = 0, **_) -> Tensor:
@@ -88,7 +90,8 @@ def select(name: str, features: Tensor, keep: int, **needs) -> Tensor:
         raise ValueError(f"pruner '{name}' is unknown: use one of {', '.join(PRUNERS)}")
     if not 1 <= keep <= features.shape[1]:
         raise ValueError(f"cannot keep {keep} of {features.shape[1]} tokens")
-    return PRUNERS[name](features, keep, **needs).sort(1).values
+    with torch.autocast(features.device.type, enabled=False):  # or the distances would come out in bf16
+        return PRUNERS[name](features, keep, **needs).sort(1).values
 
 
 def gather(features: Tensor, kept: Tensor) -> Tensor:

@@ -2,12 +2,10 @@
 
     one CPU      python train_pretrain.py --preset tiny --data scenes --out runs/a/pretrain
     one GPU      the same; --dtype bfloat16 --compile true are the defaults there
-    one node     torchrun --nproc_per_node=8 train_pretrain.py --preset tiny --data scenes --out
-    runs/a/pretrain
-    many nodes   torchrun --nnodes=2 --node_rank=R --master_addr=HOST --nproc_per_node=8 train_pretrain.py ...
+    one node     torchrun --nproc_per_node=8 train_pretrain.py --data scenes --out runs/a/pretrain
+    many nodes   torchrun --nnodes=2 --node_rank=R --master_addr=H --nproc_per_node=8 train_pretrain.py ...
     go on        the same command with --resume auto
-    stage 1b     python train_pretrain.py --init runs/a/pretrain --scale 80to1296 --train vit,connector --out
-    runs/a/1b
+    stage 1b     python train_pretrain.py --init runs/a/pretrain --scale 32to144 --train vit,connector --out b
 
 `main` below is the stage, top to bottom. The parts of a run that stage 2 shares follow it: configs, ranks,
 optimizers, schedule, step, checkpoint, log.
@@ -73,6 +71,8 @@ class RunConfig:
     def check(self) -> None:
         """What can be wrong with the flags alone; called before anything is built or written."""
         model.trainable_parts(self.train)
+        model.require_at_least(self, 1, "steps batch_size micro_steps log_every row_length row_limit")
+        model.require_at_least(self, 0, "seed workers save_every eval_every lr muon_lr vit_lr weight_decay")
 
 
 @dataclass
@@ -188,17 +188,11 @@ class Run:
 
 def find_ranks(device: str) -> tuple[int, int, torch.device]:
     """Rank, world size and device, from torchrun's environment; gloo on CPU, NCCL on CUDA."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise UserError(f"--device '{device}' is unknown: use auto, cpu or cuda")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
+    device = model.find_device(device)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     place = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
     if device == "cuda":
         torch.cuda.set_device(place)
-        torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
     return rank, world, place
@@ -224,7 +218,9 @@ def read_flags(
         preset = model.preset(asked.preset)
         recipe, model_cfg = {**preset[stage], "preset": asked.preset}, model.copy_config(preset["model"])
     else:
-        saved = model.read_json(model.find_step(source) / "config.json")
+        saved = model.read_run_config(model.find_step(source))
+        if begun and saved["stage"] != stage:
+            raise UserError(f"--out {source} holds a run of stage {saved['stage']}: choose another folder")
         recipe = saved["train"] if begun else model.preset(saved["train"]["preset"])[stage]
         recipe = {"preset": saved["train"]["preset"], **recipe}
         model_cfg = model.from_dict(model.ModelConfig, saved["model"])
@@ -240,7 +236,7 @@ def read_flags(
 
 
 def start(stage: str, config: type, argv: list[str], doc: str):
-    """Up to the first step: run, model on its device, tokenizer, flags. Writes config.json last."""
+    """Up to the model: run, model on its device, tokenizer, flags. Writes nothing but the hand-over."""
     cfg, model_cfg, step = read_flags(config, stage, argv, doc)
     rank, world, device = find_ranks(cfg.device)
     resolve_auto(cfg, device, world)
@@ -262,12 +258,13 @@ def start(stage: str, config: type, argv: list[str], doc: str):
             f"the tokenizer has {tokenizer.vocab_size} ids, the decoder {vlm.cfg.decoder.vocab_size}"
         )
     data.open_sources(cfg.data, stage)  # a wrong --data shows before a folder is made
+    if run.main and not (run.folder / "latest").is_file():  # what a run left that never came to a checkpoint
+        for name in ("metrics.jsonl", "best"):
+            (run.folder / name).unlink(missing_ok=True)
     if step:
         run.say(f"from {step}: {vlm.cfg.vit.image_size} px, {vlm.cfg.visual_tokens()} visual tokens")
         if cfg.scale and step.parent != run.folder:
-            hand_over(run, vlm, tokenizer, model.read_json(step / "config.json")["train"]["data"])
-    if run.main:
-        model.write_json(run.folder / "config.json", run_config(run, vlm))
+            hand_over(run, vlm, tokenizer, model.read_run_config(step)["train"]["data"])
     return run, vlm, tokenizer, cfg
 
 
@@ -387,7 +384,10 @@ def schedule(step: int, cfg: RunConfig) -> float:
 def prepare(run: Run, vlm: model.VLM) -> nn.Module:
     """Compile block by block if asked, wrap in DDP if there are other ranks."""
     vlm.train()
+    if run.main:  # from here on there is a run
+        model.write_json(run.folder / "config.json", run_config(run, vlm))
     if run.cfg.compile == "true":
+        torch._dynamo.config.recompile_limit = 64  # a few row counts, with and without gradient
         for block in [*vlm.vit.encoder["layers"], *vlm.decoder.layers]:
             block.compile(fullgraph=True)
     if run.world == 1:
@@ -461,7 +461,7 @@ def save(run: Run, vlm: model.VLM, tokenizer, optimizers, done: int) -> None:
         tokenizer.save(temporary / "tokenizer" / "ranks.tiktoken")
         state = {
             "optimizers": [o.state_dict() for o in optimizers], "step": done,
-            "next_sample": done * run.cfg.batch_size, "rng": torch.get_rng_state(), "best": run.best,
+            "next_sample": done * run.cfg.batch_size, "rng": torch.get_rng_state(),
         }  # fmt: skip
         torch.save(state, temporary / "state.pt")
         shutil.rmtree(folder, ignore_errors=True)
@@ -491,14 +491,23 @@ def resume(run: Run, vlm: model.VLM, optimizers) -> int:
         raise UserError(
             f"{folder}: was trained with another --batch_size, its data order cannot be continued"
         )
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+    layout = [[len(g["params"]) for g in o["param_groups"]] for o in state["optimizers"]]
+    if layout != [[len(g["params"]) for g in o.param_groups] for o in optimizers]:
+        raise UserError(f"{folder}: was trained with another --train or --muon_lr, it cannot be continued so")
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        asked = [(group["peak"], group["weight_decay"]) for group in optimizer.param_groups]
         optimizer.load_state_dict(saved)
+        for group, (peak, decay) in zip(optimizer.param_groups, asked):  # rates may be changed on the way
+            group["peak"], group["weight_decay"] = peak, decay
     torch.set_rng_state(state["rng"])
-    run.best = state["best"]
-    if run.main and (run.folder / "metrics.jsonl").is_file():  # steps after the checkpoint come again
-        lines = (run.folder / "metrics.jsonl").read_text().splitlines()
-        kept = [line for line in lines if json.loads(line).get("step", 0) <= state["step"]]
-        write_text(run.folder / "metrics.jsonl", "".join(line + "\n" for line in kept))
+    log = run.folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    kept = [line for line in lines if line.get("step", 0) <= state["step"]]  # later steps come again
+    run.best = min((line["val_loss"] for line in kept if "val_loss" in line), default=math.inf)
+    if run.world > 1:
+        dist.barrier()  # all have read it
+    if run.main:
+        write_text(log, "".join(json.dumps(line) + "\n" for line in kept))
     run.say(f"resumed from {folder}")
     return state["step"]
 
@@ -534,14 +543,14 @@ def show_answers(run: Run, vlm: model.VLM, tokenizer, spec: str, n: int = 4) -> 
     if source is None:
         return
     source = data.Scenes("chat", "test") if isinstance(source, data.Scenes) else source
-    for i in range(n):
+    for i in range(min(n, len(source))):
         record = source[i]
-        question, answer = record.parts[0][1][-1], record.parts[1][1][0]
-        pixels = data.load_images(record.images, vlm.cfg, record.name)
-        batch = data.prompt_batch(
-            [(data.prompt_pieces(question, len(pixels), tokenizer), pixels)], "full", vlm.cfg
-        )
+        asked, answer = record.parts[0][1], record.parts[1][1][0]
+        images = record.images[: sum(isinstance(part, int) for part in asked)]
+        pieces = data.chat_pieces([("user", asked), ("assistant", [])], tokenizer)[:-1]
+        batch = data.prompt_batch([(pieces, data.load_images(images, vlm.cfg, record.name))], "full", vlm.cfg)
         said = tokenizer.decode(vlm.generate(batch.to(run.device), tokenizer.end, 24)[0])
+        question = " ".join(part for part in asked if isinstance(part, str))
         run.say(f"   {question!r} -> {said!r} (right: {answer!r})")
 
 

@@ -44,6 +44,8 @@ class SftConfig(RunConfig):
             raise UserError(f"--mode '{self.mode}' is unknown: use sample or batch")
         if not 0 <= self.slow_share <= 1:
             raise UserError(f"--slow_share {self.slow_share} is not a share between 0 and 1")
+        if self.temperature <= 0:
+            raise UserError(f"--temperature {self.temperature}: must be above 0")
 
 
 def main(argv: list[str]) -> None:

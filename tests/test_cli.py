@@ -50,6 +50,9 @@ def test_exit_code_is_2_and_the_message_one_line():
         (["--out", "OUT", "--prune.name", "magic"], ["magic", "divprune"]),
         (["--out", "OUT", "--batch_size", "10", "--micro_steps", "3"], ["--batch_size 10", "3 micro-steps"]),
         (["--out", "OUT", "--pruner", "magic"], ["--pruner 'magic'", "grid"]),
+        (["--out", "OUT", "--batch_size", "0"], ["--batch_size 0", "at least 1"]),
+        (["--out", "OUT", "--seed", "-1"], ["--seed -1", "at least 0"]),
+        (["--out", "OUT", "--init", "assets/tiny_vit"], ["assets/tiny_vit is no run", "--encoder_from"]),
         (["--out", "OUT", "--resume", "yes"], ["--resume 'yes'", "auto"]),
         (["--out", "OUT", "--device", "tpu"], ["tpu", "auto, cpu or cuda"]),
         (["--out", "OUT", "--encoder_from", "nowhere"], ["nowhere/config.json"]),
@@ -79,7 +82,8 @@ def test_scaling_from_the_wrong_base_is_refused(tmp_path, small_halves):
 
 def test_an_image_that_does_not_decode_is_named(tmp_path, small_halves):
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
-    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "bad.png")
+    (tmp_path / "bad.png").write_bytes((tmp_path / "bad.png").read_bytes()[:900])  # cut short
     talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A square."}]
     records = [{"image": name, "conversations": talk} for name in ("good.png", "bad.png")]
     (tmp_path / "train.json").write_text(json.dumps(records))
@@ -100,6 +104,10 @@ def test_broken_json_gives_line_and_column(tmp_path):
 def test_eval_refuses_with_a_sentence(tmp_path):
     assert "--model is missing" in refused(evaluation.main, [])
     assert "neither a run folder" in refused(evaluation.main, ["--model", str(tmp_path)])
+    assert "is no run of this project" in refused(
+        evaluation.main, ["--model", str(ROOT / "assets" / "tiny_lm")]
+    )
+    assert "--n 0: must be at least 1" in refused(evaluation.main, ["--model", str(tmp_path), "--n", "0"])
     (tmp_path / "q.jsonl").write_text('{"image": "a.png", "text": "What?"}\n')
     with pytest.raises(model.UserError, match="q.jsonl line 1"):
         evaluation.file_task("vqa", tmp_path / "q.jsonl", "")

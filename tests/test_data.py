@@ -200,6 +200,8 @@ def test_llava_json_turns_images_and_labels(tmp_path):
         ({"image": "a.png", "conversations": turns("What?", "Red.")}, ["record 0", "1 images but 0 <image>"]),
         ({"image": "a.png", "conversations": turns("<image><image>", "x")}, ["1 images but 2 <image>"]),
         ({"conversations": [{"from": "robot", "value": "x"}]}, ["record 0", "'from'", "robot"]),
+        (["no object"], ["record 0", "expected an object"]),
+        ({"image": None, "conversations": None}, ["record 0", "list of 'conversations'"]),
         ({"conversations": turns("Only a question")}, ["must start with a human turn and an answer"]),
     ],
 )

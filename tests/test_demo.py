@@ -14,7 +14,8 @@ def demo_commands(out: Path) -> list[list[str]]:
     """The python lines of the Makefile's demo target, writing to `out` instead of runs/demo."""
     rule = (ROOT / "Makefile").read_text().split("\ndemo:")[1].split("\n\n")[0]
     lines = [line.strip() for line in rule.splitlines() if line.strip().startswith("$(BIN)/python")]
-    return [[sys.executable, *line.replace("runs/demo", str(out)).split()[1:]] for line in lines]
+    lines = [line.replace("runs/demo", str(out)).replace("$(SEED)", "0") for line in lines]
+    return [[sys.executable, *line.split()[1:]] for line in lines]
 
 
 @pytest.mark.slow

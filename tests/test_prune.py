@@ -210,3 +210,11 @@ def test_equal_logits_cost_nothing():
     assert abs(prune.distillation_loss(logits, logits, 2.0).item()) < 1e-6
     shifted = logits + F.one_hot(torch.tensor([3]), 37)
     assert prune.distillation_loss(shifted, logits, 2.0).item() > 1e-3
+
+
+def test_selection_is_fp32_inside_autocast():
+    """Else training, which runs under autocast, would keep other tokens than evaluation."""
+    features = torch.randn(4, 64, 32, generator=torch.Generator().manual_seed(0))
+    expected = prune.select("divprune", features, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(prune.select("divprune", features, 16), expected)

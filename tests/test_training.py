@@ -215,6 +215,27 @@ def test_resume_is_exact(stage, tmp_path, monkeypatch, small_halves):
     assert losses[0] == losses[1] and len(losses[0]) == 10  # every step is told once
 
 
+def test_resume_takes_new_rates_keeps_the_best_and_refuses_what_cannot_go_on(tmp_path, small_halves):
+    flags = [*SMALL, *small_halves, "--muon_lr", "0", "--out", str(tmp_path / "a")]
+    train_pretrain.main([*flags, *"--steps 4 --eval_every 2".split()])
+    log = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    best = min(line["val_loss"] for line in log if "val_loss" in line)
+    weights = model.read_weights(model.find_step(tmp_path / "a"))
+    again = [*flags, *"--resume auto --steps 6 --lr 0 --eval_every 2".split()]
+    train_pretrain.main(again)
+    after = model.read_weights(model.find_step(tmp_path / "a"))
+    assert all(torch.equal(weights[name], after[name]) for name in weights)  # a rate of 0 changes nothing
+    state = (tmp_path / "a" / "best").read_text().strip()
+    assert (tmp_path / "a" / state).is_dir() and best > 0
+    config = (tmp_path / "a" / "config.json").read_text()
+    for stage, extra in ((train_pretrain, ["--train", "connector"]), (train_pretrain, ["--muon_lr", "0.1"])):
+        with pytest.raises(model.UserError, match="another --train or --muon_lr"):
+            stage.main([*again, "--steps", "8", *extra])
+    with pytest.raises(model.UserError, match="holds a run of stage pretrain"):
+        train_sft.main([*SMALL, "--out", str(tmp_path / "a"), "--resume", "auto"])
+    assert (tmp_path / "a" / "config.json").read_text() == config  # nothing was overwritten
+
+
 def test_training_lowers_the_loss_end_to_end(tmp_path, small_halves):
     """Both stages with scaling between them, from random halves: the loss falls by a third."""
     flags = [*SMALL, "--lr", "3e-3", "--log_every", "5"]

@@ -30,7 +30,7 @@ def kept_tokens(tokens: int, keep: float) -> int:
 
 
 def random_tokens(features: Tensor, keep: int, seed: int = 0, **_) -> Tensor:
-    """A random subset of every image: the baseline that many pruners do not beat."""
+    """A random subset of every image: the baseline that many pruners do not beat. seed: that of the batch."""
     images, tokens, _ = features.shape
     scores = torch.rand(
         images, tokens, generator=torch.Generator().manual_seed(seed)

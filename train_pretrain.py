@@ -93,6 +93,7 @@ def main(argv: list[str]) -> None:
     vlm.set_trainable(model.trainable_parts(cfg.train), isolator=bool(cfg.pruner))
     optimizers = make_optimizers(vlm, cfg)
     first = resume(run, vlm, optimizers)
+    write_config(run, vlm)
     ddp = prepare(run, vlm)
     batches = load_batches(run, vlm.cfg, tokenizer, cfg.data, first, lambda number: mode)
     tokens = vlm.cfg.visual_tokens("pruned" if cfg.pruner else "full")
@@ -292,6 +293,12 @@ def run_config(run: Run, vlm: model.VLM) -> dict:
     }  # fmt: skip
 
 
+def write_config(run: Run, vlm: model.VLM) -> None:
+    """Once everything that can refuse has agreed: from here on there is a run."""
+    if run.main:
+        model.write_json(run.folder / "config.json", run_config(run, vlm))
+
+
 def hand_over(run: Run, vlm: model.VLM, tokenizer: data.Tokenizer, stage1_data: str) -> None:
     """Scale the tokens up, and print what inflation is worth: loss on stage-1 data before any training."""
     losses = {"before": validation_loss(run, vlm, tokenizer, stage1_data, "pretrain")}
@@ -384,8 +391,6 @@ def schedule(step: int, cfg: RunConfig) -> float:
 def prepare(run: Run, vlm: model.VLM) -> nn.Module:
     """Compile block by block if asked, wrap in DDP if there are other ranks."""
     vlm.train()
-    if run.main:  # from here on there is a run
-        model.write_json(run.folder / "config.json", run_config(run, vlm))
     if run.cfg.compile == "true":
         torch._dynamo.config.recompile_limit = 64  # a few row counts, with and without gradient
         for block in [*vlm.vit.encoder["layers"], *vlm.decoder.layers]:

@@ -28,6 +28,7 @@ from train_pretrain import (
     prepare,
     resume,
     start,
+    write_config,
 )
 
 
@@ -55,6 +56,7 @@ def main(argv: list[str]) -> None:
     vlm.set_trainable(model.trainable_parts(cfg.train), isolator=True)
     optimizers = make_optimizers(vlm, cfg)
     first = resume(run, vlm, optimizers)
+    write_config(run, vlm)
     ddp = prepare(run, vlm)
 
     def choose_mode(number: int) -> str:

@@ -27,13 +27,12 @@ def small_config(**changes) -> model.ModelConfig:
     return model.dataclasses.replace(cfg, **changes)
 
 
-def small_batch(picks: list[tuple[str, str]], cfg: model.ModelConfig) -> data.Batch:
-    """picks: (kind, mode) of each sample; sample n always is the same scene."""
+def small_batch(picks: list[tuple[str, str]], cfg: model.ModelConfig, start: int = 0) -> data.Batch:
+    """picks: (kind, mode) of each sample; number n, counted from `start`, is always the same record."""
     samples = []
-    for n, (kind, _) in enumerate(picks):
+    for n, (kind, _) in enumerate(picks, start):
         record = data.Scenes(kind)[int(kind == "text") * 100 + n]
-        pixels = data.load_images(record.images, cfg)
-        samples.append((data.pieces_of(record, TOKENIZER), pixels))
+        samples.append((data.pieces_of(record, TOKENIZER), data.load_images(record.images, cfg)))
     return data.make_batch(samples, [mode for _, mode in picks], cfg, 128, 512)
 
 
@@ -76,24 +75,11 @@ def rank_main(rank: int, folder: str) -> None:
     )
     results = {}
     for name, ranks in MIXES.items():
-        first = [("text", "fast")] * (len(ranks[0]) if rank else 0)  # keeps sample numbers as in one process
-        batch = small_batch(first + list(ranks[rank]), small_config())
-        if rank:
-            batch = shifted_batch(ranks)
+        batch = small_batch(ranks[rank], small_config(), start=rank * len(ranks[0]))
         results[name] = one_step(rank, 2, [batch])
     if rank == 0:
         torch.save(results, f"{folder}/ranks.pt")
     torch.distributed.destroy_process_group()
-
-
-def shifted_batch(ranks) -> data.Batch:
-    """Rank 1's samples with the numbers they have when one process holds all."""
-    cfg, start = small_config(), len(ranks[0])
-    samples = []
-    for n, (kind, _) in enumerate(ranks[1]):
-        record = data.Scenes(kind)[int(kind == "text") * 100 + start + n]
-        samples.append((data.pieces_of(record, TOKENIZER), data.load_images(record.images, cfg)))
-    return data.make_batch(samples, [mode for _, mode in ranks[1]], cfg, 128, 512)
 
 
 def assert_same(a: tuple[dict, dict], b: tuple[dict, dict]) -> None:
@@ -114,10 +100,11 @@ def test_two_ranks_equal_one_process(tmp_path):
 
 def test_accumulation_equals_one_batch():
     picks = [("chat", "fast"), ("chat", "slow"), ("text", "fast")]
-    ranks = (picks[:1], picks[1:])
     assert_same(
         one_step(0, 1, [small_batch(picks, small_config())]),
-        one_step(0, 1, [small_batch(picks[:1], small_config()), shifted_batch(ranks)]),
+        one_step(
+            0, 1, [small_batch(picks[:1], small_config()), small_batch(picks[1:], small_config(), start=1)]
+        ),
     )
 
 

@@ -13,20 +13,23 @@ positions.
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import math
 import os
+import pickle
 import re
 import sys
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import prune
@@ -44,17 +47,28 @@ class UserError(Exception):
 
 @dataclass
 class ViTConfig:
-    image_size: int = 64  # pixels a side
+    """CLIP's shape by default; the switches below make it SigLIP, AIMv2 or DINOv2, see VIT_FAMILIES."""
+
+    image_size: int = 64  # pixels a side; 0: what the pre-trained encoder's preprocessor says
     patch_size: int = 8
     width: int = 128
     layers: int = 4
     heads: int = 4
     mlp_width: int = 512
-    activation: str = "quick_gelu"  # or "gelu"
+    activation: str = "quick_gelu"  # quick_gelu, gelu, gelu_pytorch_tanh or silu
     norm_eps: float = 1e-5
     align_corners: bool = (
-        False  # of the bicubic position resize: False as transformers, True as Chain-of-Sight's code
+        False  # of the position resize: False as transformers, True as Chain-of-Sight's code
     )
+    family: str = "clip"  # whose names the weights have on disk: clip, siglip, aimv2 or dinov2
+    cls_token: bool = True
+    pre_norm: str = "after"  # a norm "before" or "after" the positions are added, "" for none
+    rms_norm: bool = False  # RMSNorm instead of LayerNorm
+    gated_mlp: bool = False  # SwiGLU instead of two layers
+    patch_bias: bool = False
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    layer_scale: bool = False  # a learned factor on what each half of a block adds
 
 
 @dataclass
@@ -67,6 +81,10 @@ class DecoderConfig:
     head_dim: int = 32
     mlp_width: int = 384
     rope_theta: float = 10000.0
+    rope_factor: float = 1.0  # Llama 3's stretching of slow rotations; 1: none
+    rope_low: float = 1.0  # fewer turns than this in rope_length positions: stretched by rope_factor
+    rope_high: float = 4.0  # more turns than this: left as they are
+    rope_length: int = 8192  # the context before stretching
     norm_eps: float = 1e-6
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # Qwen3
@@ -74,19 +92,24 @@ class DecoderConfig:
 
 
 @dataclass
+class LoraConfig:
+    rank: int = 0  # of the adapters on the decoder's seven linears; 0: none
+    alpha: float = 64.0  # their outputs are scaled by alpha / rank
+
+
+@dataclass
 class ConnectorConfig:
-    kind: str = "chain"  # "chain": Chain-of-Sight; "linear": every patch by itself, the W = 1 baseline
-    levels: list[int] = field(
-        default_factory=lambda: [2, 4]
-    )  # ViT hidden states read, low to high (0: embeddings)
+    kind: str = "chain"  # chain (Chain-of-Sight), resampler, linear, mlp, avgpool, attnpool or cabstractor
+    levels: list[int] = field(default_factory=lambda: [2, 4])  # ViT hidden states read, low to high
     width: int = 128
     heads: int = 4
     windows: list[int] = field(
         default_factory=lambda: [8, 2]
-    )  # window side of each scale in patches, coarse to fine
-    queries: list[int] = field(default_factory=lambda: [16, 1])  # learned queries in each window of the scale
+    )  # chain: window sides in patches, coarse to fine
+    queries: list[int] = field(default_factory=lambda: [16, 1])  # chain: learned queries in each window
+    tokens: int = 16  # resampler and the pooled kinds: tokens an image (a square number if on a grid)
     key_positions: bool = (
-        False  # not in the paper: a learned position inside the window, added to keys and values
+        False  # not in the paper: a learned position in the window, added to keys and values
     )
 
 
@@ -112,37 +135,51 @@ class ModelConfig:
     vit: ViTConfig = field(default_factory=ViTConfig)
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
-    encoder_from: str = ""  # folder with pre-trained weights in Hugging Face layout; "" starts at random
+    encoder_from: str = (
+        ""  # pre-trained weights: a Hugging Face folder or a downloaded repo; "" starts at random
+    )
     decoder_from: str = ""  # the same
-    tokenizer_from: str = str(ASSETS / "scenes.tiktoken")  # a tiktoken rank file
+    tokenizer_from: str = ""  # a tokenizer's folder or rank file; "": decoder_from's, else that of Scenes
 
     @property
     def side(self) -> int:
         return self.vit.image_size // self.vit.patch_size
+
+    def scales(self) -> list[tuple[int, int]]:
+        """(window side, queries a window) of each scale; a plain resampler is one window over all patches."""
+        c = self.connector
+        return [(self.side, c.tokens)] if c.kind == "resampler" else [*zip(c.windows, c.queries)]
+
+    def grid(self) -> int:
+        """Side of the raster that the visual tokens form, 0 if they form none."""
+        if self.connector.kind in ("linear", "mlp"):
+            return self.side
+        return math.isqrt(self.connector.tokens) if self.connector.kind in ("avgpool", "cabstractor") else 0
 
     def visual_tokens(self, mode: str = "full") -> int:
         """How many positions one image takes: the one owner of this number.
 
         "full": all tokens of the connector; "pruned": what the fast mode keeps, its isolator included.
         """
-        if self.connector.kind == "linear":
-            full = self.side**2
-        else:
-            full = sum(
-                (self.side // w) ** 2 * q for w, q in zip(self.connector.windows, self.connector.queries)
-            )
+        full = self.grid() ** 2 or self.connector.tokens
+        if self.connector.kind == "chain":
+            full = sum((self.side // window) ** 2 * queries for window, queries in self.scales())
         return full if mode == "full" else prune.kept_tokens(full, self.prune.keep) + self.prune.isolator
 
     def check(self) -> "ModelConfig":
         """Reject geometry that cannot work, before anything is built."""
-        if self.vit.image_size % self.vit.patch_size:
+        v, c = self.vit, self.connector
+        if v.image_size % v.patch_size:
+            raise UserError(f"vit.image_size {v.image_size} is no multiple of vit.patch_size {v.patch_size}")
+        if v.activation not in ACTIVATIONS or v.pre_norm not in ("before", "after", ""):
             raise UserError(
-                f"vit.image_size {self.vit.image_size} is no multiple of vit.patch_size {self.vit.patch_size}"
+                f"vit.activation '{v.activation}' must be one of {', '.join(ACTIVATIONS)}; "
+                f"vit.pre_norm '{v.pre_norm}' before, after or empty"
             )
-        c = self.connector
-        if c.kind not in ("chain", "linear"):
-            raise UserError(f"connector.kind '{c.kind}' is unknown: use chain or linear")
+        if c.kind not in CONNECTORS:
+            raise UserError(f"connector.kind '{c.kind}' is unknown: use one of {', '.join(CONNECTORS)}")
         if len(c.windows) != len(c.queries):
             raise UserError(
                 f"connector.windows {c.windows} and connector.queries {c.queries} differ in length"
@@ -152,12 +189,12 @@ class ModelConfig:
                 divisors = [w for w in range(1, self.side + 1) if self.side % w == 0]
                 raise UserError(
                     f"connector.windows: {window} does not divide the {self.side}x{self.side} patch grid "
-                    f"({self.vit.image_size} px / patch {self.vit.patch_size}); windows that do: {divisors}"
+                    f"({v.image_size} px / patch {v.patch_size}); windows that do: {divisors}"
                 )
-        if not c.levels or min(c.levels) < 0 or max(c.levels) > self.vit.layers:
-            raise UserError(
-                f"connector.levels {c.levels} must lie in 0..{self.vit.layers}, the ViT's hidden states"
-            )
+        if c.tokens < 1 or (c.kind in ("avgpool", "cabstractor") and math.isqrt(c.tokens) ** 2 != c.tokens):
+            raise UserError(f"connector.tokens {c.tokens}: {c.kind} needs a square number, such as 64 or 144")
+        if not c.levels or min(c.levels) < 0 or max(c.levels) > v.layers:
+            raise UserError(f"connector.levels {c.levels} must lie in 0..{v.layers}, the ViT's hidden states")
         if c.width % c.heads:
             raise UserError(f"connector.width {c.width} is not a multiple of connector.heads {c.heads}")
         if self.prune.name not in prune.PRUNERS:
@@ -167,17 +204,155 @@ class ModelConfig:
         return self
 
 
-# A preset is a model and a recipe for each stage: what trains, at which rate. The rates of `tiny` are ours.
+# ---------------------------------------------------------------------------------------------------------
+# Presets: a model and a recipe for each stage (flags of train_pretrain.RunConfig: what trains, which rates).
+# "source" says where a row comes from, "ours" what that source did not publish and we chose. "pretrain_b" is
+# the recipe of a stage-1 call with --scale.
+
+VIT_L = ViTConfig(224, 14, 1024, 24, 16, 4096)  # openai/clip-vit-large-patch14 (and -336)
+VIT_H = ViTConfig(378, 14, 1280, 32, 16, 5120)  # apple/DFN5B-CLIP-ViT-H-14-378
+SIGLIP2_B = ViTConfig(256, 16, 768, 12, 12, 3072, "gelu_pytorch_tanh", 1e-6, False, "siglip", False, "")
+SIGLIP2_B.patch_bias = True  # google/siglip2-base-patch16-256
+VICUNA_7B = DecoderConfig(32000, 4096, 32, 32, 32, 128, 11008, norm_eps=1e-5, tied=False)
+LLAMA3_8B = DecoderConfig(128256, 4096, 32, 32, 8, 128, 14336, 500000.0, norm_eps=1e-5, tied=False)
+QWEN_7B = DecoderConfig(152064, 3584, 28, 28, 4, 128, 18944, 1e6, qkv_bias=True, tied=False)
+QWEN_1B = DecoderConfig(151936, 1536, 28, 12, 2, 128, 8960, 1e6, qkv_bias=True)
+QWEN_HALF_B = DecoderConfig(151936, 896, 24, 14, 2, 64, 4864, 1e6, qkv_bias=True)
+SMOLLM2_360M = DecoderConfig(49152, 960, 32, 15, 5, 64, 2560, 100000.0, norm_eps=1e-5)
+SPM = "planning only: Vicuna's SentencePiece tokenizer does not load here; train on the Qwen or Llama-3 row"
+
+
+def gala(width: int, layers: int, heads: int, mlp_width: int) -> DecoderConfig:
+    """MM1's decoders are known by size only; these are the shapes of AXLearn's Gala family (mm1.md 1.3)."""
+    head = width // heads
+    return DecoderConfig(
+        32768, width, layers, heads, heads, head, mlp_width, norm_eps=1e-5, qk_norm=True, tied=False
+    )
+
+
+def mm1(size: float, vit: ViTConfig, decoder: DecoderConfig) -> dict:
+    """MM1 (2403.09611): nothing frozen, C-Abstractor with 144 tokens, the rate from its law (section 3.3)."""
+    lr = math.exp(-0.4214 * math.log(size) - 0.5535)
+    connector = ConnectorConfig("cabstractor", [vit.layers], 1024, 16, tokens=144)
+    train = {"train": "vit,connector,decoder", "weight_decay": 0.1, "final_lr": 0.1}
+    return {
+        "source": "MM1, arXiv 2403.09611, sections 3.1-3.3 and 4",
+        "ours": "decoder shape and vocabulary (AXLearn's Gala), width inside the C-Abstractor (Honeybee's), "
+        "AdamW where stage 2 had AdaFactor; MM1's weights were never released, so it starts at random",
+        "model": ModelConfig(vit=vit, connector=connector, decoder=decoder),
+        "pretrain": {
+            **train, "lr": lr, "vit_lr": 5e-5 / lr, "batch_size": 512, "row_length": 4096, "row_limit": 4096,
+            "steps": 200_000, "warmup": 0.01,
+        },
+        "sft": {
+            **train, "lr": 1e-5, "vit_lr": 1.0, "batch_size": 256, "row_length": 2048, "row_limit": 2048,
+            "steps": 10_000, "slow_share": 1.0, "distill_weight": 0.0,
+        },
+    }  # fmt: skip
+
+
+def chain_of_sight(decoder: DecoderConfig, decoder_from: str, note: str = "") -> dict:
+    """CoS (2407.15819): 80 tokens at 224 px, then 1296 at 448; always LoRA, the ViT trains from 1b on."""
+    train = {"lr": 2e-4, "vit_lr": 0.1, "batch_size": 512, "frozen": "bfloat16"}
+    return {
+        "source": "Chain-of-Sight, arXiv 2407.15819, sections 3 and 4" + note,
+        "ours": "all rates and batches (Table A3 was not at hand), LoRA alpha, steps of stage 2",
+        "model": ModelConfig(
+            vit=dataclasses.replace(VIT_L, align_corners=True),
+            connector=ConnectorConfig("chain", [16, 23], 1024, 16, [16, 4], [16, 4]),
+            decoder=decoder,
+            lora=LoraConfig(64, 64.0),
+            encoder_from="openai/clip-vit-large-patch14",
+            decoder_from=decoder_from,
+        ),
+        "scale": "80to1296",
+        "pretrain": {**train, "train": "connector,lora", "steps": 120_000},
+        "pretrain_b": {**train, "train": "vit,connector,lora", "steps": 30_000, "batch_size": 128},
+        "sft": {
+            **train, "train": "vit,connector,lora", "steps": 10_000, "batch_size": 128, "row_length": 2048,
+            "slow_share": 1.0, "distill_weight": 0.0,
+        },
+    }  # fmt: skip
+
+
+def llava(decoder: DecoderConfig, decoder_from: str, tiles: int, note: str = "") -> dict:
+    """LLaVA as DualSpeed (2602.03815) trains it: fast on a tenth of the tokens, one step of ten on all."""
+    return {
+        "source": "DualSpeed, arXiv 2602.03815, on LLaVA's recipe" + note,
+        "ours": "the decoder: the paper has Vicuna-7B",
+        "model": ModelConfig(
+            vit=dataclasses.replace(VIT_L, image_size=336),
+            connector=ConnectorConfig("mlp", [23], 1024, 16),
+            decoder=decoder,
+            prune=PruneConfig("divprune", 0.1, 4),
+            encoder_from="openai/clip-vit-large-patch14-336",
+            decoder_from=decoder_from,
+        ),
+        "tiles": tiles,
+        "pretrain": {
+            "train": "connector", "lr": 1e-3, "batch_size": 256, "steps": 2180, "row_length": 1024,
+            "final_lr": 0.0, "pruner": "divprune", "frozen": "bfloat16",
+        },
+        "sft": {
+            "train": "connector,decoder", "lr": 2e-5, "batch_size": 128, "steps": 5198, "row_length": 2048,
+            "final_lr": 0.0, "mode": "batch", "frozen": "bfloat16",
+        },
+    }  # fmt: skip
+
+
+def tonight(
+    vit: ViTConfig, encoder_from: str, levels: list[int], decoder: DecoderConfig, decoder_from: str
+) -> dict:
+    """One GPU, one evening: 80 tokens in stage 1, 336 at twice the side in stage 2, nine of ten fast."""
+    return {
+        "source": "ours: Chain-of-Sight and DualSpeed together, for one GPU",
+        "ours": "everything but the methods",
+        "model": ModelConfig(
+            vit=vit,
+            connector=ConnectorConfig("chain", levels, 768, 12, [16, 4], [16, 4]),
+            decoder=decoder,
+            prune=PruneConfig("divprune", 0.25, 4),
+            encoder_from=encoder_from,
+            decoder_from=decoder_from,
+        ),
+        "scale": "80to336",
+        "pretrain": {
+            "train": "connector", "lr": 1e-3, "batch_size": 256, "steps": 2180, "row_length": 1024,
+            "frozen": "bfloat16",
+        },
+        "sft": {
+            "train": "connector,decoder", "lr": 5e-5, "batch_size": 128, "steps": 5198, "row_length": 1024,
+            "frozen": "bfloat16",
+        },
+    }  # fmt: skip
+
+
+CLIP_L, SIGLIP2 = "openai/clip-vit-large-patch14", "google/siglip2-base-patch16-256"
 PRESETS = {
     "tiny": {
+        "source": "ours: the demo on two CPU cores, with the shipped halves",
+        "ours": "everything but the methods",
         "model": ModelConfig(
             prune=PruneConfig(keep=0.25),
             encoder_from=str(ASSETS / "tiny_vit"),
             decoder_from=str(ASSETS / "tiny_lm"),
         ),
+        "scale": "32to144",
         "pretrain": {"train": "connector,decoder", "steps": 500, "lr": 2e-3, "muon_lr": 0.01},
         "sft": {"train": "connector,decoder", "steps": 300, "lr": 1e-3, "muon_lr": 0.005},
     },
+    "clip-smollm2-360m": tonight(VIT_L, CLIP_L, [16, 23], SMOLLM2_360M, "HuggingFaceTB/SmolLM2-360M"),
+    "siglip2-qwen2.5-0.5b": tonight(SIGLIP2_B, SIGLIP2, [8, 11], QWEN_HALF_B, "Qwen/Qwen2.5-0.5B"),
+    "siglip2-qwen2.5-1.5b": tonight(SIGLIP2_B, SIGLIP2, [8, 11], QWEN_1B, "Qwen/Qwen2.5-1.5B"),
+    "llava-1.5": llava(QWEN_7B, "Qwen/Qwen2.5-7B", 1),
+    "llava-next": llava(LLAMA3_8B, "meta-llama/Meta-Llama-3-8B", 5, "; 5 tiles of 576 tokens, flat"),
+    "llava-1.5-vicuna": llava(VICUNA_7B, "lmsys/vicuna-7b-v1.5", 1, "; " + SPM),
+    "cos-7b": chain_of_sight(VICUNA_7B, "lmsys/vicuna-7b-v1.5", "; " + SPM),
+    "cos-8b": chain_of_sight(LLAMA3_8B, "meta-llama/Meta-Llama-3-8B-Instruct"),
+    "1.2b": mm1(1.2e9, dataclasses.replace(VIT_L, image_size=336), gala(2048, 24, 32, 5632)),
+    "3b": mm1(2.9e9, VIT_H, gala(2560, 36, 20, 6912)),
+    "7b": mm1(6.4e9, VIT_H, gala(4096, 32, 32, 11008)),
+    "30b": mm1(30e9, VIT_H, gala(7168, 48, 56, 19200)),
 }
 
 
@@ -194,13 +369,13 @@ def preset(name: str) -> dict:
 class Attention(nn.Module):
     """Multi-head self-attention of the ViT, CLIP's names."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, bias: bool = True):
         super().__init__()
         self.heads = heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width, bias)
+        self.k_proj = nn.Linear(width, width, bias)
+        self.v_proj = nn.Linear(width, width, bias)
+        self.out_proj = nn.Linear(width, width, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         q = split_heads(self.q_proj(x), self.heads)  # (I, H, P, D/H)
@@ -235,80 +410,124 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATIONS = {
+    "quick_gelu": quick_gelu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 
 
 class MLP(nn.Module):
-    def __init__(self, width: int, hidden: int, activation: str = "gelu"):
+    def __init__(self, width: int, hidden: int, activation: str = "gelu", bias: bool = True):
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(width, hidden, bias)
+        self.fc2 = nn.Linear(hidden, width, bias)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(x)))
 
 
+class GatedMLP(nn.Module):
+    """SwiGLU, Llama's names; also AIMv2's."""
+
+    def __init__(self, width: int, hidden: int, bias: bool = False):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, hidden, bias)
+        self.up_proj = nn.Linear(width, hidden, bias)
+        self.down_proj = nn.Linear(hidden, width, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def vit_norm(cfg: ViTConfig) -> nn.Module:
+    return (nn.RMSNorm if cfg.rms_norm else nn.LayerNorm)(cfg.width, eps=cfg.norm_eps)
+
+
+class LayerScale(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.ones(width))  # DINOv2's name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.lambda1
+
+
 class ViTBlock(nn.Module):
     def __init__(self, cfg: ViTConfig):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(cfg.width, eps=cfg.norm_eps)
-        self.self_attn = Attention(cfg.width, cfg.heads)
-        self.layer_norm2 = nn.LayerNorm(cfg.width, eps=cfg.norm_eps)
-        self.mlp = MLP(cfg.width, cfg.mlp_width, cfg.activation)
+        self.layer_norm1 = vit_norm(cfg)
+        self.self_attn = Attention(cfg.width, cfg.heads, cfg.attention_bias)
+        self.layer_norm2 = vit_norm(cfg)
+        if cfg.gated_mlp:
+            self.mlp = GatedMLP(cfg.width, cfg.mlp_width, cfg.mlp_bias)
+        else:
+            self.mlp = MLP(cfg.width, cfg.mlp_width, cfg.activation, cfg.mlp_bias)
+        self.layer_scale1 = LayerScale(cfg.width) if cfg.layer_scale else nn.Identity()
+        self.layer_scale2 = LayerScale(cfg.width) if cfg.layer_scale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        x = x + self.layer_scale1(self.self_attn(self.layer_norm1(x)))
+        return x + self.layer_scale2(self.mlp(self.layer_norm2(x)))
 
 
 class ViTEmbeddings(nn.Module):
-    """Patches as one linear map, a CLS token in front, learned positions resized to the grid at hand."""
+    """Patches as one linear map, perhaps a CLS token in front, positions resized to the grid at hand."""
 
     def __init__(self, cfg: ViTConfig):
         super().__init__()
         self.cfg = cfg
-        self.class_embedding = nn.Parameter(torch.randn(cfg.width) * 0.02)
-        self.patch_embedding = nn.Conv2d(3, cfg.width, cfg.patch_size, stride=cfg.patch_size, bias=False)
-        self.position_embedding = nn.Embedding((cfg.image_size // cfg.patch_size) ** 2 + 1, cfg.width)
+        self.class_embedding = nn.Parameter(torch.randn(cfg.width) * 0.02) if cfg.cls_token else None
+        stride = cfg.patch_size
+        self.patch_embedding = nn.Conv2d(3, cfg.width, stride, stride=stride, bias=cfg.patch_bias)
+        self.position_embedding = nn.Embedding((cfg.image_size // stride) ** 2 + cfg.cls_token, cfg.width)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """(I, 3, pixels, pixels) -> (I, 1 + P, D)"""
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (I, P, D)
-        cls = self.class_embedding.expand(len(patches), 1, -1)  # (I, 1, D)
-        return torch.cat([cls, patches], 1) + self.positions(pixels.shape[-1] // self.cfg.patch_size)
+    def forward(self, pixels: Tensor, norm: nn.Module) -> Tensor:
+        """(I, 3, pixels, pixels) -> (I, 1 + P, D), or (I, P, D) without CLS"""
+        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (I, P, D)
+        if self.cfg.pre_norm == "before":
+            x = norm(x)
+        if self.class_embedding is not None:
+            cls = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)  # (I, 1, D)
+            x = torch.cat([cls, x], 1)
+        x = x + self.positions(pixels.shape[-1] // self.cfg.patch_size)
+        return norm(x) if self.cfg.pre_norm == "after" else x
 
     def positions(self, side: int) -> Tensor:
-        """Position embeddings for a side x side grid: bicubic from the stored grid, CLS kept. (1 + side^2,
-        D)
-        """
+        """Positions of a side x side grid, bicubic from the stored one, CLS kept: ((1 +) side^2, D)"""
         weight = self.position_embedding.weight
-        if len(weight) == side**2 + 1:
+        first = int(self.cfg.cls_token)
+        if len(weight) == side**2 + first:
             return weight
-        stored = math.isqrt(len(weight) - 1)
-        grid = weight[1:].reshape(1, stored, stored, -1).permute(0, 3, 1, 2)  # (1, D, S, S)
-        grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=self.cfg.align_corners)
-        return torch.cat([weight[:1], grid.flatten(2)[0].T])
+        stored = math.isqrt(len(weight) - first)
+        grid = weight[first:].reshape(1, stored, stored, -1).permute(0, 3, 1, 2)  # (1, D, S, S)
+        grid = F.interpolate(
+            grid.float(), size=(side, side), mode="bicubic", align_corners=self.cfg.align_corners
+        )
+        return torch.cat([weight[:first], grid.flatten(2)[0].T.to(weight.dtype)])
 
 
 class ViT(nn.Module):
-    """CLIP's vision tower (pre-LN, with the extra LayerNorm before the first block)."""
+    """A pre-norm vision transformer with CLIP's names; the config's switches make it one of VIT_FAMILIES."""
 
     def __init__(self, cfg: ViTConfig):
         super().__init__()
         self.cfg = cfg
         self.embeddings = ViTEmbeddings(cfg)
-        self.pre_layrnorm = nn.LayerNorm(cfg.width, eps=cfg.norm_eps)  # the missing "e" is CLIP's
+        self.pre_layrnorm = vit_norm(cfg) if cfg.pre_norm else nn.Identity()  # the missing "e" is CLIP's
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.layers))})
-        self.post_layernorm = nn.LayerNorm(cfg.width, eps=cfg.norm_eps)
+        self.post_layernorm = vit_norm(cfg)
         init_linear(self)
 
     def hidden_states(self, pixels: Tensor, last: int | None = None) -> tuple[Tensor, ...]:
-        """What transformers returns: embeddings after the pre-LayerNorm, then the output of each block.
+        """What transformers returns: embeddings (CLIP's after its pre-LayerNorm), then each block's output.
 
-        pixels: (I, 3, side, side), normalised. Every entry is (I, 1 + P, D). Stops after block `last`.
+        pixels: (I, 3, side, side), normalised. Every entry is (I, 1 + P, D), or (I, P, D) without a CLS
+        token. Stops after block `last`.
         """
-        states = [self.pre_layrnorm(self.embeddings(pixels))]
+        states = [self.embeddings(pixels, self.pre_layrnorm)]
         for block in self.encoder["layers"][:last]:
             states.append(block(states[-1]))
         return tuple(states)
@@ -321,36 +540,36 @@ class ViT(nn.Module):
         self.cfg = dataclasses.replace(self.cfg, image_size=image_size)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> "ViT":
-        """From a folder in Hugging Face layout: CLIPVisionModel, today's key names or with
-        `vision_model.`.
+    def from_pretrained(cls, path_or_repo: str | Path, dtype: torch.dtype = torch.float32) -> "ViT":
+        """From a Hugging Face folder (or downloaded repo) of one of VIT_FAMILIES: vision-only, or the vision
+        half of a full CLIP, SigLIP or AIMv2 checkpoint; today's key names or older ones.
         """
-        config = read_json(Path(path) / "config.json")
-        if config.get("model_type") != "clip_vision_model":
-            raise UserError(
-                f"{path}/config.json: model_type '{config.get('model_type')}' is not clip_vision_model"
-            )
-        known = {
-            ours: config[theirs] for ours, theirs in CLIP_NAMES.items() if config.get(theirs) is not None
-        }
-        if known.get("activation", "quick_gelu") not in ACTIVATIONS:
-            raise UserError(
-                f"{path}/config.json: hidden_act '{known['activation']}' is not in {list(ACTIVATIONS)}"
-            )
-        vit = cls(ViTConfig(**known))
-        weights = {k.removeprefix("vision_model."): v for k, v in read_weights(path).items()}
-        load_weights(vit, weights, path)
+        folder = find_half(path_or_repo)
+        cfg = read_vit_config(folder / "config.json")
+        with torch.device("meta"):
+            vit = cls(cfg)
+        load_weights(vit, vit_weights(open_weights(folder), cfg.family), folder, dtype)
         return vit
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        config = {theirs: getattr(self.cfg, ours) for ours, theirs in CLIP_NAMES.items()}
-        write_json(Path(path) / "config.json", {"model_type": "clip_vision_model", **config})
-        write_weights(
-            Path(path) / "model.safetensors", {k: v.to(dtype) for k, v in self.state_dict().items()}
-        )
+        """config.json and model.safetensors as the family's vision-only model in transformers has them."""
+        family, switches = self.cfg.family, dataclasses.asdict(self.cfg)
+        config = {theirs: switches[ours] for ours, theirs in VIT_NAMES.items()}
+        extra = VIT_FAMILIES[family]["export"](self.cfg)
+        write_json(Path(path) / "config.json", {**config, **extra})
+        weights = {}
+        for name, value in self.state_dict().items():
+            for theirs, ours in reversed(VIT_FAMILIES[family]["names"]):
+                name = name.replace(ours, theirs)
+            lead = 2 if name.endswith("cls_token") else 1 if name.endswith("position_embeddings") else 0
+            weights[name] = value.to(dtype)[(None,) * lead]
+        write_weights(Path(path) / "model.safetensors", weights)
 
 
-CLIP_NAMES = {
+# The encoders that load: what all families call the values in config.json, then what differs. "defaults" are
+# transformers' own, for configs on the hub that leave them out, and our switches; "names" the replacements,
+# in order, that turn its weights' names into ours.
+VIT_NAMES = {
     "image_size": "image_size",
     "patch_size": "patch_size",
     "width": "hidden_size",
@@ -360,6 +579,136 @@ CLIP_NAMES = {
     "activation": "hidden_act",
     "norm_eps": "layer_norm_eps",
 }
+BASE = {"image_size": 224, "width": 768, "layers": 12, "heads": 12, "mlp_width": 3072}
+VIT_FAMILIES = {
+    "clip": {
+        "defaults": {**BASE, "patch_size": 32, "activation": "quick_gelu", "norm_eps": 1e-5},
+        "export": lambda cfg: {"model_type": "clip_vision_model"},
+        "names": [],
+    },
+    "siglip": {
+        "defaults": {
+            **BASE, "patch_size": 16, "activation": "gelu_pytorch_tanh", "norm_eps": 1e-6,
+            "cls_token": False, "pre_norm": "", "patch_bias": True,
+        },
+        "export": lambda cfg: {"model_type": "siglip_vision_model", "vision_use_head": False},
+        "names": [],
+    },
+    "aimv2": {
+        "defaults": {
+            **BASE, "patch_size": 14, "width": 1024, "layers": 24, "heads": 8, "mlp_width": 2816,
+            "activation": "silu", "norm_eps": 1e-5, "cls_token": False, "pre_norm": "before",
+            "patch_bias": True, "rms_norm": True, "gated_mlp": True, "attention_bias": False,
+            "mlp_bias": False,
+        },
+        "export": lambda cfg: {
+            "model_type": "aimv2_vision_model", "rms_norm_eps": cfg.norm_eps, "qkv_bias": cfg.attention_bias,
+            "mlp_bias": cfg.mlp_bias, "use_head": False, "is_native": False,
+        },
+        "names": [
+            ("embeddings.patch_embed.", "embeddings.patch_embedding."),
+            ("embeddings.rms_norm.", "pre_layrnorm."),
+            (".attention.", ".self_attn."),
+            (".ffn.", ".mlp."),
+            (".rms_norm1.", ".layer_norm1."),
+            (".rms_norm2.", ".layer_norm2."),
+            ("rms_norm.", "post_layernorm."),
+        ],
+        "original": [  # Apple's own files
+            ("preprocessor.patchifier.proj.", "embeddings.patch_embedding."),
+            ("preprocessor.patchifier.norm.", "pre_layrnorm."),
+            ("preprocessor.pos_embed", "embeddings.position_embedding.weight"),
+            ("trunk.blocks.", "encoder.layers."),
+            (".attn.qkv.", ".self_attn.qkv."),
+            (".attn.proj.", ".self_attn.out_proj."),
+            (".mlp.fc1.", ".mlp.gate_proj."),
+            (".mlp.fc2.", ".mlp.down_proj."),
+            (".mlp.fc3.", ".mlp.up_proj."),
+            (".norm_1.", ".layer_norm1."),
+            (".norm_2.", ".layer_norm2."),
+            ("trunk.post_trunk_norm.", "post_layernorm."),
+        ],
+    },
+    "dinov2": {
+        "defaults": {
+            **BASE, "patch_size": 14, "activation": "gelu", "norm_eps": 1e-6, "pre_norm": "",
+            "patch_bias": True, "layer_scale": True,
+        },
+        "export": lambda cfg: {
+            "model_type": "dinov2", "mlp_ratio": cfg.mlp_width // cfg.width, "qkv_bias": cfg.attention_bias,
+            "use_mask_token": False,
+        },
+        "names": [
+            ("embeddings.cls_token", "embeddings.class_embedding"),
+            ("embeddings.position_embeddings", "embeddings.position_embedding.weight"),
+            ("embeddings.patch_embeddings.projection.", "embeddings.patch_embedding."),
+            ("encoder.layer.", "encoder.layers."),
+            (".attention.attention.query.", ".self_attn.q_proj."),
+            (".attention.attention.key.", ".self_attn.k_proj."),
+            (".attention.attention.value.", ".self_attn.v_proj."),
+            (".attention.output.dense.", ".self_attn.out_proj."),
+            (".norm1.", ".layer_norm1."),
+            (".norm2.", ".layer_norm2."),
+            ("layernorm.", "post_layernorm."),
+        ],
+    },
+}  # fmt: skip
+
+
+def read_vit_config(file: Path) -> ViTConfig:
+    """config.json of a vision model, or the vision half of a full one."""
+    config = read_json(file)
+    kind = config.get("model_type")
+    family = str(kind).removesuffix("_vision_model")
+    if family not in VIT_FAMILIES:
+        why = ": its NaFlex grids change with the picture; take a fixed-resolution SigLIP2" * (
+            family == "siglip2"
+        )
+        raise UserError(f"{file}: model_type '{kind}' is not one of {', '.join(VIT_FAMILIES)}{why}")
+    config = {**config, **config.get("vision_config", {})}
+    known = {ours: config[theirs] for ours, theirs in VIT_NAMES.items() if config.get(theirs) is not None}
+    cfg = ViTConfig(**{**VIT_FAMILIES[family]["defaults"], "family": family, **known})
+    if family == "aimv2":
+        cfg.norm_eps = config.get("rms_norm_eps", cfg.norm_eps)
+        cfg.mlp_bias = config.get("mlp_bias", config.get("use_bias", False))
+        cfg.attention_bias = config.get("qkv_bias", False)
+    if family == "dinov2":
+        cfg.mlp_width = config.get("mlp_ratio", 4) * cfg.width
+        cfg.attention_bias = config.get("qkv_bias", True)
+    for unknown in ("is_native", "use_swiglu_ffn"):  # sine positions of AIMv2's native models; DINOv2-giant
+        if config.get(unknown):
+            raise UserError(f"{file}: {unknown} is not supported")
+    if cfg.activation not in ACTIVATIONS:
+        raise UserError(f"{file}: hidden_act '{cfg.activation}' is not one of {', '.join(ACTIVATIONS)}")
+    return cfg
+
+
+def vit_weights(readers: dict, family: str) -> dict:
+    """Our names for one encoder's tensors: no text half, no pooling head, fused q, k, v taken apart."""
+    other = (
+        "text_model.",
+        "text_projection.",
+        "visual_projection.",
+        "logit_",
+        "head.",
+        "embeddings.mask_token",
+    )
+    names = VIT_FAMILIES[family]["names"]
+    if any(name.startswith("trunk.") for name in readers):
+        names = VIT_FAMILIES[family]["original"]
+    renamed = {}
+    for name, read in readers.items():
+        name = name.removeprefix("vision_model.")
+        if name.startswith(other) or name.endswith("position_ids"):  # a buffer in older CLIP files
+            continue
+        for theirs, ours in names:
+            name = name.replace(theirs, ours)
+        if ".qkv." in name:
+            for i, part in enumerate(("q_proj", "k_proj", "v_proj")):
+                renamed[name.replace("qkv", part)] = lambda i=i, read=read: read().chunk(3)[i]
+        else:
+            renamed[name] = read
+    return renamed
 
 
 def init_linear(module: nn.Module, std: float = 0.02) -> None:
@@ -378,6 +727,10 @@ def rope_tables(positions: Tensor, cfg: DecoderConfig) -> tuple[Tensor, Tensor]:
     """cos and sin of every position, fp32: (B, T) -> two of (B, 1, T, head_dim)."""
     steps = torch.arange(0, cfg.head_dim, 2, device=positions.device, dtype=torch.float32)
     frequency = cfg.rope_theta ** (-steps / cfg.head_dim)
+    if cfg.rope_factor != 1:  # Llama 3: between rope_low and rope_high turns, from stretched to unchanged
+        turns = cfg.rope_length * frequency / (2 * math.pi)
+        keep = ((turns - cfg.rope_low) / (cfg.rope_high - cfg.rope_low)).clamp(0, 1)
+        frequency = frequency * (keep + (1 - keep) / cfg.rope_factor)
     angle = positions[:, None, :, None].float() * frequency  # (B, 1, T, head_dim / 2)
     angle = torch.cat([angle, angle], -1)
     return angle.cos(), angle.sin()
@@ -402,13 +755,13 @@ def document_mask(doc_ids: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of all layers, written in place: (layers, B, Hkv, T_max, head_dim)."""
 
-    def __init__(self, cfg: DecoderConfig, rows: int, length: int, like: Tensor):
-        shape = (cfg.layers, rows, cfg.kv_heads, length, cfg.head_dim)
-        self.k = torch.zeros(shape, device=like.device, dtype=like.dtype)
-        self.v = torch.zeros_like(self.k)
+    def __init__(self, cfg: DecoderConfig, rows: int, length: int):
+        self.shape = (cfg.layers, rows, cfg.kv_heads, length, cfg.head_dim)
         self.used = 0
 
     def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.used == 0 and layer == 0:  # now their dtype and device are known
+            self.k, self.v = k.new_zeros(self.shape), v.new_zeros(self.shape)
         end = self.used + k.shape[2]
         self.k[layer, :, :, self.used : end] = k
         self.v[layer, :, :, self.used : end] = v
@@ -441,17 +794,6 @@ class DecoderAttention(nn.Module):
         return self.o_proj(merge_heads(attend(q, k, v, mask)))  # (B, T, D)
 
 
-class SwiGLU(nn.Module):
-    def __init__(self, cfg: DecoderConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(cfg.width, cfg.mlp_width, bias=False)
-        self.up_proj = nn.Linear(cfg.width, cfg.mlp_width, bias=False)
-        self.down_proj = nn.Linear(cfg.mlp_width, cfg.width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class DecoderBlock(nn.Module):
     def __init__(self, cfg: DecoderConfig, layer: int):
         super().__init__()
@@ -459,7 +801,7 @@ class DecoderBlock(nn.Module):
         self.input_layernorm = nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
         self.self_attn = DecoderAttention(cfg)
         self.post_attention_layernorm = nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
-        self.mlp = SwiGLU(cfg)
+        self.mlp = GatedMLP(cfg.width, cfg.mlp_width)
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, cache: KVCache | None = None
@@ -477,10 +819,17 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.width)
         self.layers = nn.ModuleList(DecoderBlock(cfg, i) for i in range(cfg.layers))
         self.norm = nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
-        self.lm_head = nn.Linear(cfg.width, cfg.vocab_size, bias=False)
+        if not cfg.tied:
+            self.lm_head = nn.Linear(cfg.width, cfg.vocab_size, bias=False)
         init_linear(self)
-        if cfg.tied:
-            self.lm_head.weight = self.embed_tokens.weight
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D), in the norms' dtype: a bfloat16 table does not narrow the residuals."""
+        return self.embed_tokens(ids).to(self.norm.weight.dtype)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., D) to logits (..., N)."""
+        return F.linear(hidden, (self.embed_tokens if self.cfg.tied else self.lm_head).weight)
 
     def hidden(self, x: Tensor, positions: Tensor, mask: Tensor, cache: KVCache | None = None) -> Tensor:
         """Embeddings (B, T, D) to final hidden states (B, T, D)."""
@@ -494,48 +843,38 @@ class Decoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         mask = document_mask(torch.zeros_like(ids))
-        return self.lm_head(self.hidden(self.embed_tokens(ids), positions, mask))  # (B, T, N)
+        return self.head(self.hidden(self.embed(ids), positions, mask))  # (B, T, N)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> "Decoder":
-        """From a folder in Hugging Face layout; config.json in today's form or with a bare `rope_theta`."""
-        config = read_json(Path(path) / "config.json")
-        family = config.get("model_type")
-        if family not in ("llama", "qwen2", "qwen3"):
-            raise UserError(f"{path}/config.json: model_type '{family}' is not one of llama, qwen2, qwen3")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default" or config.get("use_sliding_window"):
-            raise UserError(f"{path}/config.json: rope type '{kind}' or a sliding window is not supported")
-        known = {
-            ours: config[theirs] for ours, theirs in LLAMA_NAMES.items() if config.get(theirs) is not None
-        }
-        known.setdefault("tied", False)
-        known.setdefault("head_dim", known["width"] // known["heads"])
-        known.setdefault("kv_heads", known["heads"])
-        known["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-        known["qkv_bias"] = family == "qwen2" or config.get("attention_bias", False)
-        decoder = cls(DecoderConfig(**known, qk_norm=family == "qwen3"))
-        weights = {k.removeprefix("model."): v for k, v in read_weights(path).items()}
-        if decoder.cfg.tied:
-            weights["lm_head.weight"] = weights["embed_tokens.weight"]
-        load_weights(decoder, weights, path)
+    def from_pretrained(cls, path_or_repo: str | Path, dtype: torch.dtype = torch.float32) -> "Decoder":
+        """From a Hugging Face folder (or downloaded repo) of one of DECODERS."""
+        folder = find_half(path_or_repo)
+        cfg = read_decoder_config(folder / "config.json")
+        with torch.device("meta"):
+            decoder = cls(cfg)
+        readers = {name.removeprefix("model."): read for name, read in open_weights(folder).items()}
+        readers = {name: read for name, read in readers.items() if not name.endswith("rotary_emb.inv_freq")}
+        if cfg.tied:
+            readers.pop("lm_head.weight", None)  # some files hold the table twice
+        load_weights(decoder, readers, folder, dtype)
         return decoder
 
     def save_pretrained(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """config.json and model.safetensors with Hugging Face names, LoRA merged."""
         cfg = self.cfg
         config = {theirs: getattr(cfg, ours) for ours, theirs in LLAMA_NAMES.items()}
         config["model_type"] = "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else "llama"
+        config["architectures"] = [DECODERS[config["model_type"]]]
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": cfg.rope_theta}
+        if cfg.rope_factor != 1:
+            rope = {theirs: getattr(cfg, ours) for ours, theirs in ROPE_NAMES.items()}
+            config["rope_parameters"] = {"rope_type": "llama3", "rope_theta": cfg.rope_theta, **rope}
         write_json(Path(path) / "config.json", config)
-        weights = {
-            k if k == "lm_head.weight" else f"model.{k}": v.to(dtype) for k, v in self.state_dict().items()
-        }
-        if cfg.tied:
-            del weights["lm_head.weight"]
+        weights = {k if k == "lm_head.weight" else f"model.{k}": v.to(dtype) for k, v in merged(self).items()}
         write_weights(Path(path) / "model.safetensors", weights)
 
 
+DECODERS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 LLAMA_NAMES = {
     "vocab_size": "vocab_size",
     "width": "hidden_size",
@@ -547,6 +886,84 @@ LLAMA_NAMES = {
     "norm_eps": "rms_norm_eps",
     "tied": "tie_word_embeddings",
 }
+ROPE_NAMES = {
+    "rope_factor": "factor",
+    "rope_low": "low_freq_factor",
+    "rope_high": "high_freq_factor",
+    "rope_length": "original_max_position_embeddings",
+}
+
+
+def read_decoder_config(file: Path) -> DecoderConfig:
+    """config.json of a decoder, in today's form (rope_parameters) or the older (rope_theta, rope_scaling)."""
+    config = read_json(file)
+    family = config.get("model_type")
+    if family not in DECODERS:
+        raise UserError(
+            f"{file}: model_type '{family}' is not one of {', '.join(DECODERS)} (SmolLM2 is a llama)"
+        )
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise UserError(f"{file}: rope type '{kind}' is not supported, only default and llama3")
+    windowed = config.get("use_sliding_window") or set(config.get("layer_types") or ()) - {"full_attention"}
+    if windowed or config.get("mlp_bias") or config.get("hidden_act", "silu") != "silu":
+        raise UserError(
+            f"{file}: a sliding window, mlp_bias or an activation other than silu is not supported"
+        )
+    known = {ours: config[theirs] for ours, theirs in LLAMA_NAMES.items() if config.get(theirs) is not None}
+    for ours in ("vocab_size", "width", "layers", "heads", "mlp_width"):
+        if ours not in known:
+            raise UserError(f"{file}: '{LLAMA_NAMES[ours]}' is missing")
+    known.setdefault("tied", False)
+    known.setdefault("head_dim", 128 if family == "qwen3" else known["width"] // known["heads"])
+    known.setdefault("kv_heads", known["heads"])
+    known["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    if kind == "llama3":
+        known.update({ours: rope[theirs] for ours, theirs in ROPE_NAMES.items()})
+    qkv_bias = family == "qwen2" or config.get("attention_bias", False)
+    return DecoderConfig(**known, qkv_bias=qkv_bias, qk_norm=family == "qwen3")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# LoRA (arXiv 2106.09685): small trained matrices beside the decoder's frozen ones
+
+
+class LoraLinear(nn.Linear):
+    """W x + alpha / rank * B A x. W is frozen; B starts at zero, so that step 0 is the base model."""
+
+    def __init__(self, base: nn.Linear, cfg: LoraConfig):
+        super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.scale = cfg.alpha / cfg.rank
+        like = {"device": base.weight.device, "dtype": torch.float32}  # whatever the base is kept in
+        self.lora_a = nn.Parameter(torch.empty(cfg.rank, base.in_features, **like))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, cfg.rank, **like))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = F.linear(x, self.lora_a.to(x.dtype))  # (..., rank)
+        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(low, self.lora_b.to(x.dtype))
+
+
+def add_lora(decoder: Decoder, cfg: LoraConfig) -> None:
+    """Put adapters on q, k, v, o, gate, up and down of every block, in place."""
+    for block in decoder.layers:
+        for part in (block.self_attn, block.mlp):
+            for name, linear in list(part.named_children()):
+                if isinstance(linear, nn.Linear):
+                    setattr(part, name, LoraLinear(linear, cfg))
+
+
+@torch.no_grad()
+def merged(decoder: Decoder) -> dict[str, Tensor]:
+    """The decoder's weights with the adapters added to the matrices they stand beside, names without them."""
+    weights = {name: value for name, value in decoder.state_dict().items() if ".lora_" not in name}
+    for name, part in decoder.named_modules():
+        if isinstance(part, LoraLinear):
+            update = part.scale * (part.lora_b.float() @ part.lora_a.float())
+            weights[f"{name}.weight"] = (part.weight.float() + update).to(part.weight.dtype)
+    return weights
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -642,12 +1059,12 @@ class ChainOfSight(nn.Module):
     order.
     """
 
-    def __init__(self, cfg: ConnectorConfig, context_width: int, side: int, out_width: int):
+    def __init__(self, cfg: ModelConfig):
         super().__init__()
-        sizes = zip(cfg.windows, cfg.queries)
-        self.scales = nn.ModuleList(Scale(cfg, context_width, side, window, n) for window, n in sizes)
-        self.norm = nn.LayerNorm(cfg.width)
-        self.proj = nn.Linear(cfg.width, out_width)
+        c, context_width = cfg.connector, cfg.vit.width
+        self.scales = nn.ModuleList(Scale(c, context_width, cfg.side, w, n) for w, n in cfg.scales())
+        self.norm = nn.LayerNorm(c.width)
+        self.proj = nn.Linear(c.width, cfg.decoder.width)
         init_linear(self.proj)
 
     def forward(self, levels: list[Tensor], n_scales: int | None = None) -> Tensor:
@@ -658,17 +1075,134 @@ class ChainOfSight(nn.Module):
 class Linear(nn.Module):
     """Every patch of the highest level by itself: the baseline with all tokens (the LayerNorm is ours)."""
 
-    def __init__(self, cfg: ConnectorConfig, context_width: int, side: int, out_width: int):
+    def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.norm = nn.LayerNorm(context_width)
-        self.proj = nn.Linear(context_width, out_width)
+        self.norm = nn.LayerNorm(cfg.vit.width)
+        self.proj = nn.Linear(cfg.vit.width, cfg.decoder.width)
         init_linear(self.proj)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
         return self.proj(self.norm(levels[-1]))  # (I, P, C) -> (I, P, D)
 
 
-CONNECTORS = {"chain": ChainOfSight, "linear": Linear}
+class TwoLayers(nn.Module):
+    """LLaVA-1.5's mlp2x_gelu on every patch of the highest level."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(cfg.vit.width, cfg.decoder.width)
+        self.fc2 = nn.Linear(cfg.decoder.width, cfg.decoder.width)
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(levels[-1])))  # (I, P, C) -> (I, P, D)
+
+
+class AvgPool(Linear):
+    """MM1's average pooling: means over the patch grid, then one linear (the LayerNorm between is ours)."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__(cfg)
+        self.tokens = cfg.connector.tokens
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        side = math.isqrt(levels[-1].shape[1])
+        grid = levels[-1].transpose(1, 2).unflatten(2, (side, side))  # (I, C, S, S)
+        pooled = F.adaptive_avg_pool2d(
+            grid, math.isqrt(self.tokens)
+        )  # windows overlap where sides do not divide
+        return super().forward([pooled.flatten(2).transpose(1, 2)])  # (I, tokens, D)
+
+
+class AttnPool(nn.Module):
+    """MM1's attention pooling: learned queries look at all projected patches of the highest level, once.
+
+    MM1 did not publish heads, norms, width or depth: the rest of the shape is ours.
+    """
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        c = cfg.connector
+        self.heads = c.heads
+        self.norm_context = nn.LayerNorm(cfg.vit.width)
+        self.to_context = nn.Linear(cfg.vit.width, c.width)
+        self.queries = nn.Parameter(torch.randn(1, c.tokens, c.width) * 0.02)
+        self.to_q = nn.Linear(c.width, c.width, bias=False)
+        self.to_kv = nn.Linear(c.width, 2 * c.width, bias=False)
+        self.norm = nn.LayerNorm(c.width)
+        self.proj = nn.Linear(c.width, cfg.decoder.width)
+        init_linear(self, std=0.64 / math.sqrt(c.width))
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        k, v = self.to_kv(self.to_context(self.norm_context(levels[-1]))).chunk(2, -1)  # (I, P, D)
+        q = self.to_q(self.queries).expand(len(k), -1, -1)  # (I, tokens, D)
+        q, k, v = (split_heads(x, self.heads) for x in (q, k, v))
+        return self.proj(self.norm(merge_heads(attend(q, k, v))))  # (I, tokens, D)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each pixel: (I, C, S, S) -> (I, C, S, S)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvBlock(nn.Module):
+    """A RegNet bottleneck as Honeybee has it: 1x1, depthwise 3x3, squeeze-and-excite, 1x1, shortcut."""
+
+    def __init__(self, width_in: int, width: int):
+        super().__init__()
+        squeezed = round(width_in / 4)  # of the block's input
+        self.conv1 = nn.Conv2d(width_in, width, 1, bias=False)
+        self.norm1 = ChannelNorm(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
+        self.norm2 = ChannelNorm(width)
+        self.squeeze = nn.Conv2d(width, squeezed, 1)
+        self.excite = nn.Conv2d(squeezed, width, 1)
+        self.conv3 = nn.Conv2d(width, width, 1, bias=False)
+        self.norm3 = ChannelNorm(width)
+        self.shortcut = nn.Identity()
+        if width_in != width:
+            self.shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, bias=False), ChannelNorm(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.silu(self.norm1(self.conv1(x)))
+        y = F.silu(self.norm2(self.conv2(y)))
+        gate = self.excite(F.silu(self.squeeze(y.mean((2, 3), keepdim=True))))  # (I, C, 1, 1)
+        y = self.norm3(self.conv3(y * gate.sigmoid()))
+        return F.silu(y + self.shortcut(x))
+
+
+class CAbstractor(nn.Module):
+    """Honeybee's C-Abstractor (arXiv 2312.06742), MM1's connector: convolutions, pooling, convolutions."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        width_in, width, out = cfg.vit.width, cfg.connector.width, cfg.decoder.width
+        self.tokens = cfg.connector.tokens
+        self.positions = nn.Parameter(torch.empty(1, cfg.side**2, width_in))
+        self.before = nn.Sequential(*(ConvBlock(width_in if n == 0 else width, width) for n in range(3)))
+        self.after = nn.Sequential(*(ConvBlock(width, width) for _ in range(3)))
+        self.readout = nn.Sequential(nn.Linear(width, out), nn.SiLU(), nn.Linear(out, out))
+        nn.init.trunc_normal_(self.positions, std=0.02)
+        init_linear(self)
+
+    def forward(self, levels: list[Tensor]) -> Tensor:
+        x = levels[-1] + self.positions  # (I, P, C)
+        side, new = math.isqrt(x.shape[1]), math.isqrt(self.tokens)
+        x = self.before(x.transpose(1, 2).unflatten(2, (side, side)))  # (I, D, S, S)
+        x = self.after(F.adaptive_avg_pool2d(x, new))  # (I, D, new, new)
+        return self.readout(x.flatten(2).transpose(1, 2))  # (I, tokens, D)
+
+
+CONNECTORS = {
+    "chain": ChainOfSight,
+    "resampler": ChainOfSight,  # one window over all patches: the baseline of the same levels and depth
+    "linear": Linear,
+    "mlp": TwoLayers,
+    "avgpool": AvgPool,
+    "attnpool": AttnPool,
+    "cabstractor": CAbstractor,
+}
 
 # Token scaling (section 3.2, Table 4). name: (tokens before, tokens after, resolution factor,
 # the new scales as (source scale, factor on windows a side)). Tokens grow by the square of the factor.
@@ -736,7 +1270,7 @@ def scale_up(vlm: "VLM", name: str, inflate: bool = True) -> None:
     """Scale the visual tokens of a model in place, by inflation or, to compare, with random new scales."""
     cfg = scaled_config(vlm.cfg, name)
     old = vlm.connector
-    new = ChainOfSight(cfg.connector, cfg.vit.width, cfg.side, cfg.decoder.width).to(old.proj.weight)
+    new = ChainOfSight(cfg).to(old.proj.weight)
     new.norm, new.proj = old.norm, old.proj
     for scale, (source, factor) in zip(new.scales, SCALINGS[name][3]):
         if inflate or factor == 1:
@@ -752,51 +1286,53 @@ def scale_up(vlm: "VLM", name: str, inflate: bool = True) -> None:
 class VLM(nn.Module):
     """Encoder, connector and decoder. `vlm(batch)` gives the logits of student and teacher."""
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, vit: ViT | None = None, decoder: Decoder | None = None):
         super().__init__()
         self.cfg = cfg.check()
-        self.vit = ViT(cfg.vit)
-        self.connector = CONNECTORS[cfg.connector.kind](
-            cfg.connector, cfg.vit.width, cfg.side, cfg.decoder.width
-        )
-        self.decoder = Decoder(cfg.decoder)
+        self.vit = vit or ViT(cfg.vit)
+        self.connector = CONNECTORS[cfg.connector.kind](cfg)
+        self.decoder = decoder or Decoder(cfg.decoder)
+        if cfg.lora.rank:
+            add_lora(self.decoder, cfg.lora)
         self.isolator = prune.ModeIsolator(cfg.prune.isolator, cfg.decoder.width)
-        self.register_buffer("pixel_mean", torch.tensor(cfg.image.mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(cfg.image.std).view(3, 1, 1) * 255, persistent=False)
+        mean, std = (
+            torch.tensor(x, device="cpu").view(3, 1, 1) * 255 for x in (cfg.image.mean, cfg.image.std)
+        )
+        self.register_buffer("pixel_mean", mean, persistent=False)
+        self.register_buffer("pixel_std", std, persistent=False)
 
     @classmethod
     def build(cls, cfg: ModelConfig) -> "VLM":
         """A new model from pre-trained halves, whose shapes replace those in cfg; the connector is new."""
+        vit, decoder = None, None
         if cfg.encoder_from:
+            cfg.image, size = read_preprocessor(find_half(cfg.encoder_from))
             vit = ViT.from_pretrained(cfg.encoder_from)
-            cfg.vit = dataclasses.replace(vit.cfg, image_size=cfg.vit.image_size)
+            align = cfg.vit.align_corners
+            cfg.vit = dataclasses.replace(vit.cfg, image_size=cfg.vit.image_size or size, align_corners=align)
             cfg.check()
+            vit.embeddings.cfg = vit.cfg = dataclasses.replace(vit.cfg, align_corners=align)
             vit.resize(cfg.vit.image_size)
-            cfg.image = read_preprocessor(Path(cfg.encoder_from))
         if cfg.decoder_from:
             decoder = Decoder.from_pretrained(cfg.decoder_from)
             cfg.decoder = decoder.cfg
-        vlm = cls(cfg)
-        if cfg.encoder_from:
-            vlm.vit = vit
-        if cfg.decoder_from:
-            vlm.decoder = decoder
-        # Visual tokens enter at the scale of text embeddings: behind a LayerNorm every input of the last
-        # Linear has
-        # unit variance, so weights of std rms / sqrt(fan in) give outputs with the rms of the embedding
-        # table.
-        rms = vlm.decoder.embed_tokens.weight.float().pow(2).mean().sqrt().item()
-        nn.init.normal_(vlm.connector.proj.weight, std=rms / math.sqrt(vlm.connector.proj.in_features))
+        vlm = cls(cfg, vit, decoder)
+        if hasattr(vlm.connector, "norm"):
+            # Visual tokens enter at the scale of text embeddings: behind a LayerNorm every input of the
+            # last Linear has unit variance, so weights of std rms / sqrt(fan in) give the rms of the table.
+            rms = vlm.decoder.embed_tokens.weight.float().pow(2).mean().sqrt().item()
+            nn.init.normal_(vlm.connector.proj.weight, std=rms / math.sqrt(vlm.connector.proj.in_features))
         return vlm
 
     def encode(self, pixels: Tensor) -> Tensor:
         """uint8 (I, 3, size, size) -> visual tokens (I, V, D), all of them."""
         levels = self.cfg.connector.levels
-        trains = self.vit.embeddings.class_embedding.requires_grad and torch.is_grad_enabled()
+        trains = self.vit.embeddings.patch_embedding.weight.requires_grad and torch.is_grad_enabled()
         with torch.set_grad_enabled(trains):  # a frozen encoder keeps no activations
-            pixels = (pixels.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
-            states = self.vit.hidden_states(pixels, last=max(levels))
-        tokens = self.connector([states[level][:, 1:] for level in levels])  # without CLS
+            pixels = (pixels.float() - self.pixel_mean) / self.pixel_std
+            dtype = self.vit.embeddings.position_embedding.weight.dtype
+            states = self.vit.hidden_states(pixels.to(dtype), last=max(levels))
+        tokens = self.connector([states[level][:, int(self.cfg.vit.cls_token) :] for level in levels])
         if tokens.shape[1] != self.cfg.visual_tokens():
             raise RuntimeError(
                 f"the connector gives {tokens.shape[1]} tokens, slots are {self.cfg.visual_tokens()}"
@@ -811,14 +1347,13 @@ class VLM(nn.Module):
         if not batch.pruned:
             return full.flatten(0, 1)
         keep = prune.kept_tokens(full.shape[1], self.cfg.prune.keep)
-        grid = self.cfg.side if self.cfg.connector.kind == "linear" else 0  # one raster of tokens, or none
-        chosen = prune.select(self.cfg.prune.name, full, keep, grid=grid, seed=batch.next_sample)
+        chosen = prune.select(self.cfg.prune.name, full, keep, grid=self.cfg.grid(), seed=batch.next_sample)
         kept = prune.gather(full, chosen)  # (I, K, D)
         return torch.cat([full.flatten(0, 1), self.isolator(kept).flatten(0, 1)])
 
     def splice(self, rows, bank: Tensor | None) -> Tensor:
         """Text embeddings with visual tokens in the slots: (B, T, D)"""
-        x = self.decoder.embed_tokens(rows.ids)
+        x = self.decoder.embed(rows.ids)
         if bank is None or not len(rows.visual_index):
             return x
         visual = bank[rows.visual_index].to(x.dtype)
@@ -827,7 +1362,7 @@ class VLM(nn.Module):
     def logits(self, rows, x: Tensor) -> Tensor:
         """The head at supervised positions only: (R, N), fp32."""
         hidden = self.decoder.hidden(x, rows.positions, document_mask(rows.doc_ids))
-        return self.decoder.lm_head(hidden.flatten(0, 1)[rows.supervised]).float()
+        return self.decoder.head(hidden.flatten(0, 1)[rows.supervised]).float()
 
     def forward(self, batch) -> tuple[Tensor, Tensor | None]:
         """Student logits (R, N), and for slow samples the teacher's (R', N): pruned tokens, no gradient.
@@ -848,12 +1383,18 @@ class VLM(nn.Module):
         return self.logits(batch.student, x), teacher
 
     def set_trainable(self, parts: list[str], isolator: bool) -> None:
-        """Freeze everything but the named parts ("vit", "connector", "decoder"); the isolator if it is
-        used.
+        """Freeze everything but the named parts of PARTS; the isolator if it is used.
+
+        With adapters "decoder" means the whole of it, "lora" the adapters alone.
         """
         self.requires_grad_(False)
         for name in parts:
-            getattr(self, name).requires_grad_(True)
+            if name == "lora" and not self.cfg.lora.rank:
+                raise UserError("--train lora: the model has no adapters, add --lora.rank 64")
+            part = getattr(self, "decoder" if name == "lora" else name)
+            for key, p in part.named_parameters():
+                if name != "lora" or ".lora_" in key:
+                    p.requires_grad_(True)
         self.isolator.requires_grad_(isolator)
         self.vit.encoder["layers"][max(self.cfg.connector.levels) :].requires_grad_(False)  # never run
         self.vit.post_layernorm.requires_grad_(False)
@@ -869,7 +1410,7 @@ class VLM(nn.Module):
         rows = batch.student
         x = self.splice(rows, self.bank(batch))
         B, T = rows.ids.shape
-        cache = KVCache(self.cfg.decoder, B, T + max_new_tokens, self.decoder.embed_tokens.weight)
+        cache = KVCache(self.cfg.decoder, B, T + max_new_tokens)
         hidden = self.decoder.hidden(x, rows.positions, document_mask(rows.doc_ids), cache)
         visible = F.pad(rows.doc_ids >= 0, (0, max_new_tokens), value=True)  # (B, T + new)
         position = rows.positions[:, -1:]
@@ -877,7 +1418,7 @@ class VLM(nn.Module):
         new = torch.full((B, max_new_tokens), end, device=x.device)
         ended = torch.zeros(B, dtype=torch.bool, device=x.device)
         for t in range(max_new_tokens):
-            logits = self.decoder.lm_head(hidden[:, -1]).float()  # (B, N)
+            logits = self.decoder.head(hidden[:, -1]).float()  # (B, N)
             if temperature > 0:
                 token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=draw)[:, 0]
             else:
@@ -888,15 +1429,24 @@ class VLM(nn.Module):
                 break
             position = position + 1
             mask = visible[:, None, None, : T + t + 1]
-            hidden = self.decoder.hidden(self.decoder.embed_tokens(new[:, t : t + 1]), position, mask, cache)
+            hidden = self.decoder.hidden(self.decoder.embed(new[:, t : t + 1]), position, mask, cache)
         return [row[: row.index(end)] if end in row else row for row in new.tolist()]
+
+    def set_lora(self, cfg: LoraConfig) -> None:
+        """Adapters of another shape: those at hand are merged into the decoder, new ones start at 0."""
+        if cfg == self.cfg.lora:
+            return
+        if self.cfg.lora.rank:
+            weights = merged(self.decoder)
+            self.decoder = Decoder(self.cfg.decoder)
+            self.decoder.load_state_dict(weights, assign=True)
+        if cfg.rank:
+            add_lora(self.decoder, cfg)
+        self.cfg.lora = cfg
 
     def save_pretrained(self, folder: Path, extra: dict | None = None) -> None:
         """model.safetensors, config.json (the model's and `extra`), preprocessor.json."""
-        weights = self.state_dict()
-        if self.cfg.decoder.tied:
-            del weights["decoder.lm_head.weight"]
-        write_weights(folder / "model.safetensors", weights)
+        write_weights(folder / "model.safetensors", self.state_dict())
         write_json(
             folder / "preprocessor.json",
             {"image_size": self.cfg.vit.image_size, **dataclasses.asdict(self.cfg.image)},
@@ -904,14 +1454,12 @@ class VLM(nn.Module):
         write_json(folder / "config.json", {"model": dataclasses.asdict(self.cfg), **(extra or {})})
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> "VLM":
-        """From a run folder (its newest complete step) or a step folder."""
+    def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = torch.float32) -> "VLM":
+        """From a run folder (its newest complete step) or a step folder. dtype None: as it was saved."""
         folder = find_step(path)
-        vlm = cls(from_dict(ModelConfig, read_run_config(folder, "model")["model"]))
-        weights = read_weights(folder)
-        if vlm.cfg.decoder.tied:
-            weights["decoder.lm_head.weight"] = weights["decoder.embed_tokens.weight"]
-        load_weights(vlm, weights, folder)
+        with torch.device("meta"):
+            vlm = cls(from_dict(ModelConfig, read_run_config(folder, "model")["model"]))
+        load_weights(vlm, open_weights(folder), folder, dtype)
         return vlm
 
 
@@ -931,22 +1479,34 @@ def require_at_least(config, least: float, names: str) -> None:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least {least}")
 
 
+PARTS = ("vit", "connector", "decoder", "lora")
+
+
 def trainable_parts(train: str) -> list[str]:
     """--train "vit,connector" as a list of parts of the VLM."""
     parts = train.split(",")
     for part in parts:
-        if part not in ("vit", "connector", "decoder"):
-            raise UserError(f"--train '{part}' is unknown: use a comma list of vit, connector, decoder")
+        if part not in PARTS:
+            raise UserError(f"--train '{part}' is unknown: use a comma list of {', '.join(PARTS)}")
     return parts
 
 
-def read_preprocessor(folder: Path) -> ImageConfig:
-    if not (folder / "preprocessor_config.json").is_file():
-        raise UserError(
-            f"{folder}/preprocessor_config.json is missing: the encoder's image mean and std are not known"
-        )
-    theirs = read_json(folder / "preprocessor_config.json")
-    return ImageConfig(theirs["image_mean"], theirs["image_std"], theirs.get("resample", 3))
+def read_preprocessor(folder: Path) -> tuple[ImageConfig, int]:
+    """Mean, std and interpolation the encoder was trained with, and the side of its pictures in pixels."""
+    file = folder / "preprocessor_config.json"
+    if not file.is_file() and (folder / "processor_config.json").is_file():  # newer exports
+        file = folder / "processor_config.json"
+    if not file.is_file():
+        raise UserError(f"{file} is missing: the encoder's image mean and std are not known")
+    theirs = read_json(file)
+    theirs = theirs.get("image_processor", theirs)
+    if "image_mean" not in theirs or "image_std" not in theirs:
+        raise UserError(f"{file}: image_mean or image_std is missing")
+    size = theirs.get("crop_size") if theirs.get("do_center_crop") else theirs.get("size")
+    if isinstance(size, dict):  # {"height", "width"} or {"shortest_edge"}
+        size = size.get("height", size.get("shortest_edge"))
+    size = size or read_vit_config(folder / "config.json").image_size
+    return ImageConfig(theirs["image_mean"], theirs["image_std"], theirs.get("resample", 3)), size
 
 
 def read_run_config(step: Path, key: str = "train") -> dict:
@@ -973,6 +1533,10 @@ def find_step(path: str | Path) -> Path:
 # Files. Every write goes to a temporary name, then os.replace: a reader never meets half a file.
 
 
+def find_half(path_or_repo: str | Path) -> Path:
+    return Path(path_or_repo)
+
+
 def read_json(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
@@ -991,14 +1555,37 @@ def write_json(path: Path, value) -> None:
     os.replace(temporary, path)
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    file = Path(path) / "model.safetensors"
+def open_weights(folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """Name -> a function that reads that tensor from model.safetensors, its shards, or else a .bin file.
+
+    Nothing is read yet. Files are mapped, not loaded, and a safetensors file anew for each tensor, so that
+    the pages of one tensor are given back before the next is cast.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return readers_of(folder / name)
+        if (folder / f"{name}.index.json").is_file():
+            shards = sorted(set(read_json(folder / f"{name}.index.json")["weight_map"].values()))
+            return {key: read for shard in shards for key, read in readers_of(folder / shard).items()}
+    raise UserError(f"{folder}/model.safetensors does not exist, nor its .index.json, nor pytorch_model.bin")
+
+
+def readers_of(file: Path) -> dict[str, Callable[[], Tensor]]:
     if not file.is_file():
-        raise UserError(f"{file} does not exist: {path} holds no weights")
+        raise UserError(f"{file} does not exist, although its index names it: repeat the download")
     try:
-        return load_file(file)
-    except SafetensorError as e:
-        raise UserError(f"{file} is damaged or no safetensors file ({e})") from None
+        if file.suffix == ".bin":  # never unpickles anything but tensors
+            tensors = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+            return {name: lambda value=value: value for name, value in tensors.items()}
+        with safe_open(file, "pt") as opened:
+            return {name: functools.partial(read_tensor, file, name) for name in opened.keys()}
+    except (SafetensorError, RuntimeError, pickle.UnpicklingError) as e:
+        raise UserError(f"{file} is damaged or not a file of weights ({str(e).splitlines()[0]})") from None
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    with safe_open(file, "pt") as opened:
+        return opened.get_tensor(name)
 
 
 def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
@@ -1008,23 +1595,27 @@ def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
     os.replace(temporary, path)
 
 
-def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
-    """Strict: names the first tensor that is missing, unknown or of another shape."""
+def load_weights(module: nn.Module, readers: dict, source: str | Path, dtype: torch.dtype | None) -> None:
+    """Fill a module made on the meta device, each tensor cast once to dtype (None: as it is stored).
+
+    Strict: names the first tensor that is missing, unknown or of another shape.
+    """
     own = module.state_dict()
-    weights = {
-        k: v for k, v in weights.items() if not k.endswith("position_ids")
-    }  # a buffer in older CLIP files
     for name in own:
-        if name not in weights:
+        if name not in readers:
             raise UserError(f"{source}: tensor '{name}' is missing")
-        if weights[name].shape != own[name].shape:
-            raise UserError(
-                f"{source}: tensor '{name}' is {tuple(weights[name].shape)}, not {tuple(own[name].shape)}"
-            )
-    for name in weights:
+    for name in readers:
         if name not in own:
             raise UserError(f"{source}: tensor '{name}' is not part of this model")
-    module.load_state_dict(weights)
+    loaded = {}
+    for name, like in own.items():
+        value = readers[name]()
+        while value.ndim > like.ndim and value.shape[0] == 1:  # some tables have a leading axis
+            value = value[0]
+        if value.shape != like.shape:
+            raise UserError(f"{source}: tensor '{name}' is {tuple(value.shape)}, not {tuple(like.shape)}")
+        loaded[name] = value.to(dtype or value.dtype, copy=True)  # off the mapped file
+    module.load_state_dict(loaded, assign=True)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -52,7 +52,9 @@ class RunConfig:
     micro_steps: int = 1  # gradient accumulation
     row_length: int = 256  # positions of a row, shared by several samples where they fit
     row_limit: int = 2048  # positions one sample may take; what is longer is cut
-    train: str = "connector,decoder"  # what trains: a comma list of vit, connector, decoder
+    train: str = "connector,decoder"  # what trains: a comma list of vit, connector, decoder, lora
+    frozen: str = "float32"  # how matrices that do not train are kept; bfloat16 (with --dtype bfloat16): half
+    pure_bf16: bool = False  # trained weights, gradients and moments in bfloat16 too: memory before quality
     lr: float = 1e-3  # peak rate of AdamW
     muon_lr: float = 0.0  # above 0: Muon at this rate on the matrices inside the blocks
     vit_lr: float = 0.1  # the encoder's rates as a share of the others
@@ -73,6 +75,8 @@ class RunConfig:
         model.trainable_parts(self.train)
         model.require_at_least(self, 1, "steps batch_size micro_steps log_every row_length row_limit")
         model.require_at_least(self, 0, "seed workers save_every eval_every lr muon_lr vit_lr weight_decay")
+        if self.frozen not in ("float32", "bfloat16"):
+            raise UserError(f"--frozen '{self.frozen}' is unknown: use float32 or bfloat16")
 
 
 @dataclass
@@ -91,6 +95,7 @@ def main(argv: list[str]) -> None:
         vlm.cfg.prune.name = cfg.pruner
     mode = "fast" if cfg.pruner else "full"
     vlm.set_trainable(model.trainable_parts(cfg.train), isolator=bool(cfg.pruner))
+    set_precision(vlm, cfg)
     optimizers = make_optimizers(vlm, cfg)
     first = resume(run, vlm, optimizers)
     write_config(run, vlm)
@@ -222,16 +227,18 @@ def read_flags(
         saved = model.read_run_config(model.find_step(source))
         if begun and saved["stage"] != stage:
             raise UserError(f"--out {source} holds a run of stage {saved['stage']}: choose another folder")
-        recipe = saved["train"] if begun else model.preset(saved["train"]["preset"])[stage]
+        rows = model.preset(saved["train"]["preset"])
+        scaling = stage == "pretrain" and asked.scale  # stage 1b, where the preset has one
+        recipe = saved["train"] if begun else rows.get("pretrain_b" if scaling else stage, rows[stage])
         recipe = {"preset": saved["train"]["preset"], **recipe}
         model_cfg = model.from_dict(model.ModelConfig, saved["model"])
     cfg = model.from_dict(config, {**dataclasses.asdict(config()), **recipe})
     before = model.copy_config(model_cfg)
     model.parse_cli(argv, doc, cfg, model_cfg)
     changed = model.changed_flags(before, model_cfg)
-    fixed = [name for name in changed if not name.startswith("prune.")]
+    fixed = [name for name in changed if not name.startswith(("prune.", "lora.") if not begun else "prune.")]
     if source and fixed:
-        raise UserError(f"--{fixed[0]}: the model comes from {source}, only --prune.* of it can be changed")
+        raise UserError(f"--{fixed[0]}: the model comes from {source}, which has its own")
     cfg.check()
     return cfg, model_cfg, model.find_step(source) if source else None
 
@@ -245,13 +252,14 @@ def start(stage: str, config: type, argv: list[str], doc: str):
     torch.manual_seed(cfg.seed)
     if step:
         tokenizer = data.Tokenizer.from_file(step / "tokenizer" / "ranks.tiktoken")
-        vlm = model.VLM.from_pretrained(step)
+        vlm = model.VLM.from_pretrained(step, dtype=None)
         if model_cfg.prune.isolator != vlm.cfg.prune.isolator:
             vlm.isolator = prune.ModeIsolator(model_cfg.prune.isolator, vlm.cfg.decoder.width)
         vlm.cfg.prune = model_cfg.prune
+        vlm.set_lora(model_cfg.lora)
         vlm.cfg.check()
     else:
-        tokenizer = data.Tokenizer.from_file(model_cfg.tokenizer_from)
+        tokenizer = data.Tokenizer.from_file(model_cfg.tokenizer_from or model.ASSETS / "scenes.tiktoken")
         vlm = model.VLM.build(model_cfg)
     vlm.to(device)
     if tokenizer.vocab_size > vlm.cfg.decoder.vocab_size:
@@ -279,6 +287,10 @@ def resolve_auto(cfg: RunConfig, device: torch.device, world: int) -> None:
         raise UserError(
             f"--dtype {cfg.dtype} --compile {cfg.compile}: use float32 or bfloat16, true or false"
         )
+    if cfg.dtype == "float32":
+        cfg.frozen = "float32"
+        if cfg.pure_bf16:
+            raise UserError("--pure_bf16 true needs --dtype bfloat16")
     if cfg.batch_size % (cfg.micro_steps * world):
         raise UserError(
             f"--batch_size {cfg.batch_size} is not divisible by {cfg.micro_steps} micro-steps x {world} ranks"
@@ -355,7 +367,17 @@ def fetch(batches, run: Run) -> tuple[list[data.Batch], float]:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Optimizers, schedule, step
+# Precision, optimizers, schedule, step
+
+
+def set_precision(vlm: model.VLM, cfg: RunConfig) -> None:
+    """Give every weight the dtype that it is kept in: float32 for what trains, cfg.frozen for other matrices.
+
+    Vectors and position tables, which are few, stay float32, and with them the residual stream.
+    """
+    for name, p in vlm.named_parameters():
+        narrow = p.ndim > 1 and "position" not in name and not p.requires_grad and cfg.frozen == "bfloat16"
+        p.data = p.data.to(torch.bfloat16 if narrow or cfg.pure_bf16 else torch.float32)
 
 
 def make_optimizers(vlm: model.VLM, cfg: RunConfig) -> list[torch.optim.Optimizer]:
@@ -366,7 +388,7 @@ def make_optimizers(vlm: model.VLM, cfg: RunConfig) -> list[torch.optim.Optimize
             continue
         vit = name.startswith("vit.")
         matrix = p.ndim == 2 and "embed" not in name and "lm_head" not in name and "isolator" not in name
-        inner = matrix and ("layers." in name or "blocks." in name)
+        inner = matrix and ("layers." in name or "blocks." in name) and "lora_" not in name
         groups.setdefault((bool(cfg.muon_lr and inner), vit, matrix), []).append(p)
     if not groups:
         raise UserError(f"--train '{cfg.train}' leaves nothing to train")
@@ -554,7 +576,8 @@ def show_answers(run: Run, vlm: model.VLM, tokenizer, spec: str, n: int = 4) -> 
         images = record.images[: sum(isinstance(part, int) for part in asked)]
         pieces = data.chat_pieces([("user", asked), ("assistant", [])], tokenizer)[:-1]
         batch = data.prompt_batch([(pieces, data.load_images(images, vlm.cfg, record.name))], "full", vlm.cfg)
-        said = tokenizer.decode(vlm.generate(batch.to(run.device), tokenizer.end, 24)[0])
+        with run.autocast():
+            said = tokenizer.decode(vlm.generate(batch.to(run.device), tokenizer.end, 24)[0])
         question = " ".join(part for part in asked if isinstance(part, str))
         run.say(f"   {question!r} -> {said!r} (right: {answer!r})")
 

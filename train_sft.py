@@ -27,6 +27,7 @@ from train_pretrain import (
     optimizer_step,
     prepare,
     resume,
+    set_precision,
     start,
     write_config,
 )
@@ -54,6 +55,7 @@ def main(argv: list[str]) -> None:
     if not cfg.init and cfg.resume != "auto":
         run.say("no --init: fine-tuning starts from a connector that stage 1 never aligned")
     vlm.set_trainable(model.trainable_parts(cfg.train), isolator=True)
+    set_precision(vlm, cfg)
     optimizers = make_optimizers(vlm, cfg)
     first = resume(run, vlm, optimizers)
     write_config(run, vlm)

@@ -308,7 +308,7 @@ def text_step(lm: model.Decoder, rows: data.Rows):
     with torch.autocast("cpu", torch.bfloat16):
         x = lm.embed_tokens(rows.ids)
         hidden = lm.hidden(x, rows.positions, model.document_mask(rows.doc_ids))
-        logits = lm.lm_head(hidden.flatten(0, 1)[rows.supervised])
+        logits = lm.head(hidden.flatten(0, 1)[rows.supervised])
     return F.cross_entropy(logits.float(), rows.targets), logits
 
 

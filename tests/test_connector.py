@@ -50,13 +50,13 @@ def narrow(queries: tuple[int, int] = (16, 4), key_positions: bool = False) -> M
     """The published grids of patches and windows, 8 numbers wide: one pixel a patch."""
     return ModelConfig(
         vit=ViTConfig(image_size=16, patch_size=1, width=8, layers=2, heads=2, mlp_width=8),
-        connector=ConnectorConfig("chain", [1, 2], 8, 2, [16, 4], list(queries), key_positions),
+        connector=ConnectorConfig("chain", [1, 2], 8, 2, [16, 4], list(queries), key_positions=key_positions),
         decoder=DecoderConfig(vocab_size=16, width=12, layers=1, heads=2, kv_heads=1, head_dim=4),
     )
 
 
 def connector_of(cfg: ModelConfig) -> ChainOfSight:
-    return ChainOfSight(cfg.connector, cfg.vit.width, cfg.side, cfg.decoder.width)
+    return ChainOfSight(cfg)
 
 
 def shaken(module: torch.nn.Module) -> torch.nn.Module:
@@ -255,7 +255,7 @@ def test_new_scales_own_their_weights():
 def test_scaled_model_survives_a_round_trip(key_positions, tmp_path):
     _, new, vlm = scaled("80to1296", key_positions=key_positions)
     vlm.save_pretrained(tmp_path)
-    again = model.VLM.from_pretrained(tmp_path)
+    again = model.VLM.from_pretrained(tmp_path, dtype=None)
     assert again.cfg == vlm.cfg and again.vit.cfg == vlm.vit.cfg == vlm.cfg.vit
     assert again.state_dict().keys() == vlm.state_dict().keys()
     pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)

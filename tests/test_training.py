@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 
 import data
 import model
@@ -207,10 +208,10 @@ def test_resume_takes_new_rates_keeps_the_best_and_refuses_what_cannot_go_on(tmp
     train_pretrain.main([*flags, *"--steps 4 --eval_every 2".split()])
     log = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     best = min(line["val_loss"] for line in log if "val_loss" in line)
-    weights = model.read_weights(model.find_step(tmp_path / "a"))
+    weights = load_file(model.find_step(tmp_path / "a") / "model.safetensors")
     again = [*flags, *"--resume auto --steps 6 --lr 0 --eval_every 2".split()]
     train_pretrain.main(again)
-    after = model.read_weights(model.find_step(tmp_path / "a"))
+    after = load_file(model.find_step(tmp_path / "a") / "model.safetensors")
     assert all(torch.equal(weights[name], after[name]) for name in weights)  # a rate of 0 changes nothing
     state = (tmp_path / "a" / "best").read_text().strip()
     assert (tmp_path / "a" / state).is_dir() and best > 0

@@ -50,7 +50,7 @@ def greedy(vlm: model.VLM, sample: tuple, mode: str, steps: int) -> list[int]:
         rows = batch.student
         x = vlm.splice(rows, vlm.bank(batch))
         hidden = vlm.decoder.hidden(x, rows.positions, model.document_mask(rows.doc_ids))
-        new = [*new, vlm.decoder.lm_head(hidden[0, -1]).argmax().item()]
+        new = [*new, vlm.decoder.head(hidden[0, -1]).argmax().item()]
     return new
 
 

@@ -4,7 +4,7 @@
     V tokens ─► spliced into the slots of the text ─► decoder ─► head at supervised positions only
 
 Read it top to bottom: configs and presets, the two backbones, the connector and its token scaling
-(arXiv 2407.15819), the VLM, generation, loading and saving. Weights keep Hugging Face names in each half.
+(arXiv 2407.15819), the VLM, generation, files, the hub. Weights keep Hugging Face names in each half.
 
 Alphabet of all shape comments: B rows, T positions, I images, P patches an image, S patches a side,
 W window side, V visual tokens an image, K kept tokens, D width, H heads, N vocabulary, R supervised
@@ -1533,10 +1533,6 @@ def find_step(path: str | Path) -> Path:
 # Files. Every write goes to a temporary name, then os.replace: a reader never meets half a file.
 
 
-def find_half(path_or_repo: str | Path) -> Path:
-    return Path(path_or_repo)
-
-
 def read_json(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
@@ -1616,6 +1612,81 @@ def load_weights(module: nn.Module, readers: dict, source: str | Path, dtype: to
             raise UserError(f"{source}: tensor '{name}' is {tuple(value.shape)}, not {tuple(like.shape)}")
         loaded[name] = value.to(dtype or value.dtype, copy=True)  # off the mapped file
     module.load_state_dict(loaded, assign=True)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The hub: `download` fills a folder, `find_half` finds it again. Only `download` imports the hub's client.
+
+REPO = r"(\w[\w.-]*/\w[\w.-]*)(?:@(.+))?"  # owner/name or owner/name@revision
+SMALL_FILES = r"(|preprocessor_|processor_|tokenizer_)config\.json|(tokenizer|vocab|added_tokens)\.json|"
+SMALL_FILES += r"special_tokens_map\.json|merges\.txt|[^/]+\.tiktoken|(original/)?tokenizer\.model"
+STATE = Path(".cache/huggingface/download")  # the client's notes in the folder that it fills
+HUB_ERRORS = {  # the client's, by name
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set",
+    "GatedRepoError": "it is gated: accept its licence on its page, then set HF_TOKEN",
+    "RevisionNotFoundError": "it has no such revision",
+    "RepositoryNotFoundError": "no such repository: check the name, or set HF_TOKEN if it is not public",
+}
+
+
+def choose_files(names: list[str]) -> list[str]:
+    """What our loaders read of a repository, its weights in one format; nothing where there are none."""
+    for weights in (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin"):
+        if any(re.fullmatch(weights, name) for name in names):
+            return [n for n in names if re.fullmatch(rf"{SMALL_FILES}|{weights}(\.index\.json)?", n)]
+    return []
+
+
+def download(repo: str, to: str) -> Path:
+    """The files of a repository in folder `to`. A repeated call fetches only those not complete."""
+    from huggingface_hub import HfApi, constants, errors, snapshot_download
+
+    if not (asked := re.fullmatch(REPO, repo)):
+        raise UserError(f"'{repo}' is no repository: write owner/name, owner/name@revision or a local folder")
+    name, revision, folder = asked[1], asked[2] or "main", Path(to)
+    begun = folder / STATE / "source.json.incomplete"
+    try:
+        wait = constants.HF_HUB_ETAG_TIMEOUT  # by default this call would wait for ever
+        info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=wait)
+        sizes = {file.rfilename: file.size for file in info.siblings}
+        if not (wanted := choose_files(list(sizes))):
+            raise UserError(f"{repo} has neither model.safetensors nor pytorch_model.bin: choose another")
+        for note in (begun, folder / "source.json"):  # two commits in one folder could mix
+            if note.is_file() and read_json(note).get("commit") != info.sha:
+                raise UserError(f"{folder} holds another download ({note}): delete the folder or change --to")
+        source = {"repo": name, "revision": revision, "commit": info.sha}
+        write_json(begun, source)
+        # One file at a time: the client starts an interrupted file anew, so a break costs one at most.
+        snapshot_download(name, revision=info.sha, local_dir=folder, allow_patterns=wanted, max_workers=1)
+    except (OSError, ValueError, RuntimeError, errors.HTTPError) as error:
+        if isinstance(error, errors.LocalEntryNotFoundError):  # "nor is it in the cache": the cause says why
+            error = error.__cause__ or error
+        said = f"{constants.ENDPOINT}: {type(error).__name__}: {' '.join(str(error).split())}"
+        why = next((HUB_ERRORS[c.__name__] for c in type(error).__mro__ if c.__name__ in HUB_ERRORS), said)
+        local = "a local folder in Hugging Face layout works too"
+        raise UserError(f"{repo} was not downloaded ({why}); {local}") from error
+    for file in wanted:  # when the hub fails half-way, the client may be content with what is there
+        if not (folder / file).is_file() or (folder / file).stat().st_size != sizes[file]:
+            raise UserError(f"{folder / file} is not complete: repeat the download of {repo}")
+    for rest in (folder / STATE).rglob("*.incomplete"):  # `begun`, and what killed processes left
+        rest.unlink()
+    write_json(folder / "source.json", source)
+    return folder
+
+
+def find_half(half: str | Path) -> Path:
+    """A folder as it is, or the one that a repository was downloaded to. Never asks the network."""
+    folder = Path(half)
+    if not folder.is_dir() and re.fullmatch(REPO, str(half)):
+        folder = Path("weights") / half
+        if not folder.is_dir():
+            fetch = f"python model.py --download {half}, or give a folder in Hugging Face layout"
+            raise UserError(f"{half} is no folder and not downloaded: fetch it with {fetch}")
+    if not folder.is_dir():
+        raise UserError(f"{half} is neither a folder in Hugging Face layout nor a repository (owner/name)")
+    if not (folder / "source.json").is_file() and any((folder / STATE).rglob("*.incomplete")):
+        raise UserError(f"{folder} is an unfinished download: repeat its python model.py --download")
+    return folder
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_exit_code_is_2_and_the_message_one_line():
         (["--out", "OUT", "--init", "assets/tiny_vit"], ["assets/tiny_vit is no run", "--encoder_from"]),
         (["--out", "OUT", "--resume", "yes"], ["--resume 'yes'", "auto"]),
         (["--out", "OUT", "--device", "tpu"], ["tpu", "auto, cpu or cuda"]),
-        (["--out", "OUT", "--encoder_from", "nowhere"], ["nowhere/config.json"]),
+        (["--out", "OUT", "--encoder_from", "nowhere"], ["nowhere is neither a folder"]),
     ],
 )
 def test_wrong_flags_say_so_and_write_nothing(argv, words, tmp_path):

@@ -357,5 +357,8 @@ def test_find_half_says_how_to_get_what_is_missing(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(model.UserError) as error:
         model.find_half(name)
-    fetch = f"python model.py --download {name}, or give a folder in Hugging Face layout"
-    assert str(error.value) == f"{name} is no folder and not downloaded: fetch it with {fetch}"
+    said = f"{name} is neither a folder in Hugging Face layout nor a repository (owner/name)"
+    if name == "lab/other":
+        said = f"{name} is no folder and not downloaded: fetch it with python model.py --download {name}, "
+        said += "or give a folder in Hugging Face layout"
+    assert str(error.value) == said

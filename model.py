@@ -20,6 +20,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import sys
 import typing
 from collections.abc import Callable
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import prune
 
@@ -1757,9 +1759,11 @@ def parse_cli(argv: list[str], doc: str, *configs) -> None:
             raise UserError(
                 f"unknown flag '{name}'" + (f", did you mean --{close[0]}?" if close else "; see --help")
             )
+        config, attribute, kind, _ = flags[name[2:]]
+        if kind is bool and (not words or words[0].startswith("--")):
+            words.insert(0, "true")  # --plan is --plan true
         if not words:
             raise UserError(f"{name} needs a value")
-        config, attribute, kind, _ = flags[name[2:]]
         setattr(config, attribute, parse_value(name[2:], words.pop(0), kind))
 
 
@@ -1770,3 +1774,307 @@ def run_cli(main) -> None:
     except (UserError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The plan: what a preset costs before anything is downloaded, counted on the meta device. Matrix products
+# only, causal attention not halved, no recomputation, no padding; one block is counted, taken times layers.
+
+# name, stage, samples, text tokens a sample: what the hours are given for
+WORKLOADS = (
+    ("LLaVA-Pretrain 558k", "pretrain", 558_128, 23),
+    ("LLaVA mix665k", "sft", 665_298, 200),
+    ("Chain-of-Sight's 65M pairs", "pretrain", 65_000_000, 23),  # its captions average 23 tokens
+    ("MM1: 200k rows of 4096 x 512", "pretrain", 200_000 * 512 * 14, 148),  # half text, half images of 144
+    ("MM1: 10k steps of 256", "sft", 2_560_000, 200),
+)
+
+
+def count(run: Callable[[], Tensor]) -> tuple[float, float]:
+    """FLOPs of forward and backward of `run`, and the bytes that its backward pass keeps; all on meta.
+
+    Kept are neither weights nor what fused attention never stores: masks and squares of probabilities.
+    """
+    kept = {}
+
+    def pack(x: Tensor) -> Tensor:
+        square = x.ndim > 2 and x.shape[-1] == x.shape[-2]
+        if not isinstance(x, nn.Parameter) and x._base is None and x.is_floating_point() and not square:
+            kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
+    ):
+        out = run()
+        stored = sum(kept.values())
+        if out.requires_grad:
+            out.sum().backward()
+    return float(counter.get_total_flops()), float(stored)
+
+
+def sample_cost(cfg: ModelConfig, train: list[str], text: int, mode: str, images: int) -> tuple[dict, float]:
+    """FLOPs by part and kept bytes of a sample. mode: full, fast, or slow (full, and a teacher's forward)."""
+    vit, decoder = cfg.vit, cfg.decoder
+    late = "vit" in train
+    with torch.device("meta"):
+        block = ViTBlock(vit).bfloat16().requires_grad_(late)
+        patches = [
+            torch.zeros(images, cfg.side**2 + vit.cls_token, vit.width).bfloat16().requires_grad_(late)
+        ]
+        flops, kept = count(lambda: block(patches[0]))
+        depth = max(cfg.connector.levels)
+        stem = 2 * images * cfg.side**2 * 3 * vit.patch_size**2 * vit.width * (2 if late else 1)
+        parts, bytes_kept = {"vit": depth * flops + stem}, depth * kept
+        connector = CONNECTORS[cfg.connector.kind](cfg).bfloat16().requires_grad_("connector" in train)
+        levels = [x[:, int(vit.cls_token) :] for x in patches * len(cfg.connector.levels)]
+        parts["connector"], kept = count(lambda: connector(levels))
+        bytes_kept += kept
+        one = Decoder(dataclasses.replace(decoder, layers=1))
+        if cfg.lora.rank:
+            add_lora(one, cfg.lora)
+        one.bfloat16().requires_grad_("decoder" in train)
+        for name, p in one.named_parameters():
+            p.requires_grad_(p.requires_grad or ("lora" in train and ".lora_" in name))
+
+        def run(mode: str) -> tuple[float, float, float]:
+            T = text + images * cfg.visual_tokens(mode)
+            x = torch.zeros(1, T, decoder.width).bfloat16().requires_grad_()
+            rope, mask = rope_tables(torch.zeros(1, T), decoder), torch.zeros(1, 1, T, T, dtype=torch.bool)
+            costs = count(lambda: one.layers[0](x, rope, mask)), count(lambda: one.head(x[:, :text]))
+            return decoder.layers * costs[0][0], costs[1][0], decoder.layers * costs[0][1] + costs[1][1]
+
+        parts["decoder"], parts["head"], kept = run("pruned" if mode == "fast" else "full")
+        if mode == "slow":
+            with torch.no_grad():
+                parts["teacher"] = sum(run("pruned")[:2])
+    return parts, bytes_kept + kept
+
+
+@dataclass
+class Stage:
+    """One stage of a preset, as the plan sees it."""
+
+    name: str
+    cfg: ModelConfig
+    train: list[str]
+    frozen_bytes: int
+    samples: dict[str, float]  # mode -> share of the samples
+
+    def cost(self, text: int, images: int) -> tuple[dict, float]:
+        """FLOPs by part of a mean sample, and the most bytes that a sample keeps."""
+        parts, kept = {}, 0.0
+        for mode, share in self.samples.items():
+            costs, bytes_kept = sample_cost(self.cfg, self.train, text, mode, images)
+            kept = max(kept, bytes_kept)
+            for part, flops in costs.items():
+                parts[part] = parts.get(part, 0.0) + share * flops
+        return parts, kept
+
+
+def stages_of(row: dict, cfg: ModelConfig) -> list[Stage]:
+    """Stage 1, perhaps 1b, and 2, each with the config it has by then."""
+    later = scaled_config(cfg, row["scale"]) if "scale" in row else cfg
+    stages = []
+    for name, recipe in (("1", "pretrain"), ("1b", "pretrain_b"), ("2", "sft")):
+        if recipe not in row:
+            continue
+        flags = row[recipe]
+        slow, taught = flags.get("slow_share", 0.1), flags.get("distill_weight", 1.0) > 0
+        samples = {"fast": 1 - slow, "slow" if taught else "full": slow}
+        if name != "2":
+            samples = {"fast" if flags.get("pruner") else "full": 1.0}
+        narrow = flags.get("frozen") == "bfloat16"
+        train = trainable_parts(flags["train"])
+        at = cfg if name == "1" else later
+        stages.append(Stage(name, at, train, 2 if narrow else 4, {k: v for k, v in samples.items() if v}))
+    return stages
+
+
+def part_sizes(vlm: nn.Module) -> dict[str, tuple[int, int]]:
+    """Part -> (parameters, those that train)."""
+    sizes = {}
+    for name, p in vlm.named_parameters():
+        part = "lora" if ".lora_" in name else name.split(".")[0]
+        if "embed_tokens" in name or "lm_head" in name:
+            part = "embeddings"
+        total, trained = sizes.get(part, (0, 0))
+        sizes[part] = (total + p.numel(), trained + p.numel() * p.requires_grad)
+    return sizes
+
+
+def lora_share(cfg: DecoderConfig, rank: int = 64) -> int:
+    """Parameters of adapters on all seven linears: rank * (inputs + outputs) of each."""
+    q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    return cfg.layers * rank * (2 * (cfg.width + q) + 2 * (cfg.width + kv) + 3 * (cfg.width + cfg.mlp_width))
+
+
+def state_bytes(stage: Stage, sizes: dict) -> tuple[float, float]:
+    """Weights, gradients and moments on one GPU under DDP: as the stage trains, and with LoRA 64 instead.
+
+    Float32 weights, gradients and two moments and autocast's bfloat16 copy: 18 bytes; frozen ones as kept.
+    """
+    trained, total = (sum(size[i] for size in sizes.values()) for i in (1, 0))
+    plain = 18 * trained + stage.frozen_bytes * (total - trained)
+    full = sum(sizes[part][1] for part in ("decoder", "embeddings"))
+    return plain, plain - 16 * full + 18 * lora_share(stage.cfg.decoder) if full else plain
+
+
+def savings(stage1: Stage, stage2: Stage) -> list[str]:
+    """What the papers' two ideas are worth with these halves, in FLOPs, beside the published times (7B)."""
+
+    def flops(stage: Stage, text: int, mode: str, images: int, pixels: int, **connector) -> float:
+        vit = dataclasses.replace(stage1.cfg.vit, image_size=pixels)
+        connector = dataclasses.replace(stage1.cfg.connector, **connector)
+        cfg = dataclasses.replace(stage1.cfg, vit=vit, connector=connector, prune=PruneConfig(keep=0.1))
+        return sum(sample_cost(cfg, stage.train, text, mode, images)[0].values())
+
+    side = stage1.cfg.vit.image_size
+    few = [flops(stage1, 23, "full", 1, side, kind="resampler", tokens=n) for n in (32, 48, 80, 336)]
+    lines = [
+        "Chain-of-Sight, stage 1 with 32 / 48 / 80 / 336 tokens and 23 of text: "
+        + " / ".join(f"{x / few[-1]:.2f}" for x in few),
+        "  reported 0.27 / 0.35 / 0.42 / 1.00 (73 % less time): padding and launches do not shrink",
+    ]
+    for images, told in (
+        (1, "LLaVA-1.5 (576 tokens): reported 2.1"),
+        (5, "LLaVA-NeXT (5 x 576): reported 4.0"),
+    ):
+        pixels = 24 * stage1.cfg.vit.patch_size
+        modes = ("full", "fast", "slow")
+        full, fast, slow = (flops(stage2, 200, mode, images, pixels, kind="mlp") for mode in modes)
+        times = full / (0.9 * fast + 0.1 * slow)
+        lines.append(f"DualSpeed, one in ten slow, 200 of text: {times:.1f} times faster on {told}")
+    return [*lines, "  its text lengths are not known: shorter text gives more, longer less"]
+
+
+def print_plan(name: str, cfg: ModelConfig, tools: "ToolConfig") -> None:
+    """What a preset trains, sees, computes, keeps and takes, and what the papers' ideas are worth in it."""
+    row = preset(name)
+    images, stages = row.get("tiles", 1), stages_of(row, cfg)
+    print(f"preset {name}: {row['source']}\nnot from there, ours: {row['ours']}\n")
+
+    print("parameters (millions)".ljust(30) + "".join(f"stage {s.name}, trained".rjust(22) for s in stages))
+    sizes = []
+    for stage in stages:
+        with torch.device("meta"):
+            vlm = VLM(stage.cfg)
+        vlm.set_trainable(stage.train, isolator=True)
+        sizes.append(part_sizes(vlm))
+        sizes[-1]["all"] = tuple(map(sum, zip(*sizes[-1].values())))
+    for part in sizes[0]:
+        cells = (f"{size[part][0] / 1e6:,.1f}, {size[part][1] / 1e6:,.1f}".rjust(22) for size in sizes)
+        print(f"  {part}".ljust(30) + "".join(cells))
+
+    print("\nvisual tokens an image" + f", {images} images a sample" * (images > 1))
+    for stage in stages:
+        c = stage.cfg
+        seen = ", ".join(f"{share:.0%} {mode}" for mode, share in stage.samples.items())
+        print(f"  stage {stage.name}: {c.vit.image_size} px, {c.side**2} patches; full {c.visual_tokens()}, "
+              f"fast {c.visual_tokens('pruned')}; samples {seen}")  # fmt: skip
+
+    parts = ("vit", "connector", "decoder", "head", "teacher")
+    print("\nTFLOP a sample".ljust(31) + "".join(part.rjust(11) for part in (*parts, "all")))
+    kept = []
+    for stage in stages:
+        text = 200 if stage.name == "2" else 23
+        flops, bytes_kept = stage.cost(text, images)
+        kept.append(bytes_kept)
+        cells = [flops.get(part, 0.0) for part in parts] + [sum(flops.values())]
+        print(f"  stage {stage.name}, {text} of text".ljust(30) + "".join(f"{c / 1e12:11.3f}" for c in cells))
+
+    print(f"\nGB on each of {tools.gpus}".ljust(31) + "DDP".rjust(11) + "FSDP2".rjust(11)
+          + "LoRA 64".rjust(11) + "   and activations of a sample")  # fmt: skip
+    for stage, size, bytes_kept in zip(stages, sizes, kept):
+        size = {part: n for part, n in size.items() if part != "all"}
+        ddp, lora = state_bytes(stage, size)
+        cells = "".join(f"{x / 1e9:11.1f}" for x in (ddp, ddp / tools.gpus, lora, bytes_kept))
+        print(f"  stage {stage.name}".ljust(30) + cells)
+    print("  FSDP2 is not built here yet; about, without recomputation")
+
+    print(
+        f"\n{tools.gpus} x {tools.peak_tflops:g} TFLOP/s at {tools.mfu:.0%}".ljust(47)
+        + "samples/s      hours"
+    )
+    for work, kind, samples, text in WORKLOADS:
+        stage = stages[-1] if kind == "sft" else stages[0]
+        rate = tools.gpus * tools.peak_tflops * 1e12 * tools.mfu / sum(stage.cost(text, images)[0].values())
+        print(f"  {work}, stage {stage.name}".ljust(44) + f"{rate:11,.0f}{samples / rate / 3600:11,.1f}")
+
+    print("\nwhat the papers' ideas save here (FLOPs), beside what they report (time, at 7B)")
+    lines = savings(stages[0], stages[-1])
+    if row["source"].startswith("MM1"):
+        lines += [
+            "MM1's experts: N + N * 2/3 * share * (E - 1) is 63.8B for 3B-MoE (reported 64B) but 39.5B for",
+            "  7B-MoE (reported 47B): more of its 7B decoder must be feed-forward than in this shape",
+        ]
+    print("".join(f"  {line}\n" for line in lines), end="")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Export
+
+
+def export(run: str, out: str) -> Path:
+    """encoder/ and decoder/ of a run in Hugging Face layout, LoRA merged, with preprocessor and tokenizer."""
+    step, to = find_step(run), Path(out)
+    if to.exists() and any(to.iterdir()):
+        raise UserError(f"--to {to} is not empty: choose a new folder")
+    vlm = VLM.from_pretrained(step)
+    part = to.with_name(to.name + ".tmp")
+    shutil.rmtree(part, ignore_errors=True)
+    vlm.vit.save_pretrained(part / "encoder")
+    size = {"height": vlm.cfg.vit.image_size, "width": vlm.cfg.vit.image_size}
+    image = {
+        "image_mean": vlm.cfg.image.mean,
+        "image_std": vlm.cfg.image.std,
+        "resample": vlm.cfg.image.resample,
+    }
+    switches = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
+    kind = {"siglip": "SiglipImageProcessor", "dinov2": "BitImageProcessor"}
+    image["image_processor_type"] = kind.get(vlm.cfg.vit.family, "CLIPImageProcessor")
+    image = {**image, **switches, "do_center_crop": False, "size": size}
+    write_json(part / "encoder" / "preprocessor_config.json", image)
+    vlm.decoder.save_pretrained(part / "decoder")
+    for file in (step / "tokenizer").iterdir():
+        shutil.copy(file, part / "decoder" / file.name)
+    to.mkdir(parents=True, exist_ok=True)
+    os.replace(part, to)
+    return to
+
+
+@dataclass
+class ToolConfig:
+    """Flags of python model.py."""
+
+    preset: str = "tiny"  # see PRESETS
+    plan: bool = False  # print what the preset would cost; the model's flags below change it first
+    gpus: int = 8
+    peak_tflops: float = 989.0  # of one GPU, dense bfloat16: 989 H100, 312 A100
+    mfu: float = 0.4  # share of it that a run reaches
+    download: str = ""  # owner/name or owner/name@revision: fetch it from the hub to --to
+    export: str = ""  # run or checkpoint: write encoder/ and decoder/ in Hugging Face layout to --to
+    to: str = ""  # folder; for a download weights/REPO if not given
+
+
+def main(argv: list[str]) -> None:
+    if "--export" in argv[:-2] and not argv[argv.index("--export") + 2].startswith("--"):  # --export RUN OUT
+        argv = [*argv[: argv.index("--export") + 2], "--to", *argv[argv.index("--export") + 2 :]]
+    asked = ToolConfig()
+    parse_cli(argv, __doc__, asked, ModelConfig())
+    cfg = copy_config(preset(asked.preset)["model"])
+    parse_cli(argv, __doc__, ToolConfig(), cfg)
+    require_at_least(asked, 1, "gpus")
+    if asked.plan:
+        print_plan(asked.preset, cfg, asked)
+    elif asked.download:
+        print(f"in {download(asked.download, asked.to or f'weights/{asked.download}')}")
+    elif asked.export and asked.to:
+        print(f"in {export(asked.export, asked.to)}")
+    else:
+        raise UserError("nothing to do: --preset NAME --plan, --download REPO --to DIR, or --export RUN OUT")
+
+
+if __name__ == "__main__":
+    run_cli(main)

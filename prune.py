@@ -90,7 +90,8 @@ def select(name: str, features: Tensor, keep: int, **needs) -> Tensor:
         raise ValueError(f"pruner '{name}' is unknown: use one of {', '.join(PRUNERS)}")
     if not 1 <= keep <= features.shape[1]:
         raise ValueError(f"cannot keep {keep} of {features.shape[1]} tokens")
-    with torch.autocast(features.device.type, enabled=False):  # or the distances would come out in bf16
+    device = "cpu" if features.is_meta else features.device.type  # meta knows no autocast
+    with torch.autocast(device, enabled=False):  # or the distances would come out in bf16
         return PRUNERS[name](features, keep, **needs).sort(1).values
 
 

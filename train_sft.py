@@ -64,7 +64,8 @@ def main(argv: list[str]) -> None:
     def choose_mode(number: int) -> str:
         """One draw a sample, or one for a whole optimizer step: all ranks and micro-steps."""
         draw = number if cfg.mode == "sample" else number // cfg.batch_size
-        return prune.draw_mode(cfg.seed, draw, cfg.slow_share)
+        mode = prune.draw_mode(cfg.seed, draw, cfg.slow_share)
+        return "full" if mode == "slow" and cfg.distill_weight == 0 else mode  # then it needs no teacher
 
     def fast_slow_loss(logits: Tensor, teacher: Tensor | None, batch: data.Batch) -> dict[str, Tensor]:
         """Sums: cross entropy of all samples, and the KL from the fast view of the slow ones."""

@@ -1,0 +1,96 @@
+"""The plan: its counts against the whole model counted at once, formulas, and that every preset prints."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import model
+
+
+def small(**connector) -> model.ModelConfig:
+    return model.ModelConfig(
+        vit=model.ViTConfig(64, 8, 32, 3, 2, 64),
+        connector=model.ConnectorConfig(levels=[1, 2], width=32, heads=2, **connector),
+        decoder=model.DecoderConfig(200, 48, 3, 4, 2, 12, 96),
+        prune=model.PruneConfig("random", 0.25, 2),
+    )
+
+
+def whole(cfg: model.ModelConfig, train: list[str], text: int, mode: str) -> float:
+    """FLOPs of one sample through the real VLM, forward and backward, on the meta device."""
+    pieces = [0, (list(range(1, text + 1)), True)]
+    pixels = torch.zeros(1, 3, 64, 64, dtype=torch.uint8).numpy()
+    batch = data.make_batch([(pieces, pixels)], [mode], cfg, 1, 4096).to("meta")
+    T = text + cfg.visual_tokens("pruned" if mode == "fast" else "full")
+    batch.student = cut_padding(batch.student, T)
+    if batch.teacher is not None:
+        batch.teacher = cut_padding(batch.teacher, text + cfg.visual_tokens("pruned"))
+    with torch.device("meta"):
+        vlm = model.VLM(cfg)
+    vlm.to("meta").set_trainable(train, isolator=True)
+    with FlopCounterMode(display=False) as counter:
+        logits, _ = vlm(batch)
+        logits.sum().backward()
+    return counter.get_total_flops()
+
+
+def cut_padding(rows: data.Rows, T: int) -> data.Rows:
+    """The plan counts no padding: a row of exactly T positions."""
+    fields = {name: getattr(rows, name)[:, :T] for name in ("ids", "slot_mask", "positions", "doc_ids")}
+    return dataclasses.replace(rows, **fields)
+
+
+@pytest.mark.parametrize("train", ["connector", "connector,decoder", "vit,connector,decoder"])
+@pytest.mark.parametrize("mode", ["full", "fast", "slow"])
+@pytest.mark.parametrize("kind", ["chain", "mlp", "cabstractor"])
+def test_parts_add_up_to_the_whole_model(kind, mode, train):
+    cfg, text = small(kind=kind), 50
+    parts, _ = model.sample_cost(cfg, train.split(","), text, mode, 1)
+    # one per cent: the plan leaves out the selection of tokens and nothing else
+    assert sum(parts.values()) == pytest.approx(whole(cfg, train.split(","), text, mode), rel=0.01)
+
+
+def test_a_decoder_block_follows_the_formula():
+    cfg = model.PRESETS["cos-7b"]["model"].decoder
+    parts, _ = model.sample_cost(model.PRESETS["llava-1.5-vicuna"]["model"], ["decoder"], 200, "full", 1)
+    T, n = 776, 6_476_267_520
+    assert parts["decoder"] == pytest.approx(6 * n * T + 12 * cfg.layers * cfg.width * T**2, rel=1e-3)
+    assert parts["head"] == 6 * 200 * 4096 * 32000
+    frozen, _ = model.sample_cost(model.PRESETS["llava-1.5-vicuna"]["model"], ["connector"], 200, "full", 1)
+    assert frozen["decoder"] == pytest.approx(4 * n * T + 12 * cfg.layers * cfg.width * T**2, rel=1e-3)
+
+
+def test_the_published_ratios_are_where_arithmetic_puts_them():
+    """chain-of-sight: 0.16-0.17 is the floor at 7B for 32 tokens; DualSpeed: about 2.4 and 3.9-4.0 at 200."""
+    row = model.preset("cos-7b")
+    stages = model.stages_of(row, row["model"])
+    assert [stage.name for stage in stages] == ["1", "1b", "2"]
+    assert [stage.cfg.visual_tokens() for stage in stages] == [80, 1296, 1296]
+    lines = model.savings(stages[0], stages[-1])
+    assert 0.15 <= float(lines[0].rsplit(":")[1].split("/")[0]) <= 0.18
+    row = model.preset("llava-1.5-vicuna")
+    lines = model.savings(*model.stages_of(row, row["model"]))
+    times = [float(line.split(" times")[0].rsplit(" ", 1)[1]) for line in lines if "times faster" in line]
+    assert 2.2 <= times[0] <= 2.5 and 3.8 <= times[1] <= 4.1
+
+
+@pytest.mark.parametrize("name", model.PRESETS)
+def test_every_preset_has_a_plan(name, capsys):
+    model.main(["--preset", name, "--plan", "--gpus", "4"])
+    told = capsys.readouterr().out
+    assert model.PRESETS[name]["source"] in told and "nan" not in told
+    for word in ("parameters", "visual tokens", "TFLOP", "GB on each of 4", "hours", "reported 4.0", "558k"):
+        assert word in told
+    assert ("7B-MoE" in told) == (name in ("1.2b", "3b", "7b", "30b"))
+
+
+def test_flags_change_the_plan(capsys):
+    model.main("--preset llava-1.5 --plan --prune.keep 0.5".split())
+    assert "full 576, fast 292;" in capsys.readouterr().out
+    with pytest.raises(model.UserError, match="nothing to do"):
+        model.main([])
+    with pytest.raises(model.UserError, match="--preset '9b' is unknown"):
+        model.main(["--preset", "9b", "--plan"])

@@ -115,7 +115,7 @@ class ModelConfig:
     prune: PruneConfig = field(default_factory=PruneConfig)
     encoder_from: str = ""  # folder with pre-trained weights in Hugging Face layout; "" starts at random
     decoder_from: str = ""  # the same
-    tokenizer_from: str = str(ASSETS / "scenes.tiktoken")  # a tiktoken rank file
+    tokenizer_from: str = str(ASSETS / "scenes.tiktoken")  # a tiktoken rank file or a Hugging Face folder
 
     @property
     def side(self) -> int:

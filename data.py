@@ -30,22 +30,18 @@ from torch.utils.data import Dataset
 from model import ModelConfig, UserError, read_json
 
 # ---------------------------------------------------------------------------------------------------------
-# Tokenizer: byte-level BPE of Llama-3, Qwen2/2.5/3, SmolLM2, GPT-2 and of Scenes, all run by tiktoken. The text
+# Tokenizer: byte-level BPE of Llama-3, Qwen2/2.5/3, SmolLM2, GPT-2 and of Scenes, all run by tiktoken. Text
 # of users and data sets is always encoded as ordinary text, so that "<|end|>" in a caption is nine characters
 # and never a control token (Hugging Face's own tokenizers find special tokens in any text).
 
 # How a text is cut before merging. Possessive forms (`++`) of the originals, the same pieces without
 # backtracking: the originals overflow the regex engine's stack on 1,000,000 spaces.
-SPACE = r"|\s++$|\s+(?!\S)|\s"
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}| ?[^\s\p{L}\p{N}]++" + SPACE  # Scenes
-GPT2 = PATTERN.replace(r"\p{N}|", r"\p{N}++|")
-SMOLLM = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N})" + SPACE
-)  # digits stand alone
-QWEN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
-    + SPACE
-)
+WORDS, SPACE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++", r"|\s++$|\s+(?!\S)|\s"
+PATTERN = WORDS + r"| ?\p{N}| ?[^\s\p{L}\p{N}]++" + SPACE  # Scenes
+GPT2 = WORDS + r"| ?\p{N}++| ?[^\s\p{L}\p{N}]++" + SPACE
+SMOLLM = WORDS + r"|\p{N}| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N})" + SPACE  # digits stand alone
+QWEN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
+QWEN += SPACE
 LLAMA3 = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}+|")
 QWEN_JSON = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -60,29 +56,24 @@ LLAMA3_SPECIAL = (
     "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
     "<|eot_id|>", "<|python_tag|>", "<|image|>", *(f"<|reserved_special_token_{n}|>" for n in range(2, 246)),
 )  # fmt: skip
-QWEN_PAIRS = ("object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start", "quad_end")
-QWEN_VISION = ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
-QWEN_SPECIAL = tuple(f"<|{n}|>" for n in ("endoftext", "im_start", "im_end", *QWEN_PAIRS, *QWEN_VISION))
+QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # those after them are not used here
+# Special tokens, pattern and whether accents are composed, by the number of ranks. Any other is ours.
+RANK_FILES = {128_000: (LLAMA3_SPECIAL, LLAMA3, False), 151_643: (QWEN_SPECIAL, QWEN, True)}
 
-# Chat templates by end token; a tokenizer uses the first whose end token it has. A turn is what comes before
-# the content, the end token, and a tail: content and end token of an assistant's turn are supervised, the tail
-# is not. No system text is made up: the defaults of Qwen and SmolLM2 come only if the data has them.
+# Chat templates by end token: a tokenizer's is the first whose end token it has. A turn is before, end, tail;
+# its content follows `before`. Of an assistant's turn content and end are supervised, the tail is not.
+# No system text is made up: the defaults of Qwen and SmolLM2 come only if the data has them.
 ROLES = ("system", "user", "assistant")
 TEMPLATES = {
     # Llama-3; then ChatML: Qwen, SmolLM2
     "<|eot_id|>": {r: (f"<|start_header_id|>{r}<|end_header_id|>\n\n", "<|eot_id|>", "") for r in ROLES},
     "<|im_end|>": {r: (f"<|im_start|>{r}\n", "<|im_end|>", "\n") for r in ROLES},
-    # Scenes; then plain, for GPT-2, which has no template of its own: both are ours
+    # Scenes; then GPT-2, which has no template of its own: both are ours
     "<|end|>": dict(zip(ROLES, [("", "", ""), ("<|user|>", "", ""), ("<|assistant|>", "<|end|>", "")])),
     "<|endoftext|>": dict(
         zip(ROLES, [("", "", " "), ("USER: ", "", ""), (" ASSISTANT: ", "<|endoftext|>", "")])
     ),
 }
-
-RANK_FILES = {
-    128_000: (LLAMA3_SPECIAL, LLAMA3),
-    151_643: (QWEN_SPECIAL, QWEN, True),
-}  # any other number: ours
 WORKS = "tokenizers of Llama-3, Qwen2/2.5/3, SmolLM2 and GPT-2 work"
 HF_FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "tokenizer.model",
@@ -99,7 +90,7 @@ class Tokenizer:
     """
 
     def __init__(
-        self, ranks: dict[bytes, int], special: dict[str, int], pattern=PATTERN, nfc=False, files=()
+        self, ranks: dict[bytes, int], special: dict[str, int], pattern: str, nfc: bool, files: dict
     ):
         ids = [*ranks.values(), *special.values()]
         if min(ids) < 0 or len(set(ids)) < len(ids):
@@ -107,13 +98,13 @@ class Tokenizer:
         end = next((name for name in TEMPLATES if name in special), None)
         if end is None:
             raise ValueError(f"it has none of the end tokens {' '.join(TEMPLATES)}")
-        self.ranks, self.nfc, self.files = ranks, nfc, dict(files)
+        self.ranks, self.pattern, self.nfc, self.files = ranks, pattern, nfc, files
         self.template, self.end = TEMPLATES[end], special[end]
         self.start = [special["<|begin_of_text|>"]] if "<|begin_of_text|>" in special else []
         self.strips = end == "<|eot_id|>"  # Llama-3's template strips contents
         self.prefix = " " if pattern == PATTERN else ""
         self.vocab_size = max(ids) + 1
-        # tiktoken panics at a byte it does not know. SmolLM2 lacks some: they get ids that never leave encode.
+        # tiktoken panics at an unknown byte; SmolLM2 lacks some: these get ids that never leave encode
         missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
         extra = {byte: self.vocab_size + n for n, byte in enumerate(missing)}
         self.text_ids = frozenset(ranks.values())
@@ -125,26 +116,24 @@ class Tokenizer:
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
         """A tiktoken rank file, or a folder with a tokenizer in one of Hugging Face's layouts."""
         path = Path(path)
-        if not path.exists():
-            raise UserError(f"tokenizer {path} does not exist")
+        path = path.parent if path.suffix == ".json" else path
+        files = {name: (path / name).read_bytes() for name in HF_FILES if (path / name).is_file()}
         try:
-            if path.is_file():
-                return cls(*read_ranks(path), files=rank_file(path))
-            files = {name: (path / name).read_bytes() for name in HF_FILES if (path / name).is_file()}
             if "tokenizer.json" in files:
-                return cls(*read_tokenizer_json(path), files=files)
+                return cls(*read_tokenizer_json(path), files)
             for names in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
                 if files.keys() >= set(names):
-                    return cls(*read_vocab_and_merges(path, *names), files=files)
-            ranks = [path / "tokenizer.model", path / "original" / "tokenizer.model"]
-            ranks = [f for f in ranks if f.is_file()][:1] or list(path.glob("*.tiktoken"))
-            if len(ranks) == 1:
-                return cls(*read_ranks(ranks[0]), files=files | rank_file(ranks[0]))
+                    return cls(*read_vocab_and_merges(path, *names), files)
+            llama3 = [path / "tokenizer.model", path / "original" / "tokenizer.model"]
+            found = [file for file in (path, *llama3) if file.is_file()][:1] or [*path.glob("*.tiktoken")]
+            if len(found) == 1:
+                name = "tokenizer.model" if found[0].name == "tokenizer.model" else "ranks.tiktoken"
+                return cls(*read_ranks(found[0]), files | {name: found[0].read_bytes()})
         except (ValueError, TypeError, KeyError, AttributeError) as e:
             raise UserError(f"{path} holds no usable tokenizer ({type(e).__name__}: {e}); {WORKS}") from None
         raise UserError(
-            f"{path} holds no tokenizer: put tokenizer.json there, or vocab.json and merges.txt, or "
-            "tokenizer.model, or one *.tiktoken"
+            f"{path} holds {len(found)} tokenizers: give a rank file, or a folder with tokenizer.json, with "
+            "vocab.json and merges.txt, with tokenizer.model or with one *.tiktoken"
         )
 
     def save(self, folder: Path) -> None:
@@ -161,9 +150,9 @@ class Tokenizer:
         if max(ids, default=0) < self.vocab_size:
             return ids
         # Bytes the vocabulary lacks: Hugging Face drops them from each piece before it merges.
-        pieces = [piece.encode("utf-8", "replace") for piece in regex.findall(self.bpe._pat_str, text)]
+        pieces = [piece.encode("utf-8", "replace") for piece in regex.findall(self.pattern, text)]
         kept = [bytes(b for b in piece if bytes([b]) in self.ranks) for piece in pieces]
-        return [i for piece in kept for i in self.bpe._encode_single_piece(piece)]
+        return [i for piece in kept if piece for i in self.bpe._encode_single_piece(piece)]
 
     def control(self, text: str) -> list[int]:
         """Ids of our own template strings: the only place where control tokens are made."""
@@ -173,11 +162,6 @@ class Tokenizer:
         """Text of ids: control tokens are left out, and so is the space that `encode` put in front."""
         text = self.bpe.decode([i for i in ids if i in self.text_ids], errors="replace")
         return text.removeprefix(self.prefix)
-
-
-def rank_file(path: Path) -> dict[str, bytes]:
-    """What `save` writes of a rank file: Llama-3's keeps its name."""
-    return {path.name if path.name == "tokenizer.model" else "ranks.tiktoken": path.read_bytes()}
 
 
 def read_ranks(path: Path) -> tuple:
@@ -193,45 +177,33 @@ def read_ranks(path: Path) -> tuple:
                 token, rank = line.split()
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
-            raise UserError(
-                f"{path} line {number}: not a tiktoken rank file, whose lines are 'base64 rank'"
-            ) from None
+            raise UserError(f"{path} line {number}: not a tiktoken rank file's 'base64 rank'") from None
     if not ranks or len(ranks) > 2**16 and len(ranks) not in RANK_FILES:
         raise UserError(f"{path} has {len(ranks)} ranks, the number of no family known here; {WORKS}")
-    names, *rest = RANK_FILES.get(len(ranks), (CONTROL, PATTERN))
-    first = max(ranks.values()) + 1
-    return ranks, {name: first + n for n, name in enumerate(names)}, *rest
+    names, pattern, nfc = RANK_FILES.get(len(ranks), (CONTROL, PATTERN, False))
+    return ranks, {name: max(ranks.values()) + 1 + n for n, name in enumerate(names)}, pattern, nfc
 
 
 def read_tokenizer_json(folder: Path) -> tuple:
     path = folder / "tokenizer.json"
     spec = read_json(path)
-    bpe, normalizer, pre = spec["model"], spec.get("normalizer"), spec.get("pre_tokenizer") or {"type": None}
-    steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
-    kinds = [step["type"] for step in steps]
-    not_byte_level = bpe.get("type", "BPE") != "BPE" or bpe.get("byte_fallback") or "ByteLevel" not in kinds
-    pattern = None
-    match steps:
-        case [{"type": "ByteLevel", "add_prefix_space": False}]:
+    bpe, normalizer, pre = spec["model"], spec.get("normalizer"), spec.get("pre_tokenizer") or {"type": ""}
+    *cuts, last = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
+    odd = any(bpe.get(key) for key in ("byte_fallback", "end_of_word_suffix", "continuing_subword_prefix"))
+    if odd or bpe.get("type", "BPE") != "BPE" or last["type"] != "ByteLevel":
+        raise UserError(f"{path} is SentencePiece or another kind that is not plain byte-level BPE; {WORKS}")
+    if normalizer not in (None, {"type": "NFC"}):
+        raise UserError(f"{path} has a normalizer that is not NFC: {normalizer}; {WORKS}")
+    pattern, own_cut = None, last.get("use_regex", True)  # ByteLevel itself cuts as GPT-2 does
+    match cuts:
+        case [] if own_cut:
             pattern = GPT2
-        case [
-            {"type": "Digits", "individual_digits": True},
-            {"type": "ByteLevel", "add_prefix_space": False},
-        ]:
+        case [{"type": "Digits", "individual_digits": True}] if own_cut:
             pattern = SMOLLM
-        case [
-            {"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False},
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-        ]:
-            pattern = POSSESSIVE.get(cut, cut)
-    refusals = {
-        "is not byte-level BPE but, it seems, SentencePiece": not_byte_level,
-        f"has a normalizer that is not NFC: {normalizer}": normalizer not in (None, {"type": "NFC"}),
-        f"cuts text in a way not known here: {steps}": pattern is None,
-    }
-    for what, wrong in refusals.items():
-        if wrong:
-            raise UserError(f"{path} {what}; {WORKS}")
+        case [{"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False}]:
+            pattern = None if own_cut else POSSESSIVE.get(cut, cut)
+    if pattern is None or last["add_prefix_space"]:
+        raise UserError(f"{path} cuts text in a way not known here: {pre}; {WORKS}")
     named = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
     ranks, special = ranks_of(path, bpe["vocab"], bpe["merges"], named, bpe.get("ignore_merges"))
     return ranks, special, pattern, normalizer is not None
@@ -242,7 +214,7 @@ def read_vocab_and_merges(folder: Path, vocab_name: str, merges_name: str) -> tu
     vocab = read_json(folder / vocab_name)
     lines = (folder / merges_name).read_text(encoding="utf-8").split("\n")
     merges = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")]
-    config, added = (folder / "tokenizer_config.json", folder / "added_tokens.json")
+    config, added = folder / "tokenizer_config.json", folder / "added_tokens.json"
     named = read_json(added) if added.is_file() else {}
     if config.is_file():
         kept = read_json(config).get("added_tokens_decoder", {})

@@ -212,8 +212,8 @@ def read_tokenizer_json(folder: Path) -> tuple:
 def read_vocab_and_merges(folder: Path, vocab_name: str, merges_name: str) -> tuple:
     """These files carry no regex, so the family is known by where its special tokens are."""
     vocab = read_json(folder / vocab_name)
-    lines = (folder / merges_name).read_text(encoding="utf-8").split("\n")
-    merges = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")]
+    lines = (folder / merges_name).read_text(encoding="utf-8").splitlines()
+    merges = [line for line in lines if line.strip() and not line.startswith("#version")]  # "# #" is a merge
     config, added = folder / "tokenizer_config.json", folder / "added_tokens.json"
     named = read_json(added) if added.is_file() else {}
     if config.is_file():

@@ -11,9 +11,10 @@ BIN := .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/test.ok: requirements-test.txt requirements.txt
+.venv/test.ok: requirements-test.txt requirements-vocab.txt requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-vocab.txt
 	touch $@ .venv/demo.ok
 
 demo: .venv/demo.ok

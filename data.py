@@ -11,64 +11,148 @@ import base64
 import dataclasses
 import functools
 import math
+import os
 import random
+import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import regex  # comes with tiktoken
 import tiktoken
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from model import ModelConfig, UserError, read_json
+from model import ASSETS, ModelConfig, UserError, find_half, read_decoder_config, read_json
 
 # ---------------------------------------------------------------------------------------------------------
-# Tokenizer: a tiktoken rank file plus control tokens. Text of users and data sets is always encoded as
-# ordinary text, so that "<|end|>" in a caption is nine characters and never a control token.
+# Tokenizer: byte-level BPE of Llama-3, Qwen2/2.5/3, SmolLM2, GPT-2 and of Scenes, all run by tiktoken. Text
+# of users and data sets is always encoded as ordinary text, so that "<|end|>" in a caption is nine characters
+# and never a control token (Hugging Face's own tokenizers find special tokens in any text).
 
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# How a text is cut before merging. Possessive forms (`++`) of the originals, the same pieces without
+# backtracking: the originals overflow the regex engine's stack on 1,000,000 spaces.
+WORDS, SPACE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++", r"|\s++$|\s+(?!\S)|\s"
+PATTERN = WORDS + r"| ?\p{N}| ?[^\s\p{L}\p{N}]++" + SPACE  # Scenes
+GPT2 = WORDS + r"| ?\p{N}++| ?[^\s\p{L}\p{N}]++" + SPACE
+SMOLLM = WORDS + r"|\p{N}| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N})" + SPACE  # digits stand alone
+QWEN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
+QWEN += SPACE
+LLAMA3 = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}+|")
+QWEN_JSON = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+POSSESSIVE = {QWEN_JSON: QWEN, QWEN_JSON.replace(r"|\p{N}|", r"|\p{N}{1,3}|"): LLAMA3}  # as in tokenizer.json
+LONG_SPACE = re.compile(r"((?<!\s)\s{100000,})")  # before a word even the possessive forms overflow on these
+
 CONTROL = ("<|end|>", "<|user|>", "<|assistant|>")
-TEMPLATE = {"user": ("<|user|>", ""), "assistant": ("<|assistant|>", "<|end|>")}  # before and after each turn
+LLAMA3_SPECIAL = (
+    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
+    "<|eot_id|>", "<|python_tag|>", "<|image|>", *(f"<|reserved_special_token_{n}|>" for n in range(2, 246)),
+)  # fmt: skip
+QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # those after them are not used here
+# Special tokens, pattern and whether accents are composed, by the number of ranks. Any other is ours.
+RANK_FILES = {128_000: (LLAMA3_SPECIAL, LLAMA3, False), 151_643: (QWEN_SPECIAL, QWEN, True)}
+
+# Chat templates by end token: a tokenizer's is the first whose end token it has. A turn is before, end, tail;
+# its content follows `before`. Of an assistant's turn content and end are supervised, the tail is not.
+# No system text is made up: the defaults of Qwen and SmolLM2 come only if the data has them.
+ROLES = ("system", "user", "assistant")
+TEMPLATES = {
+    # Llama-3; then ChatML: Qwen, SmolLM2
+    "<|eot_id|>": {r: (f"<|start_header_id|>{r}<|end_header_id|>\n\n", "<|eot_id|>", "") for r in ROLES},
+    "<|im_end|>": {r: (f"<|im_start|>{r}\n", "<|im_end|>", "\n") for r in ROLES},
+    # Scenes; then GPT-2, which has no template of its own: both are ours
+    "<|end|>": dict(zip(ROLES, [("", "", ""), ("<|user|>", "", ""), ("<|assistant|>", "<|end|>", "")])),
+    "<|endoftext|>": dict(
+        zip(ROLES, [("", "", " "), ("USER: ", "", ""), (" ASSISTANT: ", "<|endoftext|>", "")])
+    ),
+}
+WORKS = "tokenizers of Llama-3, Qwen2/2.5/3, SmolLM2 and GPT-2 work"
+HF_FILES = (
+    "tokenizer.json", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "tokenizer.model",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
 
 
 class Tokenizer:
-    """ids of text. `ranks` maps bytes to id, which is also the priority of the merge (tiktoken's format)."""
+    """ids of text. `ranks` maps bytes to id, which is also the priority of the merge (tiktoken's format).
 
-    def __init__(self, ranks: dict[bytes, int]):
-        self.ranks = ranks
-        control = {name: len(ranks) + i for i, name in enumerate(CONTROL)}
+    special: control tokens. nfc: compose accents first. files: what `save` writes, name to content.
+    end: the token that ends an answer and a document. start: ids in front of every document (Llama-3's BOS).
+    vocab_size: largest id + 1; a decoder may have more rows.
+    """
+
+    def __init__(
+        self, ranks: dict[bytes, int], special: dict[str, int], pattern: str, nfc: bool, files: dict
+    ):
+        ids = [*ranks.values(), *special.values()]
+        if min(ids) < 0 or len(set(ids)) < len(ids):
+            raise ValueError("an id is negative or stands for two tokens")
+        end = next((name for name in TEMPLATES if name in special), None)
+        if end is None:
+            raise ValueError(f"it has none of the end tokens {' '.join(TEMPLATES)}")
+        self.ranks, self.pattern, self.nfc, self.files = ranks, pattern, nfc, files
+        self.template, self.end = TEMPLATES[end], special[end]
+        self.start = [special["<|begin_of_text|>"]] if "<|begin_of_text|>" in special else []
+        self.strips = end == "<|eot_id|>"  # Llama-3's template strips contents
+        self.prefix = " " if pattern == PATTERN else ""
+        self.vocab_size = max(ids) + 1
+        # tiktoken panics at an unknown byte; SmolLM2 lacks some: these get ids that never leave encode
+        missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
+        extra = {byte: self.vocab_size + n for n, byte in enumerate(missing)}
+        self.text_ids = frozenset(ranks.values())
         self.bpe = tiktoken.Encoding(
-            "sightspeed", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=control
+            "sightspeed", pat_str=pattern, mergeable_ranks=ranks | extra, special_tokens=special
         )
-        self.end = control["<|end|>"]
-        self.vocab_size = len(ranks) + len(control)
 
     @classmethod
-    def from_file(cls, path: str | Path) -> "Tokenizer":
-        """A file of lines `base64 rank`."""
+    def from_pretrained(cls, path: str | Path) -> "Tokenizer":
+        """A tiktoken rank file, or a folder with a tokenizer in one of Hugging Face's layouts."""
         path = Path(path)
-        if not path.is_file():
-            raise UserError(f"tokenizer file {path} does not exist")
+        path = path.parent if path.suffix == ".json" else path
+        files = {name: (path / name).read_bytes() for name in HF_FILES if (path / name).is_file()}
         try:
-            lines = [line.split() for line in path.read_text().splitlines() if line]
-            return cls({base64.b64decode(token): int(rank) for token, rank in lines})
-        except ValueError as e:
-            raise UserError(
-                f"{path} is not a tiktoken rank file, whose lines are 'base64 rank' ({e})"
-            ) from None
-
-    def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
-            "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks.items())
+            if "tokenizer.json" in files:
+                return cls(*read_tokenizer_json(path), files)
+            for names in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+                if files.keys() >= set(names):
+                    return cls(*read_vocab_and_merges(path, *names), files)
+            llama3 = [path / "tokenizer.model", path / "original" / "tokenizer.model"]
+            found = [file for file in (path, *llama3) if file.is_file()][:1] or [*path.glob("*.tiktoken")]
+            if len(found) == 1:
+                name = "tokenizer.model" if found[0].name == "tokenizer.model" else "ranks.tiktoken"
+                return cls(*read_ranks(found[0]), files | {name: found[0].read_bytes()})
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
+            raise UserError(f"{path} holds no usable tokenizer ({type(e).__name__}: {e}); {WORKS}") from None
+        raise UserError(
+            f"{path} holds {len(found)} tokenizers: give a rank file, or a folder with tokenizer.json, with "
+            "vocab.json and merges.txt, with tokenizer.model or with one *.tiktoken"
         )
 
+    def save(self, folder: Path) -> None:
+        """The files it came from, byte for byte: `from_pretrained(folder)` gives the same tokenizer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files.items():
+            (folder / (name + ".tmp")).write_bytes(content)
+            os.replace(folder / (name + ".tmp"), folder / name)
+
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, which gets a space in front so that a word is the same token wherever it stands."""
-        return self.bpe.encode_ordinary(" " + text)
+        """Ids of a text; ours puts a space in front, so that a word is the same token wherever it stands."""
+        text = unicodedata.normalize("NFC", text) if self.nfc else self.prefix + text
+        ids = [i for part in LONG_SPACE.split(text) for i in self.bpe.encode_ordinary(part)]
+        if max(ids, default=0) < self.vocab_size:
+            return ids
+        # Bytes the vocabulary lacks: Hugging Face drops them from each piece before it merges.
+        pieces = [piece.encode("utf-8", "replace") for piece in regex.findall(self.pattern, text)]
+        kept = [bytes(b for b in piece if bytes([b]) in self.ranks) for piece in pieces]
+        return [i for piece in kept if piece for i in self.bpe._encode_single_piece(piece)]
 
     def control(self, text: str) -> list[int]:
         """Ids of our own template strings: the only place where control tokens are made."""
@@ -76,7 +160,112 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids: control tokens are left out, and so is the space that `encode` put in front."""
-        return self.bpe.decode([i for i in ids if i < len(self.ranks)], errors="replace").removeprefix(" ")
+        text = self.bpe.decode([i for i in ids if i in self.text_ids], errors="replace")
+        return text.removeprefix(self.prefix)
+
+
+def find_tokenizer(cfg: ModelConfig) -> Tokenizer:
+    """That of cfg.tokenizer_from, else the one beside the decoder's weights; Scenes' where both are silent.
+
+    A decoder without a tokenizer gets that of Scenes only if it has as many rows, as the shipped one has.
+    """
+    scenes = Tokenizer.from_pretrained(ASSETS / "scenes.tiktoken")
+    if cfg.tokenizer_from:
+        named = Path(cfg.tokenizer_from)
+        return Tokenizer.from_pretrained(named if named.exists() else find_half(cfg.tokenizer_from))
+    if not cfg.decoder_from:
+        return scenes
+    folder = find_half(cfg.decoder_from)
+    if read_decoder_config(folder / "config.json").vocab_size == scenes.vocab_size:
+        return scenes
+    return Tokenizer.from_pretrained(folder)
+
+
+def read_ranks(path: Path) -> tuple:
+    """A file of lines `base64 rank`; which family it is shows in the number of ranks."""
+    try:
+        lines = path.read_bytes().decode("ascii").split("\n")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a tiktoken rank file but looks like SentencePiece; {WORKS}") from None
+    ranks = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise UserError(f"{path} line {number}: not a tiktoken rank file's 'base64 rank'") from None
+    if not ranks or len(ranks) > 2**16 and len(ranks) not in RANK_FILES:
+        raise UserError(f"{path} has {len(ranks)} ranks, the number of no family known here; {WORKS}")
+    names, pattern, nfc = RANK_FILES.get(len(ranks), (CONTROL, PATTERN, False))
+    return ranks, {name: max(ranks.values()) + 1 + n for n, name in enumerate(names)}, pattern, nfc
+
+
+def read_tokenizer_json(folder: Path) -> tuple:
+    path = folder / "tokenizer.json"
+    spec = read_json(path)
+    bpe, normalizer, pre = spec["model"], spec.get("normalizer"), spec.get("pre_tokenizer") or {"type": ""}
+    *cuts, last = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
+    odd = any(bpe.get(key) for key in ("byte_fallback", "end_of_word_suffix", "continuing_subword_prefix"))
+    if odd or bpe.get("type", "BPE") != "BPE" or last["type"] != "ByteLevel":
+        raise UserError(f"{path} is SentencePiece or another kind that is not plain byte-level BPE; {WORKS}")
+    if normalizer not in (None, {"type": "NFC"}):
+        raise UserError(f"{path} has a normalizer that is not NFC: {normalizer}; {WORKS}")
+    pattern, own_cut = None, last.get("use_regex", True)  # ByteLevel itself cuts as GPT-2 does
+    match cuts:
+        case [] if own_cut:
+            pattern = GPT2
+        case [{"type": "Digits", "individual_digits": True}] if own_cut:
+            pattern = SMOLLM
+        case [{"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False}]:
+            pattern = None if own_cut else POSSESSIVE.get(cut, cut)
+    if pattern is None or last["add_prefix_space"]:
+        raise UserError(f"{path} cuts text in a way not known here: {pre}; {WORKS}")
+    named = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
+    ranks, special = ranks_of(path, bpe["vocab"], bpe["merges"], named, bpe.get("ignore_merges"))
+    return ranks, special, pattern, normalizer is not None
+
+
+def read_vocab_and_merges(folder: Path, vocab_name: str, merges_name: str) -> tuple:
+    """These files carry no regex, so the family is known by where its special tokens are."""
+    vocab = read_json(folder / vocab_name)
+    lines = (folder / merges_name).read_text(encoding="utf-8").splitlines()
+    merges = [line for line in lines if line.strip() and not line.startswith("#version")]  # "# #" is a merge
+    config, added = folder / "tokenizer_config.json", folder / "added_tokens.json"
+    named = read_json(added) if added.is_file() else {}
+    if config.is_file():
+        kept = read_json(config).get("added_tokens_decoder", {})
+        named |= {token["content"]: int(i) for i, token in kept.items()}
+    pattern, nfc = GPT2, False
+    if "<|im_start|>" in vocab:  # SmolLM2 keeps its ChatML tokens inside the vocabulary, at its beginning
+        pattern = SMOLLM
+    elif "<|endoftext|>" not in vocab and ("<|im_start|>" in named or len(vocab) == 151_643):  # Qwen: outside
+        pattern, nfc = QWEN, True
+        named = named or {name: len(vocab) + n for n, name in enumerate(QWEN_SPECIAL)}
+    return *ranks_of(folder / merges_name, vocab, merges, named), pattern, nfc
+
+
+def ranks_of(path: Path, vocab: dict, merges: list, named: dict, whole=False) -> tuple[dict, dict]:
+    """Ranks and special tokens of a vocabulary in GPT-2's byte alphabet.
+
+    Text can become a single byte, the result of a merge or, if a piece that is a token is taken whole
+    (`ignore_merges`), any token that is not named as special. All other tokens are special.
+    """
+    own = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves
+    alphabet = {chr(b): b for b in own}
+    alphabet |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in own)}
+    text, last = {token for token in vocab if token in alphabet}, -1
+    for merge in merges:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        if not {left, right, left + right} <= vocab.keys():
+            raise UserError(f"{path}: the merge {left!r} {right!r} has parts that are not in the vocabulary")
+        if vocab[left + right] < last:  # tiktoken merges by id
+            raise UserError(f"{path}: the merge {left!r} {right!r} comes after one of a higher id; {WORKS}")
+        last = vocab[left + right]
+        text.add(left + right)
+    text |= vocab.keys() - named.keys() if whole else set()
+    ranks = {bytes(alphabet[c] for c in token): i for token, i in vocab.items() if token in text}
+    return ranks, {token: i for token, i in (vocab | named).items() if token not in text}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -104,19 +293,30 @@ def pieces_of(record: Record, tokenizer: Tokenizer) -> list[Piece]:
     if record.kind == "chat":
         return chat_pieces(record.parts, tokenizer)
     pieces = [part if isinstance(part, int) else (tokenizer.encode(part), True) for part in record.parts]
-    return [*pieces, ([tokenizer.end], True)]
+    return [(tokenizer.start, False), *pieces, ([tokenizer.end], True)]
 
 
-def chat_pieces(turns: list[tuple[str, list]], tokenizer: Tokenizer) -> list[Piece]:
-    """Turns to pieces; the end token of an answer is supervised with it, so that the model learns to stop."""
-    pieces = []
+def chat_pieces(turns: list[tuple[str, list]], tokenizer: Tokenizer, to_answer: bool = False) -> list[Piece]:
+    """Turns to pieces; the end token of an answer is supervised with it, so that the model learns to stop.
+
+    to_answer: only up to where the last turn, an assistant's, begins to speak.
+    """
+    pieces = [(tokenizer.start, False)]
     for role, parts in turns:
-        before, after = TEMPLATE[role]
+        before, end, tail = tokenizer.template[role]
         answer = role == "assistant"
+        if tokenizer.strips:
+            parts = strip_edges(parts)
         pieces.append((tokenizer.control(before), False))
         pieces += [part if isinstance(part, int) else (tokenizer.encode(part), answer) for part in parts]
-        pieces.append((tokenizer.control(after), answer))
-    return pieces
+        pieces += [(tokenizer.control(end), answer), (tokenizer.control(tail), False)]
+    return pieces[:-2] if to_answer else pieces
+
+
+def strip_edges(parts: list) -> list:
+    """The parts without white space at either end of the turn; that next to an image inside it stays."""
+    parts = [p.lstrip() if n == 0 and isinstance(p, str) else p for n, p in enumerate(parts)]
+    return [p.rstrip() if n == len(parts) - 1 and isinstance(p, str) else p for n, p in enumerate(parts)]
 
 
 def prompt_pieces(question: str, images: int, tokenizer: Tokenizer, history: list = ()) -> list[Piece]:
@@ -126,7 +326,7 @@ def prompt_pieces(question: str, images: int, tokenizer: Tokenizer, history: lis
     for n, text in enumerate(asked):
         turns.append(("user", [*range(images), text] if n == 0 else [text]))
         turns.append(("assistant", [history[n][1]] if n < len(history) else []))
-    return chat_pieces(turns, tokenizer)[:-1]  # without the last end token
+    return chat_pieces(turns, tokenizer, to_answer=True)
 
 
 def cut(pieces: list[Piece], per_image: int, limit: int) -> list[Piece]:

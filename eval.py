@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     device = model.find_device(cfg.device)
     step = model.find_step(cfg.model)
     vlm = model.VLM.from_pretrained(step).to(device).eval()
-    tokenizer = data.Tokenizer.from_file(step / "tokenizer" / "ranks.tiktoken")
+    tokenizer = data.Tokenizer.from_pretrained(step / "tokenizer")
     if cfg.chat:
         return chat(vlm, tokenizer, cfg)
     tasks = open_tasks(cfg)

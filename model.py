@@ -139,9 +139,7 @@ class ModelConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
-    encoder_from: str = (
-        ""  # pre-trained weights: a Hugging Face folder or a downloaded repo; "" starts at random
-    )
+    encoder_from: str = ""  # pre-trained: a Hugging Face folder or downloaded repo; "" starts at random
     decoder_from: str = ""  # the same
     tokenizer_from: str = ""  # a tokenizer's folder or rank file; "": decoder_from's, else that of Scenes
 

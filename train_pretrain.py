@@ -251,7 +251,7 @@ def start(stage: str, config: type, argv: list[str], doc: str):
     run = Run(stage, cfg, rank, world, device)
     torch.manual_seed(cfg.seed)
     if step:
-        tokenizer = data.Tokenizer.from_file(step / "tokenizer" / "ranks.tiktoken")
+        tokenizer = data.Tokenizer.from_pretrained(step / "tokenizer")
         vlm = model.VLM.from_pretrained(step, dtype=None)
         if model_cfg.prune.isolator != vlm.cfg.prune.isolator:
             vlm.isolator = prune.ModeIsolator(model_cfg.prune.isolator, vlm.cfg.decoder.width)
@@ -259,7 +259,7 @@ def start(stage: str, config: type, argv: list[str], doc: str):
         vlm.set_lora(model_cfg.lora)
         vlm.cfg.check()
     else:
-        tokenizer = data.Tokenizer.from_file(model_cfg.tokenizer_from or model.ASSETS / "scenes.tiktoken")
+        tokenizer = data.find_tokenizer(model_cfg)
         vlm = model.VLM.build(model_cfg)
     vlm.to(device)
     if tokenizer.vocab_size > vlm.cfg.decoder.vocab_size:
@@ -485,7 +485,7 @@ def save(run: Run, vlm: model.VLM, tokenizer, optimizers, done: int) -> None:
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         vlm.save_pretrained(temporary, run_config(run, vlm))
-        tokenizer.save(temporary / "tokenizer" / "ranks.tiktoken")
+        tokenizer.save(temporary / "tokenizer")
         state = {
             "optimizers": [o.state_dict() for o in optimizers], "step": done,
             "next_sample": done * run.cfg.batch_size, "rng": torch.get_rng_state(),
@@ -574,7 +574,7 @@ def show_answers(run: Run, vlm: model.VLM, tokenizer, spec: str, n: int = 4) -> 
         record = source[i]
         asked, answer = record.parts[0][1], record.parts[1][1][0]
         images = record.images[: sum(isinstance(part, int) for part in asked)]
-        pieces = data.chat_pieces([("user", asked), ("assistant", [])], tokenizer)[:-1]
+        pieces = data.chat_pieces([("user", asked), ("assistant", [])], tokenizer, to_answer=True)
         batch = data.prompt_batch([(pieces, data.load_images(images, vlm.cfg, record.name))], "full", vlm.cfg)
         with run.autocast():
             said = tokenizer.decode(vlm.generate(batch.to(run.device), tokenizer.end, 24)[0])

@@ -10,6 +10,7 @@ them.
 """
 
 import argparse
+import base64
 import collections
 import random
 import sys
@@ -84,7 +85,8 @@ def make_tokenizer(merges: int = 208) -> None:
         ranks[b"".join(best)] = len(ranks)
         for word, parts in words.items():
             words[word] = merge(parts, best)
-    data.Tokenizer(ranks).save(HERE / "scenes.tiktoken")
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
+    (HERE / "scenes.tiktoken").write_text("".join(lines))
     print(f"{len(ranks)} ranks; last merges: {list(ranks)[-8:]}")
 
 
@@ -280,7 +282,7 @@ def text_batch(first: int, n: int, tokenizer: data.Tokenizer, split: str = "trai
 
 def make_lm(minutes: float, seed: int = 0) -> None:
     torch.manual_seed(seed)
-    tokenizer = data.Tokenizer.from_file(HERE / "scenes.tiktoken")
+    tokenizer = data.Tokenizer.from_pretrained(HERE / "scenes.tiktoken")
     lm = model.Decoder(model.DecoderConfig(vocab_size=tokenizer.vocab_size, kv_heads=4, tied=False))
     nn.init.normal_(lm.embed_tokens.weight)  # unit variance: the residual stream starts as the token itself
     for block in lm.layers:

@@ -14,7 +14,7 @@ def small_halves(tmp_path_factory) -> list[str]:
     """Flags that start a run from a 64 px, 2-block encoder and a 2-block decoder."""
     folder = tmp_path_factory.mktemp("halves")
     torch.manual_seed(0)
-    vocab = data.Tokenizer.from_file(model.ASSETS / "scenes.tiktoken").vocab_size
+    vocab = data.Tokenizer.from_pretrained(model.ASSETS / "scenes.tiktoken").vocab_size
     model.ViT(model.ViTConfig(64, 8, 32, 4, 2, 64)).save_pretrained(folder / "vit")
     image = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "resample": 3}
     model.write_json(folder / "vit" / "preprocessor_config.json", image)

@@ -11,7 +11,7 @@ from PIL import Image
 import data
 import model
 
-TOKENIZER = data.Tokenizer.from_file(model.ASSETS / "scenes.tiktoken")
+TOKENIZER = data.Tokenizer.from_pretrained(model.ASSETS / "scenes.tiktoken")
 CFG = model.ModelConfig(vit=model.ViTConfig(image_size=64))
 
 

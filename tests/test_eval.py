@@ -128,4 +128,4 @@ def test_test_questions_do_not_come_from_training_scenes():
 def test_rank_file_that_is_none_is_refused(tmp_path):
     (tmp_path / "x.tiktoken").write_text("hello\n")
     with pytest.raises(model.UserError, match="not a tiktoken rank file"):
-        data.Tokenizer.from_file(tmp_path / "x.tiktoken")
+        data.Tokenizer.from_pretrained(tmp_path / "x.tiktoken")

@@ -14,7 +14,7 @@ import model
 import train_pretrain
 import train_sft
 
-TOKENIZER = data.Tokenizer.from_file(model.ASSETS / "scenes.tiktoken")
+TOKENIZER = data.Tokenizer.from_pretrained(model.ASSETS / "scenes.tiktoken")
 SMALL = "--batch_size 8 --row_length 128 --workers 0 --log_every 1 --dtype float32 --device cpu".split()
 
 

@@ -8,7 +8,7 @@ import data
 import model
 from model import ConnectorConfig, DecoderConfig, ModelConfig, PruneConfig, UserError, ViTConfig
 
-TOKENIZER = data.Tokenizer.from_file(model.ASSETS / "scenes.tiktoken")
+TOKENIZER = data.Tokenizer.from_pretrained(model.ASSETS / "scenes.tiktoken")
 
 
 def tiny_vlm(tied: bool = False, seed: int = 0) -> model.VLM:

@@ -678,8 +678,9 @@ def read_vit_config(file: Path) -> ViTConfig:
     for unknown in ("is_native", "use_swiglu_ffn"):  # sine positions of AIMv2's native models; DINOv2-giant
         if config.get(unknown):
             raise UserError(f"{file}: {unknown} is not supported")
-    if cfg.activation not in ACTIVATIONS:
-        raise UserError(f"{file}: hidden_act '{cfg.activation}' is not one of {', '.join(ACTIVATIONS)}")
+    allowed = ["silu"] if cfg.gated_mlp else ACTIVATIONS
+    if cfg.activation not in allowed:
+        raise UserError(f"{file}: hidden_act '{cfg.activation}' is not one of {', '.join(allowed)}")
     return cfg
 
 
@@ -1579,7 +1580,7 @@ def readers_of(file: Path) -> dict[str, Callable[[], Tensor]]:
             return {name: lambda value=value: value for name, value in tensors.items()}
         with safe_open(file, "pt") as opened:
             return {name: functools.partial(read_tensor, file, name) for name in opened.keys()}
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError) as e:
+    except (SafetensorError, RuntimeError, OSError, pickle.UnpicklingError) as e:
         raise UserError(f"{file} is damaged or not a file of weights ({str(e).splitlines()[0]})") from None
 
 

@@ -1271,7 +1271,7 @@ def scale_up(vlm: "VLM", name: str, inflate: bool = True) -> None:
     """Scale the visual tokens of a model in place, by inflation or, to compare, with random new scales."""
     cfg = scaled_config(vlm.cfg, name)
     old = vlm.connector
-    new = ChainOfSight(cfg).to(old.proj.weight)
+    new = ChainOfSight(cfg).to(old.norm.weight)  # a vector: whole where frozen matrices are halved
     new.norm, new.proj = old.norm, old.proj
     for scale, (source, factor) in zip(new.scales, SCALINGS[name][3]):
         if inflate or factor == 1:
@@ -1638,9 +1638,12 @@ def from_dict(cls, values: dict):
     return cls(**nested)
 
 
+source_of = functools.cache(inspect.getsource)  # which parses a whole file for every class
+
+
 def flags_of(config, prefix: str = "") -> dict[str, tuple]:
     """Flag name -> (object, field, type, comment): the comment behind the field is its help text."""
-    source = "".join(inspect.getsource(cls) for cls in type(config).__mro__[:-1])
+    source = "".join(source_of(cls) for cls in type(config).__mro__[:-1])
     flags = {}
     for name, kind in typing.get_type_hints(type(config)).items():
         if dataclasses.is_dataclass(kind):

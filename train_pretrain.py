@@ -252,7 +252,8 @@ def start(stage: str, config: type, argv: list[str], doc: str):
     torch.manual_seed(cfg.seed)
     if step:
         tokenizer = data.Tokenizer.from_file(step / "tokenizer" / "ranks.tiktoken")
-        vlm = model.VLM.from_pretrained(step, dtype=None)
+        saved = None if cfg.dtype == "bfloat16" else torch.float32  # halved matrices need autocast
+        vlm = model.VLM.from_pretrained(step, dtype=saved)
         if model_cfg.prune.isolator != vlm.cfg.prune.isolator:
             vlm.isolator = prune.ModeIsolator(model_cfg.prune.isolator, vlm.cfg.decoder.width)
         vlm.cfg.prune = model_cfg.prune

@@ -48,6 +48,7 @@ class EvalConfig:
     batch_size: int = 64
     temperature: float = 0.0  # of --chat; tasks are always greedy
     device: str = "auto"  # auto, cpu or cuda
+    dtype: str = "auto"  # of the whole model: float32 or bfloat16; auto: bfloat16 on cuda
 
 
 def main(argv: list[str]) -> None:
@@ -57,10 +58,13 @@ def main(argv: list[str]) -> None:
         raise UserError("--model is missing: a run or checkpoint folder, such as runs/a/sft")
     if cfg.tokens not in ("full", "pruned", "both"):
         raise UserError(f"--tokens '{cfg.tokens}' is unknown: use full, pruned or both")
+    if cfg.dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--dtype '{cfg.dtype}' is unknown: use auto, float32 or bfloat16")
     model.require_at_least(cfg, 1, "n batch_size")
     device = model.find_device(cfg.device)
     step = model.find_step(cfg.model)
-    vlm = model.VLM.from_pretrained(step).to(device).eval()
+    narrow = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device == "cuda")
+    vlm = model.VLM.from_pretrained(step, torch.bfloat16 if narrow else torch.float32).to(device).eval()
     tokenizer = data.Tokenizer.from_pretrained(step / "tokenizer")
     if cfg.chat:
         return chat(vlm, tokenizer, cfg)

@@ -191,7 +191,9 @@ class ModelConfig:
                     f"connector.windows: {window} does not divide the {self.side}x{self.side} patch grid "
                     f"({v.image_size} px / patch {v.patch_size}); windows that do: {divisors}"
                 )
-        if c.tokens < 1 or (c.kind in ("avgpool", "cabstractor") and math.isqrt(c.tokens) ** 2 != c.tokens):
+        if c.tokens < 1:
+            raise UserError(f"connector.tokens {c.tokens}: must be at least 1")
+        if c.kind in ("avgpool", "cabstractor") and math.isqrt(c.tokens) ** 2 != c.tokens:
             raise UserError(f"connector.tokens {c.tokens}: {c.kind} needs a square number, such as 64 or 144")
         if not c.levels or min(c.levels) < 0 or max(c.levels) > v.layers:
             raise UserError(f"connector.levels {c.levels} must lie in 0..{v.layers}, the ViT's hidden states")
@@ -206,8 +208,8 @@ class ModelConfig:
 
 # ---------------------------------------------------------------------------------------------------------
 # Presets: a model and a recipe for each stage (flags of train_pretrain.RunConfig: what trains, which rates).
-# "source" says where a row comes from, "ours" what that source did not publish and we chose. "pretrain_b" is
-# the recipe of a stage-1 call with --scale.
+# "source" says where a row comes from, "ours" what that source did not publish and we chose, "plan_only" why
+# it cannot be trained. "pretrain_b" is the recipe of a stage-1 call with --scale; "scale" is for the plan.
 
 VIT_L = ViTConfig(224, 14, 1024, 24, 16, 4096)  # openai/clip-vit-large-patch14 (and -336)
 VIT_H = ViTConfig(378, 14, 1280, 32, 16, 5120)  # apple/DFN5B-CLIP-ViT-H-14-378
@@ -219,7 +221,7 @@ QWEN_7B = DecoderConfig(152064, 3584, 28, 28, 4, 128, 18944, 1e6, qkv_bias=True,
 QWEN_1B = DecoderConfig(151936, 1536, 28, 12, 2, 128, 8960, 1e6, qkv_bias=True)
 QWEN_HALF_B = DecoderConfig(151936, 896, 24, 14, 2, 64, 4864, 1e6, qkv_bias=True)
 SMOLLM2_360M = DecoderConfig(49152, 960, 32, 15, 5, 64, 2560, 100000.0, norm_eps=1e-5)
-SPM = "planning only: Vicuna's SentencePiece tokenizer does not load here; train on the Qwen or Llama-3 row"
+SPM = "for planning only: Vicuna's SentencePiece tokenizer does not load here; train on Qwen or Llama-3"
 
 
 def gala(width: int, layers: int, heads: int, mlp_width: int) -> DecoderConfig:
@@ -251,12 +253,13 @@ def mm1(size: float, vit: ViTConfig, decoder: DecoderConfig) -> dict:
     }  # fmt: skip
 
 
-def chain_of_sight(decoder: DecoderConfig, decoder_from: str, note: str = "") -> dict:
+def chain_of_sight(decoder: DecoderConfig, decoder_from: str, plan_only: str = "") -> dict:
     """CoS (2407.15819): 80 tokens at 224 px, then 1296 at 448; always LoRA, the ViT trains from 1b on."""
     train = {"lr": 2e-4, "vit_lr": 0.1, "batch_size": 512, "frozen": "bfloat16"}
     return {
-        "source": "Chain-of-Sight, arXiv 2407.15819, sections 3 and 4" + note,
-        "ours": "all rates and batches (Table A3 was not at hand), LoRA alpha, steps of stage 2",
+        "source": "Chain-of-Sight, arXiv 2407.15819, sections 3 and 4",
+        "ours": "all rates and batches (Table A3 was not at hand), LoRA's rank and alpha, steps of stage 2",
+        "plan_only": plan_only,
         "model": ModelConfig(
             vit=dataclasses.replace(VIT_L, align_corners=True),
             connector=ConnectorConfig("chain", [16, 23], 1024, 16, [16, 4], [16, 4]),
@@ -275,11 +278,12 @@ def chain_of_sight(decoder: DecoderConfig, decoder_from: str, note: str = "") ->
     }  # fmt: skip
 
 
-def llava(decoder: DecoderConfig, decoder_from: str, tiles: int, note: str = "") -> dict:
+def llava(decoder: DecoderConfig, decoder_from: str, tiles: int, plan_only: str = "") -> dict:
     """LLaVA as DualSpeed (2602.03815) trains it: fast on a tenth of the tokens, one step of ten on all."""
     return {
-        "source": "DualSpeed, arXiv 2602.03815, on LLaVA's recipe" + note,
-        "ours": "the decoder: the paper has Vicuna-7B",
+        "source": f"DualSpeed, arXiv 2602.03815, on LLaVA's recipe; {tiles} x 576 tokens a picture",
+        "ours": "nothing" if decoder is VICUNA_7B else "the decoder: the paper has Vicuna-7B",
+        "plan_only": plan_only,
         "model": ModelConfig(
             vit=dataclasses.replace(VIT_L, image_size=336),
             connector=ConnectorConfig("mlp", [23], 1024, 16),
@@ -334,6 +338,7 @@ PRESETS = {
         "ours": "everything but the methods",
         "model": ModelConfig(
             prune=PruneConfig(keep=0.25),
+            decoder=DecoderConfig(447, kv_heads=4, tied=False),
             encoder_from=str(ASSETS / "tiny_vit"),
             decoder_from=str(ASSETS / "tiny_lm"),
         ),
@@ -345,9 +350,11 @@ PRESETS = {
     "siglip2-qwen2.5-0.5b": tonight(SIGLIP2_B, SIGLIP2, [8, 11], QWEN_HALF_B, "Qwen/Qwen2.5-0.5B"),
     "siglip2-qwen2.5-1.5b": tonight(SIGLIP2_B, SIGLIP2, [8, 11], QWEN_1B, "Qwen/Qwen2.5-1.5B"),
     "llava-1.5": llava(QWEN_7B, "Qwen/Qwen2.5-7B", 1),
-    "llava-next": llava(LLAMA3_8B, "meta-llama/Meta-Llama-3-8B", 5, "; 5 tiles of 576 tokens, flat"),
-    "llava-1.5-vicuna": llava(VICUNA_7B, "lmsys/vicuna-7b-v1.5", 1, "; " + SPM),
-    "cos-7b": chain_of_sight(VICUNA_7B, "lmsys/vicuna-7b-v1.5", "; " + SPM),
+    "llava-next": llava(
+        LLAMA3_8B, "meta-llama/Meta-Llama-3-8B", 5, "for planning only: pictures are not cut yet"
+    ),
+    "llava-1.5-vicuna": llava(VICUNA_7B, "lmsys/vicuna-7b-v1.5", 1, SPM),
+    "cos-7b": chain_of_sight(VICUNA_7B, "lmsys/vicuna-7b-v1.5", SPM),
     "cos-8b": chain_of_sight(LLAMA3_8B, "meta-llama/Meta-Llama-3-8B-Instruct"),
     "1.2b": mm1(1.2e9, dataclasses.replace(VIT_L, image_size=336), gala(2048, 24, 32, 5632)),
     "3b": mm1(2.9e9, VIT_H, gala(2560, 36, 20, 6912)),
@@ -678,8 +685,9 @@ def read_vit_config(file: Path) -> ViTConfig:
     for unknown in ("is_native", "use_swiglu_ffn"):  # sine positions of AIMv2's native models; DINOv2-giant
         if config.get(unknown):
             raise UserError(f"{file}: {unknown} is not supported")
-    if cfg.activation not in ACTIVATIONS:
-        raise UserError(f"{file}: hidden_act '{cfg.activation}' is not one of {', '.join(ACTIVATIONS)}")
+    allowed = ["silu"] if cfg.gated_mlp else ACTIVATIONS
+    if cfg.activation not in allowed:
+        raise UserError(f"{file}: hidden_act '{cfg.activation}' is not one of {', '.join(allowed)}")
     return cfg
 
 
@@ -920,7 +928,10 @@ def read_decoder_config(file: Path) -> DecoderConfig:
     known.setdefault("kv_heads", known["heads"])
     known["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     if kind == "llama3":
-        known.update({ours: rope[theirs] for ours, theirs in ROPE_NAMES.items()})
+        for ours, theirs in ROPE_NAMES.items():
+            if theirs not in rope:
+                raise UserError(f"{file}: the llama3 rope has no '{theirs}'")
+            known[ours] = rope[theirs]
     qkv_bias = family == "qwen2" or config.get("attention_bias", False)
     return DecoderConfig(**known, qkv_bias=qkv_bias, qk_norm=family == "qwen3")
 
@@ -962,7 +973,7 @@ def merged(decoder: Decoder) -> dict[str, Tensor]:
     for name, part in decoder.named_modules():
         if isinstance(part, LoraLinear):
             update = part.scale * (part.lora_b.float() @ part.lora_a.float())
-            weights[f"{name}.weight"] = (part.weight.float() + update).to(part.weight.dtype)
+            weights[f"{name}.weight"] = part.weight.float() + update  # bfloat16 would round it off
     return weights
 
 
@@ -1270,7 +1281,7 @@ def scale_up(vlm: "VLM", name: str, inflate: bool = True) -> None:
     """Scale the visual tokens of a model in place, by inflation or, to compare, with random new scales."""
     cfg = scaled_config(vlm.cfg, name)
     old = vlm.connector
-    new = ChainOfSight(cfg).to(old.proj.weight)
+    new = ChainOfSight(cfg).to(old.norm.weight)  # a vector: whole where frozen matrices are halved
     new.norm, new.proj = old.norm, old.proj
     for scale, (source, factor) in zip(new.scales, SCALINGS[name][3]):
         if inflate or factor == 1:
@@ -1438,7 +1449,8 @@ class VLM(nn.Module):
             return
         if self.cfg.lora.rank:
             weights = merged(self.decoder)
-            self.decoder = Decoder(self.cfg.decoder)
+            with torch.device("meta"):
+                self.decoder = Decoder(self.cfg.decoder)
             self.decoder.load_state_dict(weights, assign=True)
         if cfg.rank:
             add_lora(self.decoder, cfg)
@@ -1561,7 +1573,10 @@ def open_weights(folder: Path) -> dict[str, Callable[[], Tensor]]:
         if (folder / name).is_file():
             return readers_of(folder / name)
         if (folder / f"{name}.index.json").is_file():
-            shards = sorted(set(read_json(folder / f"{name}.index.json")["weight_map"].values()))
+            index = read_json(folder / f"{name}.index.json")
+            if "weight_map" not in index:
+                raise UserError(f"{folder / name}.index.json has no weight_map")
+            shards = sorted(set(index["weight_map"].values()))
             return {key: read for shard in shards for key, read in readers_of(folder / shard).items()}
     raise UserError(f"{folder}/model.safetensors does not exist, nor its .index.json, nor pytorch_model.bin")
 
@@ -1572,11 +1587,18 @@ def readers_of(file: Path) -> dict[str, Callable[[], Tensor]]:
     try:
         if file.suffix == ".bin":  # never unpickles anything but tensors
             tensors = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+            if not all(isinstance(value, Tensor) for value in dict(tensors).values()):
+                raise ValueError("it holds more than tensors")
             return {name: lambda value=value: value for name, value in tensors.items()}
         with safe_open(file, "pt") as opened:
             return {name: functools.partial(read_tensor, file, name) for name in opened.keys()}
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError) as e:
-        raise UserError(f"{file} is damaged or not a file of weights ({str(e).splitlines()[0]})") from None
+    except pickle.UnpicklingError:  # torch's text advises to load it all the same
+        raise UserError(
+            f"{file} holds more than tensors, which is not loaded: convert it to safetensors"
+        ) from None
+    except (SafetensorError, RuntimeError, OSError, ValueError, TypeError) as e:
+        why = str(e).splitlines()[0]
+        raise UserError(f"{file} is damaged or no file of weights that can be mapped ({why})") from None
 
 
 def read_tensor(file: Path, name: str) -> Tensor:
@@ -1708,9 +1730,12 @@ def from_dict(cls, values: dict):
     return cls(**nested)
 
 
+source_of = functools.cache(inspect.getsource)  # which parses a whole file for every class
+
+
 def flags_of(config, prefix: str = "") -> dict[str, tuple]:
     """Flag name -> (object, field, type, comment): the comment behind the field is its help text."""
-    source = "".join(inspect.getsource(cls) for cls in type(config).__mro__[:-1])
+    source = "".join(source_of(cls) for cls in type(config).__mro__[:-1])
     flags = {}
     for name, kind in typing.get_type_hints(type(config)).items():
         if dataclasses.is_dataclass(kind):
@@ -1951,7 +1976,7 @@ def print_plan(name: str, cfg: ModelConfig, tools: "ToolConfig") -> None:
     """What a preset trains, sees, computes, keeps and takes, and what the papers' ideas are worth in it."""
     row = preset(name)
     images, stages = row.get("tiles", 1), stages_of(row, cfg)
-    print(f"preset {name}: {row['source']}\nnot from there, ours: {row['ours']}\n")
+    print(f"preset {name}: {row['source']}\nnot from there, ours: {row['ours']}\n{row.get('plan_only', '')}")
 
     print("parameters (millions)".ljust(30) + "".join(f"stage {s.name}, trained".rjust(22) for s in stages))
     sizes = []
@@ -2024,15 +2049,12 @@ def export(run: str, out: str) -> Path:
     shutil.rmtree(part, ignore_errors=True)
     vlm.vit.save_pretrained(part / "encoder")
     size = {"height": vlm.cfg.vit.image_size, "width": vlm.cfg.vit.image_size}
-    image = {
-        "image_mean": vlm.cfg.image.mean,
-        "image_std": vlm.cfg.image.std,
-        "resample": vlm.cfg.image.resample,
-    }
     switches = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
-    kind = {"siglip": "SiglipImageProcessor", "dinov2": "BitImageProcessor"}
-    image["image_processor_type"] = kind.get(vlm.cfg.vit.family, "CLIPImageProcessor")
-    image = {**image, **switches, "do_center_crop": False, "size": size}
+    image = {
+        "image_processor_type": "CLIPImageProcessor", "image_mean": vlm.cfg.image.mean,
+        "image_std": vlm.cfg.image.std, "resample": vlm.cfg.image.resample, "size": size,
+        "do_center_crop": False, **switches,
+    }  # fmt: skip
     write_json(part / "encoder" / "preprocessor_config.json", image)
     vlm.decoder.save_pretrained(part / "decoder")
     for file in (step / "tokenizer").iterdir():

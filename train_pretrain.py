@@ -222,6 +222,8 @@ def read_flags(
     source = asked.out if begun else asked.init
     if not source:
         preset = model.preset(asked.preset)
+        if preset.get("plan_only"):
+            raise UserError(f"--preset {asked.preset} is {preset['plan_only']}")
         recipe, model_cfg = {**preset[stage], "preset": asked.preset}, model.copy_config(preset["model"])
     else:
         saved = model.read_run_config(model.find_step(source))
@@ -239,6 +241,10 @@ def read_flags(
     fixed = [name for name in changed if not name.startswith(("prune.", "lora.") if not begun else "prune.")]
     if source and fixed:
         raise UserError(f"--{fixed[0]}: the model comes from {source}, which has its own")
+    for half, folder in (("vit.", model_cfg.encoder_from), ("decoder.", model_cfg.decoder_from)):
+        for name in changed if folder else ():
+            if name.startswith(half) and name not in ("vit.image_size", "vit.align_corners"):
+                raise UserError(f"--{name}: that half comes from {folder}, which has its own")
     cfg.check()
     return cfg, model_cfg, model.find_step(source) if source else None
 
@@ -252,7 +258,8 @@ def start(stage: str, config: type, argv: list[str], doc: str):
     torch.manual_seed(cfg.seed)
     if step:
         tokenizer = data.Tokenizer.from_pretrained(step / "tokenizer")
-        vlm = model.VLM.from_pretrained(step, dtype=None)
+        saved = None if cfg.dtype == "bfloat16" else torch.float32  # halved matrices need autocast
+        vlm = model.VLM.from_pretrained(step, dtype=saved)
         if model_cfg.prune.isolator != vlm.cfg.prune.isolator:
             vlm.isolator = prune.ModeIsolator(model_cfg.prune.isolator, vlm.cfg.decoder.width)
         vlm.cfg.prune = model_cfg.prune
@@ -387,8 +394,9 @@ def make_optimizers(vlm: model.VLM, cfg: RunConfig) -> list[torch.optim.Optimize
         if not p.requires_grad:
             continue
         vit = name.startswith("vit.")
-        matrix = p.ndim == 2 and "embed" not in name and "lm_head" not in name and "isolator" not in name
-        inner = matrix and ("layers." in name or "blocks." in name) and "lora_" not in name
+        tables = ("embed", "lm_head", "isolator")
+        matrix = p.ndim in (2, 4) and not any(table in name for table in tables)  # linears and convolutions
+        inner = p.ndim == 2 and matrix and ("layers." in name or "blocks." in name) and "lora_" not in name
         groups.setdefault((bool(cfg.muon_lr and inner), vit, matrix), []).append(p)
     if not groups:
         raise UserError(f"--train '{cfg.train}' leaves nothing to train")

@@ -1,6 +1,7 @@
 """The two backbones: against numbers of transformers, loading, saving, positions, documents, the cache."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -9,25 +10,42 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import model
-from model import Decoder, UserError, ViT
+from model import Decoder, DecoderConfig, UserError, ViT
 
 HF = Path(__file__).parent / "fixtures" / "hf"
-DECODERS = ("llama", "qwen2", "qwen3")
+VITS = ("clip-vision", "clip-full", "siglip-vision", "aimv2-vision", "dinov2-vision")
+DECODERS = ("llama", "llama3-rope", "qwen2", "qwen3")
 
 
+def load_half(path: Path, name: str) -> ViT | Decoder:
+    return (ViT if name in VITS else Decoder).from_pretrained(path)
+
+
+@torch.no_grad()
 def check_half(path: Path, name: str) -> None:
     """The checkpoint at `path` gives what transformers gives for the one called `name`."""
-    expected = load_file(HF / name / "expected.safetensors")
-    with torch.no_grad():
-        if name == "clip-vision":
-            vit, pixels = ViT.from_pretrained(path), expected["in.pixel_values"]
-            states = vit.hidden_states(pixels)
-            assert len(states) == 4 and len(vit.hidden_states(pixels, last=1)) == 2  # stops where it may
-            for n, state in enumerate(states):
-                assert_close(state, expected[f"out.hidden_{n}"], rtol=0, atol=1e-5)
-        else:
-            logits = Decoder.from_pretrained(path)(expected["in.input_ids"])
-            assert_close(logits, expected["out.logits"], rtol=0, atol=1e-5)
+    expected, half = load_file(HF / name / "expected.safetensors"), load_half(path, name)
+    if name in VITS:
+        pixels = expected["in.pixel_values"]
+        states = half.hidden_states(pixels)
+        assert len(states) == half.cfg.layers + 1
+        assert len(half.hidden_states(pixels, last=1)) == 2  # stops where it may
+        last = half.post_layernorm(states[-1])
+        if name == "clip-vision":  # transformers norms only CLIP's CLS token
+            assert_close(last[:, 0], expected["out.pooler_output"], rtol=0, atol=1e-5)
+        elif name != "clip-full":
+            assert_close(last, expected["out.last_hidden_state"], rtol=0, atol=1e-5)
+    else:
+        ids = expected["in.input_ids"]
+        assert_close(half(ids), expected["out.logits"], rtol=0, atol=1e-5)
+        x, positions = half.embed(ids), torch.arange(17).expand_as(ids)
+        block = half.layers[0](
+            x, model.rope_tables(positions, half.cfg), model.document_mask(torch.zeros_like(ids))
+        )
+        states = (x, block)
+    assert sum("hidden_" in key for key in expected) == len(states) + ("out.last_hidden_state" in expected)
+    for n, state in enumerate(states):
+        assert_close(state, expected[f"out.hidden_{n}"], rtol=0, atol=1e-5)
 
 
 def rewritten(folder: Path, name: str, change) -> Path:
@@ -36,53 +54,165 @@ def rewritten(folder: Path, name: str, change) -> Path:
     weights = load_file(HF / name / "model.safetensors")
     change(config, weights)
     (folder / "config.json").write_text(json.dumps(config))
-    save_file(weights, folder / "model.safetensors")
+    save_file({key: value.contiguous() for key, value in weights.items()}, folder / "model.safetensors")
     return folder
 
 
-def load_half(path: Path, name: str) -> ViT | Decoder:
-    return (ViT if name == "clip-vision" else Decoder).from_pretrained(path)
-
-
 # --- Hugging Face checkpoints
-@pytest.mark.parametrize("name", ["clip-vision", *DECODERS])
+@pytest.mark.parametrize("name", [*VITS, *DECODERS])
 def test_equals_transformers(name):
     check_half(HF / name, name)
 
 
-def older_vit(config, weights):
+def with_prefix(config, weights):
     for key in list(weights):
         weights[f"vision_model.{key}"] = weights.pop(key)
     weights["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
 
 
-def older_decoder(config, weights):
-    config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
-    config["rope_scaling"] = None
+def with_text_half(config, weights):
+    """A full SigLIP (fixed-resolution SigLIP2 files say siglip too)."""
+    with_prefix(config, weights)
+    vision = dict(config)
+    config.clear()
+    config.update(model_type="siglip", vision_config=vision, text_config={"hidden_size": 8, "num_heads": 1})
+    for key in ("embeddings.position_embedding.weight", "encoder.layers.0.mlp.fc1.weight", "head.weight"):
+        weights[f"text_model.{key}"] = torch.zeros(8, 8)
+    weights.update(logit_scale=torch.ones(1), logit_bias=torch.ones(1))
 
 
-@pytest.mark.parametrize("name", ["clip-vision", *DECODERS])
-def test_older_layout(name, tmp_path):
-    check_half(rewritten(tmp_path, name, older_vit if name == "clip-vision" else older_decoder), name)
+def without_head(config, weights):
+    for key in [key for key in weights if key.startswith(("head.", "embeddings.mask_token"))]:
+        del weights[key]
+    config.update(vision_use_head=False, use_head=False, use_mask_token=False)
 
 
-def test_keys_that_are_left_out_or_null_have_transformers_defaults(tmp_path):
-    def change(config, weights):
-        del config["tie_word_embeddings"], config["attention_bias"]
+APPLE = {  # transformers' name -> ml-aim's
+    "embeddings.patch_embed": "preprocessor.patchifier.proj",
+    "embeddings.rms_norm": "preprocessor.patchifier.norm",
+    "attention.out_proj": "attn.proj",
+    "ffn.gate_proj": "mlp.fc1",
+    "ffn.up_proj": "mlp.fc3",
+    "ffn.down_proj": "mlp.fc2",
+    "rms_norm1": "norm_1",
+    "rms_norm2": "norm_2",
+    "rms_norm": "trunk.post_trunk_norm",
+}
+
+
+def as_apple_has_it(config, weights):
+    """AIMv2's first files: other names, q, k and v in one matrix, positions with a leading axis."""
+    without_head(config, weights)
+    ours = dict(weights)
+    weights.clear()
+    weights["preprocessor.pos_embed"] = ours.pop("embeddings.position_embedding.weight")[None]
+    for i in range(config["num_hidden_layers"]):
+        names = [f"encoder.layers.{i}.attention.{part}_proj.weight" for part in "qkv"]
+        weights[f"trunk.blocks.{i}.attn.qkv.weight"] = torch.cat([ours.pop(name) for name in names])
+    for name, value in ours.items():
+        where, _, rest = name.partition("encoder.layers.")
+        layer, _, part = rest.partition(".") if rest else ("", "", where)
+        part, _, kind = part.rpartition(".")
+        weights[f"trunk.blocks.{layer}." * bool(rest) + f"{APPLE[part]}.{kind}"] = value
+    for key in ("hidden_act", "mlp_bias", "use_head", "is_native"):
+        config.pop(key, None)
+    config.update(model_type="aimv2", use_bias=False, qkv_bias=False, architectures=["AIMv2Model"])
+
+
+def older_rope(config, weights, key: str = "type"):
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    kind = rope.pop("rope_type")
+    config["rope_scaling"] = {key: kind, **rope} if kind != "default" else None
+
+
+def newer_key_in_older_rope(config, weights):
+    older_rope(config, weights, "rope_type")
+
+
+def rope_buffers(config, weights):
+    for i in range(config["num_hidden_layers"]):
+        weights[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+
+
+def tied_with_a_head(config, weights):
+    assert config["tie_word_embeddings"] and "lm_head.weight" not in weights
+    weights["lm_head.weight"] = torch.zeros(96, 32)  # transformers ties it to the table, whatever it holds
+
+
+def keys_left_out(config, weights):
+    """What transformers has as defaults, or derives, may be absent or null."""
+    for key in ("tie_word_embeddings", "attention_bias", "rms_norm_eps", "layer_norm_eps", "qkv_bias"):
+        if key != "tie_word_embeddings" or not config.get(key):
+            config.pop(key, None)
+    if config["model_type"] != "qwen3":  # whose default is 128, not width / heads
         config["head_dim"] = None
 
-    check_half(rewritten(tmp_path, "llama", change), "llama")
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        *[(name, with_prefix) for name in VITS if name != "clip-full"],
+        ("siglip-vision", with_text_half),
+        ("siglip-vision", without_head),
+        ("aimv2-vision", without_head),
+        ("aimv2-vision", as_apple_has_it),
+        ("dinov2-vision", without_head),
+        *[(name, older_rope) for name in DECODERS],
+        ("llama3-rope", newer_key_in_older_rope),
+        *[(name, rope_buffers) for name in DECODERS],
+        ("llama3-rope", tied_with_a_head),
+        ("qwen2", tied_with_a_head),
+        *[(name, keys_left_out) for name in [*VITS, *DECODERS]],
+    ],
+)
+def test_other_layouts(name, change, tmp_path):
+    check_half(rewritten(tmp_path, name, change), name)
 
 
-@pytest.mark.parametrize("name", ["clip-vision", *DECODERS])
+LEFT_OUT = {  # transformers' defaults
+    "clip_vision_model": (224, 32, 768, 12, 12, 3072, "quick_gelu", 1e-5),
+    "siglip_vision_model": (224, 16, 768, 12, 12, 3072, "gelu_pytorch_tanh", 1e-6),
+    "aimv2_vision_model": (224, 14, 1024, 24, 8, 2816, "silu", 1e-5),
+    "aimv2": (224, 14, 1024, 24, 8, 2816, "silu", 1e-5),
+    "dinov2": (224, 14, 768, 12, 12, 3072, "gelu", 1e-6),
+}
+
+
+@pytest.mark.parametrize("kind", LEFT_OUT)
+def test_a_config_of_nothing_but_its_type_has_transformers_defaults(kind, tmp_path):
+    file, names = tmp_path / "config.json", [*model.VIT_NAMES]
+    model.write_json(file, {"model_type": kind})
+    cfg = model.read_vit_config(file)
+    assert tuple(getattr(cfg, name) for name in names) == LEFT_OUT[kind]
+    assert cfg.attention_bias == cfg.mlp_bias == ("aimv2" not in kind)
+    full = {"model_type": kind.split("_")[0], "vision_config": {"image_size": 448, "model_type": kind}}
+    model.write_json(file, full)
+    assert model.read_vit_config(file) == model.dataclasses.replace(cfg, image_size=448)
+
+
+def of_the_encoder(weights: dict) -> dict:
+    """What a vision-only file holds: no text half, no pooling head, no mask token."""
+    other = ("text_", "visual_projection", "logit_scale", "head.", "embeddings.mask_token")
+    return {k.removeprefix("vision_model."): v for k, v in weights.items() if not k.startswith(other)}
+
+
+@pytest.mark.parametrize("name", [*VITS, *DECODERS])
 def test_halves_survive_a_round_trip(name, tmp_path):
     half = load_half(HF / name, name)
     half.save_pretrained(tmp_path)
     ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path, HF / name))
+    theirs = of_the_encoder(theirs) if name in VITS else theirs
     assert ours.keys() == theirs.keys()  # Hugging Face names
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert load_half(tmp_path, name).cfg == half.cfg
     check_half(tmp_path, name)
+    ours, theirs = (json.loads((path / "config.json").read_text()) for path in (tmp_path, HF / name))
+    theirs = theirs.get("vision_config", theirs)
+    heads = {"vision_use_head", "use_head", "use_mask_token"}  # ours say that there is none
+    assert ours.keys() & heads == theirs.keys() & heads and not any(ours.get(key) for key in heads)
+    for key in (ours.keys() & theirs.keys()) - heads:
+        assert ours[key] == theirs[key], key  # so that transformers reads the same model
     half.save_pretrained(tmp_path, torch.bfloat16)
     assert {v.dtype for v in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
 
@@ -91,7 +221,12 @@ def test_halves_survive_a_round_trip(name, tmp_path):
     "name, tensor",
     [
         ("clip-vision", "encoder.layers.1.mlp.fc1.weight"),
+        ("clip-full", "vision_model.embeddings.class_embedding"),
+        ("siglip-vision", "embeddings.patch_embedding.bias"),
+        ("aimv2-vision", "encoder.layers.2.ffn.up_proj.weight"),
+        ("dinov2-vision", "encoder.layer.1.layer_scale2.lambda1"),
         ("llama", "model.layers.2.self_attn.k_proj.weight"),
+        ("llama3-rope", "model.embed_tokens.weight"),
         ("qwen2", "model.layers.0.self_attn.q_proj.bias"),
         ("qwen3", "model.layers.1.self_attn.q_norm.weight"),
     ],
@@ -103,9 +238,12 @@ def test_broken_checkpoints_are_named(name, tensor, tmp_path):
         for word in (str(tmp_path), *words):
             assert word in str(error.value)
 
-    short = tensor.removeprefix("model.")
+    short = tensor.removeprefix("model.").removeprefix("vision_model.")
+    for theirs, ours in model.VIT_FAMILIES[name.split("-")[0]]["names"] if name in VITS else []:
+        short = short.replace(theirs, ours)  # errors speak of our names
     shape = str(tuple(load_file(HF / name / "model.safetensors")[tensor].shape))
-    refused(lambda config, weights: config.update(model_type="mamba"), "config.json", "'mamba'")
+    known = "clip, siglip, aimv2, dinov2" if name in VITS else "llama, qwen2, qwen3"
+    refused(lambda config, weights: config.update(model_type="mamba"), "config.json", "'mamba'", known)
     refused(lambda config, weights: weights.pop(tensor), short, "missing")
     refused(lambda config, weights: weights.update({tensor: torch.zeros(3, 5)}), short, "(3, 5)", shape)
     refused(lambda config, weights: weights.update({"what.is.this": torch.zeros(1)}), "what.is.this")
@@ -120,21 +258,80 @@ def test_broken_checkpoints_are_named(name, tensor, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, key, value, word",
+    "name, change, word",
     [
-        ("llama", "rope_parameters", {"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0}, "yarn"),
-        (
-            "qwen2",
-            "rope_parameters",
-            {"type": "linear", "factor": 2.0},
-            "linear",
-        ),  # the older key for the type
-        ("clip-vision", "hidden_act", "relu", "relu"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0}}, "'yarn'"),
+        ("qwen2", {"rope_parameters": {"type": "linear", "factor": 2.0}}, "'linear'"),  # the older key
+        ("qwen2", {"use_sliding_window": True}, "sliding window"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
+        ("llama", {"mlp_bias": True}, "mlp_bias"),
+        ("llama", {"hidden_act": "gelu"}, "activation"),
+        ("llama", {"hidden_size": None}, "'hidden_size' is missing"),
+        ("llama", {"attention_bias": True}, "q_proj.bias' is missing"),  # says so, and has none
+        ("clip-vision", {"hidden_act": "relu"}, "'relu'"),
+        ("aimv2-vision", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),  # its gate is silu, whatever is said
+        ("aimv2-vision", {"is_native": True}, "is_native"),
+        ("dinov2-vision", {"use_swiglu_ffn": True}, "use_swiglu_ffn"),
+        ("siglip-vision", {"model_type": "siglip2_vision_model"}, "take a fixed-resolution SigLIP2"),
+        ("siglip-vision", {"model_type": "siglip2"}, "take a fixed-resolution SigLIP2"),
     ],
 )
-def test_what_we_do_not_have_is_named(name, key, value, word, tmp_path):
-    with pytest.raises(UserError, match=f"{tmp_path}/config.json.*{word}"):
-        load_half(rewritten(tmp_path, name, lambda config, weights: config.update({key: value})), name)
+def test_what_we_do_not_have_is_named(name, change, word, tmp_path):
+    with pytest.raises(UserError, match=word) as error:
+        load_half(rewritten(tmp_path, name, lambda config, weights: config.update(change)), name)
+    assert str(tmp_path) in str(error.value)
+
+
+# --- Llama 3's rope
+def llama3_frequencies(cfg: DecoderConfig) -> list[float]:
+    """The piecewise rule over wavelengths, as Llama 3's release has it; ours is one line over turns."""
+    out = []
+    for i in range(cfg.head_dim // 2):
+        f = cfg.rope_theta ** (-2 * i / cfg.head_dim)
+        wave = 2 * math.pi / f
+        if wave < cfg.rope_length / cfg.rope_high:
+            out.append(f)
+        elif wave > cfg.rope_length / cfg.rope_low:
+            out.append(f / cfg.rope_factor)
+        else:
+            s = (cfg.rope_length / wave - cfg.rope_low) / (cfg.rope_high - cfg.rope_low)
+            out.append((1 - s) * f / cfg.rope_factor + s * f)
+    return out
+
+
+LLAMA_3_2_1B = DecoderConfig(head_dim=64, rope_theta=5e5, rope_factor=32.0, rope_length=8192)
+
+
+@pytest.mark.parametrize(
+    "cfg, kept, divided",
+    [
+        (LLAMA_3_2_1B, 15, 14),  # and 3 between
+        (DecoderConfig(head_dim=128, rope_theta=5e5, rope_factor=8.0), 29, 29),  # Llama-3.1-8B
+        (DecoderConfig(head_dim=8, rope_theta=5e5, rope_factor=8.0, rope_length=32), 1, 3),  # the fixture
+        (DecoderConfig(head_dim=64, rope_theta=1e4), 32, 0),  # without stretching
+    ],
+)
+def test_llama3_rope_is_the_piecewise_rule(cfg, kept, divided):
+    cos, sin = model.rope_tables(torch.tensor([[1]]), cfg)  # at position 1 the angle is the frequency
+    frequency = torch.atan2(sin, cos)[0, 0, 0]
+    expected, n = torch.tensor(llama3_frequencies(cfg), dtype=torch.float64), cfg.head_dim // 2
+    assert_close(frequency[:n].double(), expected, rtol=2e-6, atol=0)
+    assert torch.equal(frequency[:n], frequency[n:])
+    plain = cfg.rope_theta ** (-2 * torch.arange(n, dtype=torch.float64) / cfg.head_dim)
+    ratio = expected / plain
+    assert [(ratio > 1 - 1e-9).sum(), (ratio < (1 + 1e-9) / cfg.rope_factor).sum() * (divided > 0)] == [
+        kept, divided,
+    ]  # fmt: skip
+
+
+def test_llama3_rope_reference_numbers():
+    known = {
+        14: 0.00321144599, 15: 0.00129054793, 16: 0.000429556797, 17: 9.7082878e-05,
+        18: 1.94616382e-05, 31: 9.41830673e-08,
+    }  # fmt: skip
+    cos, sin = model.rope_tables(torch.tensor([[1]]), LLAMA_3_2_1B)
+    for i, frequency in known.items():
+        assert torch.atan2(sin, cos)[0, 0, 0, i].item() == pytest.approx(frequency, rel=1e-6)
 
 
 # --- ViT positions
@@ -150,17 +347,21 @@ def bicubic(old: int, new: int, align_corners: bool) -> torch.Tensor:
     return matrix
 
 
+@pytest.mark.parametrize("name", VITS)
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("side", [3, 6, 8])
-def test_positions_are_resized_bicubically(side, align_corners):
-    vit = ViT.from_pretrained(HF / "clip-vision")
+def test_positions_are_resized_bicubically(side, align_corners, name):
+    vit = ViT.from_pretrained(HF / name)
     vit.cfg.align_corners = align_corners
     table = vit.embeddings.position_embedding.weight.detach().double()
-    grid, m = table[1:].unflatten(0, (4, 4)), bicubic(4, side, align_corners)
-    expected = torch.cat([table[:1], torch.einsum("ir,jc,rcd->ijd", m, m, grid).flatten(0, 1)])
+    first = len(table) - 16  # CLS, if there is one, stays as it is
+    assert first == name.startswith(("clip", "dinov2"))
+    grid, m = table[first:].unflatten(0, (4, 4)), bicubic(4, side, align_corners)
+    expected = torch.cat([table[:first], torch.einsum("ir,jc,rcd->ijd", m, m, grid).flatten(0, 1)])
     assert_close(vit.embeddings.positions(side).double(), expected, rtol=0, atol=1e-6)
     pixels = torch.randn(1, 3, 7 * side, 7 * side)
     before = vit.hidden_states(pixels)[-1]  # resized at every call
+    assert before.shape == (1, side**2 + first, 32)
     vit.resize(7 * side)
     assert vit.cfg.image_size == 7 * side and vit.embeddings.position_embedding.weight.is_leaf
     assert torch.equal(vit.hidden_states(pixels)[-1], before)  # resized once and for all

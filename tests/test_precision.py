@@ -1,0 +1,225 @@
+"""What dtype every weight is kept in: --frozen bfloat16 and --pure_bf16, in a step and over several runs."""
+
+import functools
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import data
+import model
+import train_pretrain
+import train_sft
+from model import UserError
+from train_pretrain import RunConfig
+
+TOKENIZER = data.Tokenizer.from_pretrained(model.ASSETS / "scenes.tiktoken")
+SMALL = "--batch_size 8 --row_length 128 --workers 0 --log_every 1 --device cpu --compile false".split()
+HALF, FULL = torch.bfloat16, torch.float32
+
+
+def small_vlm(train: str = "connector", kind: str = "chain", rank: int = 0, **flags) -> model.VLM:
+    torch.manual_seed(0)
+    vlm = model.VLM(model.ModelConfig(
+        vit=model.ViTConfig(image_size=32, width=32, layers=3, heads=2, mlp_width=64),
+        connector=model.ConnectorConfig(kind, [1, 2], 32, 2, [4, 2], [4, 1], 4, key_positions=True),
+        decoder=model.DecoderConfig(TOKENIZER.vocab_size, 32, 2, 2, 1, 16, 64, qkv_bias=True, tied=False),
+        lora=model.LoraConfig(rank, 4.0),
+    ))  # fmt: skip
+    vlm.set_trainable(model.trainable_parts(train), isolator="isolator" in flags)
+    train_pretrain.set_precision(vlm, RunConfig(**{k: v for k, v in flags.items() if k != "isolator"}))
+    return vlm
+
+
+def batch_of(vlm: model.VLM) -> data.Batch:
+    records = [data.Scenes("chat")[i] for i in range(4)]
+    samples = [(data.pieces_of(r, TOKENIZER), data.load_images(r.images, vlm.cfg)) for r in records]
+    return data.make_batch(samples, ["full"] * 4, vlm.cfg, 128, 512)
+
+
+def loss_of(vlm: model.VLM, half: bool = True) -> torch.Tensor:
+    batch = batch_of(vlm)
+    with torch.autocast("cpu", HALF, enabled=half):
+        logits, _ = vlm(batch)
+    return F.cross_entropy(logits, batch.student.targets)
+
+
+# --- Which weight is kept how
+KEPT = {  # with --frozen bfloat16
+    "vit.encoder.layers.0.mlp.fc1.weight": HALF,
+    "vit.embeddings.patch_embedding.weight": HALF,
+    "decoder.embed_tokens.weight": HALF,
+    "decoder.lm_head.weight": HALF,
+    "isolator.weight": HALF,
+    "vit.encoder.layers.0.mlp.fc1.bias": FULL,  # vectors
+    "vit.embeddings.class_embedding": FULL,
+    "decoder.layers.1.input_layernorm.weight": FULL,
+    "decoder.layers.1.self_attn.q_proj.bias": FULL,
+    "vit.embeddings.position_embedding.weight": FULL,  # tables of positions
+}
+
+
+def test_frozen_matrices_are_halved_and_nothing_else():
+    vlm = small_vlm(frozen="bfloat16")
+    dtypes = {name: p.dtype for name, p in vlm.named_parameters()}
+    assert {name: dtypes[name] for name in KEPT} == KEPT
+    assert {dtype for name, dtype in dtypes.items() if name.startswith("connector.")} == {FULL}
+    for name, p in vlm.named_parameters():
+        vector = p.ndim == 1 or "position" in name
+        assert p.dtype == (FULL if vector or p.requires_grad else HALF), name
+
+
+def test_positions_of_a_frozen_connector_stay_whole():
+    for kind in ("chain", "cabstractor"):
+        vlm = small_vlm("decoder", kind, frozen="bfloat16")
+        for name, p in vlm.connector.named_parameters():
+            assert p.dtype == (FULL if p.ndim == 1 or "position" in name else HALF), name
+        assert {p.dtype for p in vlm.decoder.parameters()} == {FULL}
+
+
+def test_adapters_are_whole_beside_halved_matrices():
+    vlm = small_vlm("connector,lora", rank=4, frozen="bfloat16")
+    part = vlm.decoder.layers[0].self_attn.q_proj
+    assert (part.weight.dtype, part.bias.dtype) == (HALF, FULL)
+    assert (part.lora_a.dtype, part.lora_b.dtype) == (FULL, FULL)
+    loss_of(vlm).backward()
+    assert part.lora_b.grad.dtype == FULL and part.lora_b.grad.any()
+
+
+def test_everything_is_whole_without_the_flag_and_half_with_pure_bf16():
+    assert {p.dtype for p in small_vlm(frozen="float32").parameters()} == {FULL}
+    assert {p.dtype for p in small_vlm(pure_bf16=True).parameters()} == {HALF}
+    vlm = small_vlm(frozen="bfloat16")
+    train_pretrain.set_precision(vlm, RunConfig(frozen="float32"))  # and back
+    assert {p.dtype for p in vlm.parameters()} == {FULL}
+
+
+def test_the_residual_streams_stay_whole():
+    """Halved matrices do not narrow what the blocks add up, nor do they in front of a whole decoder."""
+    vlm = small_vlm("connector,decoder", frozen="bfloat16")
+    rows = batch_of(vlm).student
+    assert vlm.decoder.embed(rows.ids).dtype == FULL
+    vlm = small_vlm(frozen="bfloat16")
+    with torch.autocast("cpu", HALF):
+        states = vlm.vit.hidden_states(torch.randn(1, 3, 32, 32))
+        embedded = vlm.decoder.embed(rows.ids)
+        mask = model.document_mask(rows.doc_ids)
+        hidden = vlm.decoder.hidden(embedded, rows.positions, mask)
+    assert {state.dtype for state in states[1:]} == {embedded.dtype, hidden.dtype} == {FULL}
+
+
+def test_a_step_with_halved_matrices_is_close_to_one_without():
+    losses, gradients = [], []
+    for frozen in ("float32", "bfloat16"):
+        vlm = small_vlm(frozen=frozen)
+        loss = loss_of(vlm)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([p.grad.flatten() for p in vlm.connector.parameters()]))
+        assert gradients[-1].dtype == FULL
+    # Autocast rounds these matrices anyway; only the embeddings are rounded anew
+    assert losses[1] == pytest.approx(losses[0], abs=5e-3)
+    assert losses[1] == pytest.approx(loss_of(small_vlm(), half=False).item(), abs=2e-2)
+    assert F.cosine_similarity(*gradients, dim=0) > 0.98
+
+
+def test_pure_bf16_halves_gradients_and_moments_and_still_learns():
+    vlm = small_vlm("vit,connector,decoder", pure_bf16=True)
+    optimizers = train_pretrain.make_optimizers(vlm, RunConfig(lr=3e-3))
+    losses = []
+    for _ in range(12):
+        loss = loss_of(vlm)
+        loss.backward()
+        losses.append(loss.item())
+        assert {p.grad.dtype for p in vlm.parameters() if p.grad is not None} == {HALF}
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    moments = {state[name].dtype for state in states for name in ("exp_avg", "exp_avg_sq")}
+    assert moments == {HALF} == {p.dtype for p in vlm.parameters()}
+    assert losses[-1] < 0.8 * losses[0]
+
+
+# --- Runs
+def weights_of(run) -> dict[str, torch.Tensor]:
+    return load_file(model.find_step(run) / "model.safetensors")
+
+
+def losses_of(run) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_pure_bf16_needs_autocast(tmp_path, small_halves):
+    with pytest.raises(UserError, match="--pure_bf16 true needs --dtype bfloat16"):
+        flags = [*SMALL, *small_halves, *"--pure_bf16 true --dtype float32".split()]
+        train_pretrain.main([*flags, "--out", str(tmp_path / "a")])
+    with pytest.raises(UserError, match="--frozen 'half' is unknown"):
+        train_pretrain.main([*SMALL, *small_halves, "--frozen", "half", "--out", str(tmp_path / "a")])
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_run_in_pure_bf16(tmp_path, small_halves):
+    flags = [*SMALL, *small_halves, *"--pure_bf16 true --dtype bfloat16 --lr 3e-3".split()]
+    train_pretrain.main([*flags, "--steps", "30", "--out", str(tmp_path / "a")])
+    losses = losses_of(tmp_path / "a")
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    assert {value.dtype for value in weights_of(tmp_path / "a").values()} == {HALF}
+    state = torch.load(model.find_step(tmp_path / "a") / "state.pt", weights_only=True)
+    for optimizer in state["optimizers"]:  # AdamW, and the preset's Muon
+        moments = [value for moment in optimizer["state"].values() for value in moment.values()]
+        assert {m.dtype for m in moments if m.ndim} == {HALF}
+
+
+def test_a_run_with_halved_matrices_goes_on_and_hands_over(tmp_path, small_halves):
+    """Exact resume; in stage 2 what trains is whole again, from the values that were saved."""
+    train = "--train connector --frozen bfloat16 --dtype bfloat16 --warmup 0 --muon_lr 0 --steps 4".split()
+    flags = [*SMALL, *small_halves, *train, "--save_every", "2"]
+    train_pretrain.main([*flags, "--out", str(tmp_path / "whole")])
+    first = weights_of(tmp_path / "whole")
+    assert first["decoder.embed_tokens.weight"].dtype == HALF
+    assert first["connector.proj.weight"].dtype == FULL
+    real = train_pretrain.finish_step
+
+    class Killed(Exception):
+        pass
+
+    def die(run, vlm, tokenizer, optimizers, step):
+        real(run, vlm, tokenizer, optimizers, step)
+        if step == 1:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_pretrain, "finish_step", die)
+        with pytest.raises(Killed):
+            train_pretrain.main([*flags, "--out", str(tmp_path / "cut")])
+    train_pretrain.main([*flags, "--resume", "auto", "--out", str(tmp_path / "cut")])
+    again = weights_of(tmp_path / "cut")
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+    assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
+
+    sft = [*SMALL, "--init", str(tmp_path / "whole"), *train, "--train", "connector,decoder", "--lr", "0"]
+    train_sft.main([*sft, "--out", str(tmp_path / "sft")])
+    second = weights_of(tmp_path / "sft")
+    assert {v.dtype for k, v in second.items() if k.startswith(("connector", "decoder"))} == {FULL}
+    assert second["vit.encoder.layers.0.mlp.fc1.weight"].dtype == HALF
+    assert all(torch.equal(second[name].float(), value.float()) for name, value in first.items())
+
+
+@pytest.mark.parametrize(
+    "train, dtype", [("connector", "bfloat16"), ("connector", "float32"), ("decoder", "bfloat16")]
+)
+def test_tokens_scale_up_from_halved_matrices(train, dtype, tmp_path, small_halves, monkeypatch):
+    """The hand-over measures a loss before anything is given its dtype: also where the connector, whose
+    scales it makes anew, was frozen, and where there is no autocast.
+    """
+    few = functools.partial(train_pretrain.validation_loss, batches=1)
+    monkeypatch.setattr(train_pretrain, "validation_loss", few)
+    flags = [*SMALL, *small_halves, "--train", train, "--frozen", "bfloat16", "--dtype", "bfloat16"]
+    train_pretrain.main([*flags, "--steps", "1", "--out", str(tmp_path / "a")])
+    sft = [*SMALL, "--init", str(tmp_path / "a"), "--scale", "32to144", "--dtype", dtype, "--steps", "1"]
+    train_sft.main([*sft, "--out", str(tmp_path / "b")])
+    assert model.VLM.from_pretrained(tmp_path / "b").cfg.visual_tokens() == 144

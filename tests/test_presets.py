@@ -1,0 +1,194 @@
+"""The presets: models that are what their names say, recipes that their stage knows, scaling steps."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import model
+from model import PRESETS, DecoderConfig, UserError, ViTConfig
+from train_pretrain import PretrainConfig
+from train_sft import SftConfig
+
+
+def decoder_size(c: DecoderConfig, embeddings: bool = True) -> int:
+    """Weights of a Llama, Qwen2 (with q, k, v biases) or Qwen3 (with norms on q and k), by the formula."""
+    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    block = 2 * c.width * q + 2 * c.width * kv + 3 * c.width * c.mlp_width + 2 * c.width
+    block += c.qkv_bias * (q + 2 * kv) + c.qk_norm * 2 * c.head_dim
+    return c.layers * block + c.width + embeddings * (2 - c.tied) * c.vocab_size * c.width
+
+
+def vit_size(c: ViTConfig) -> int:
+    """Weights of CLIP's and SigLIP's towers, without what comes behind the last norm."""
+    block = 4 * (c.width + 1) * c.width + 2 * c.width * c.mlp_width + c.mlp_width + c.width + 4 * c.width
+    patches = (3 * c.patch_size**2 + c.patch_bias) * c.width
+    positions = ((c.image_size // c.patch_size) ** 2 + c.cls_token) * c.width
+    norms = (2 + 2 * bool(c.pre_norm)) * c.width
+    return c.layers * block + patches + positions + c.cls_token * c.width + norms
+
+
+BUILDS = {  # weights of the encoder and the decoder; of MM1's decoders those outside the embeddings
+    "clip-smollm2-360m": (303_179_776, 361_821_120),
+    "siglip2-qwen2.5-0.5b": (85_843_200, 494_032_768),
+    "siglip2-qwen2.5-1.5b": (85_843_200, 1_543_714_304),
+    "llava-1.5": (303_507_456, 7_615_616_512),
+    "llava-next": (303_507_456, 8_030_261_248),
+    "llava-1.5-vicuna": (303_507_456, 6_738_415_616),
+    "cos-7b": (303_179_776, 6_738_415_616),
+    "cos-8b": (303_179_776, 8_030_261_248),
+    "1.2b": (303_507_456, 1.233e9),
+    "3b": (631_371_520, 2.855e9),
+    "7b": (631_371_520, 6.476e9),
+    "30b": (631_371_520, 29.7e9),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_the_model_of_its_name(name):
+    cfg = model.copy_config(PRESETS[name]["model"])
+    with torch.device("meta"):
+        vlm = model.VLM(cfg)
+    base = [p.numel() for key, p in vlm.decoder.named_parameters() if ".lora_" not in key]
+    sizes = sum(p.numel() for p in vlm.vit.parameters()), sum(base)
+    assert sizes == (vit_size(cfg.vit), decoder_size(cfg.decoder))
+    if name == "tiny":  # takes the shapes of the shipped halves when it is built
+        assert cfg.vit == model.read_vit_config(model.ASSETS / "tiny_vit" / "config.json")
+        return
+    vit, decoder = BUILDS[name]
+    assert sizes[0] == vit
+    if isinstance(decoder, float):
+        assert decoder_size(cfg.decoder, embeddings=False) == pytest.approx(decoder, rel=2e-3)
+    else:
+        assert sizes[1] == decoder
+
+
+# config.json of the checkpoints that the presets name, as on the hub
+CLIP_L = {
+    "model_type": "clip_vision_model", "hidden_size": 1024, "num_hidden_layers": 24, "patch_size": 14,
+    "num_attention_heads": 16, "intermediate_size": 4096, "image_size": 224,
+}  # fmt: skip
+LLAMA = {"model_type": "llama", "tie_word_embeddings": False, "rms_norm_eps": 1e-5}
+QWEN = {"model_type": "qwen2", "rope_theta": 1e6, "rms_norm_eps": 1e-6}
+
+
+def shape(width: int, layers: int, heads: int, kv_heads: int, mlp: int, vocab: int) -> dict:
+    return {
+        "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "intermediate_size": mlp, "vocab_size": vocab,
+    }  # fmt: skip
+
+
+ON_THE_HUB = {
+    "openai/clip-vit-large-patch14": {"model_type": "clip", "vision_config": CLIP_L},
+    "openai/clip-vit-large-patch14-336": {
+        "model_type": "clip", "vision_config": {**CLIP_L, "image_size": 336},
+    },
+    "google/siglip2-base-patch16-256": {
+        "model_type": "siglip", "vision_config": {"model_type": "siglip_vision_model", "image_size": 256},
+    },
+    "HuggingFaceTB/SmolLM2-360M": {
+        **LLAMA, **shape(960, 32, 15, 5, 2560, 49152), "rope_theta": 1e5, "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen2.5-0.5B": {**QWEN, **shape(896, 24, 14, 2, 4864, 151936), "tie_word_embeddings": True},
+    "Qwen/Qwen2.5-1.5B": {**QWEN, **shape(1536, 28, 12, 2, 8960, 151936), "tie_word_embeddings": True},
+    "Qwen/Qwen2.5-7B": {**QWEN, **shape(3584, 28, 28, 4, 18944, 152064)},
+    "meta-llama/Meta-Llama-3-8B": {**LLAMA, **shape(4096, 32, 32, 8, 14336, 128256), "rope_theta": 5e5},
+    "meta-llama/Meta-Llama-3-8B-Instruct": {
+        **LLAMA, **shape(4096, 32, 32, 8, 14336, 128256), "rope_theta": 5e5,
+    },
+    "lmsys/vicuna-7b-v1.5": {**LLAMA, **shape(4096, 32, 32, 32, 11008, 32000)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "tiny"])
+def test_a_preset_has_the_shapes_of_the_checkpoints_it_names(name, tmp_path):
+    cfg, file = PRESETS[name]["model"], tmp_path / "config.json"
+    assert bool(cfg.encoder_from) == bool(cfg.decoder_from)
+    if not cfg.encoder_from:  # MM1: at random
+        return
+    model.write_json(file, ON_THE_HUB[cfg.encoder_from])
+    vit = model.read_vit_config(file)
+    assert dataclasses.replace(vit, align_corners=cfg.vit.align_corners) == cfg.vit
+    model.write_json(file, ON_THE_HUB[cfg.decoder_from])
+    assert model.read_decoder_config(file) == cfg.decoder
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_recipes_are_flags_of_their_stage(name):
+    preset = PRESETS[name]
+    assert preset["source"] and preset["ours"]
+    stages = {"pretrain": PretrainConfig, "pretrain_b": PretrainConfig, "sft": SftConfig}
+    recipes = {stage: preset[stage] for stage in stages if stage in preset}
+    assert {"pretrain", "sft"} <= recipes.keys()
+    with torch.device("meta"):
+        vlm = model.VLM(model.copy_config(preset["model"]))
+    for stage, recipe in recipes.items():
+        fields = {field.name for field in dataclasses.fields(stages[stage])}
+        assert recipe.keys() <= fields
+        cfg = model.from_dict(stages[stage], {**dataclasses.asdict(stages[stage]()), **recipe})
+        cfg.check()
+        for key, value in recipe.items():  # an int may stand for a float, nothing else for another
+            kind = type(getattr(stages[stage](), key))
+            assert type(value) is kind or (kind, type(value)) == (float, int), (stage, key)
+        vlm.set_trainable(model.trainable_parts(cfg.train), isolator=True)
+        assert vlm.cfg.visual_tokens() < cfg.row_limit
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_scaling_steps_of_presets_work(name):
+    preset = PRESETS[name]
+    if "scale" in preset:
+        cfg = model.scaled_config(preset["model"], preset["scale"])
+        assert cfg.visual_tokens() == int(preset["scale"].split("to")[1])
+        assert cfg.vit.image_size == 2 * preset["model"].vit.image_size
+        row_limit = {**dataclasses.asdict(SftConfig()), **preset["sft"]}["row_limit"]
+        assert cfg.visual_tokens() < row_limit
+    else:
+        assert preset["model"].connector.kind != "chain" and "pretrain_b" not in preset
+
+
+def test_presets_are_not_changed_by_building_from_them():
+    before = model.copy_config(PRESETS["cos-7b"]["model"])
+    with torch.device("meta"):
+        vlm = model.VLM(model.copy_config(PRESETS["cos-7b"]["model"]))
+    vlm.cfg.vit.image_size, vlm.cfg.lora.rank = 7, 3
+    model.scaled_config(PRESETS["cos-7b"]["model"], "80to1296").connector.windows.append(1)
+    assert PRESETS["cos-7b"]["model"] == before
+    with pytest.raises(UserError, match="--preset 'cos-9b' is unknown: use one of tiny, "):
+        model.preset("cos-9b")
+
+
+MM1 = {  # section 4.1 of our notes: non-embedding weights, rate, and the rate the paper rounds to
+    "1.2b": (1.2e9, 8.5832e-5, 8.6e-5, 144),
+    "3b": (2.9e9, 5.9178e-5, 5.9e-5, 144),
+    "7b": (6.4e9, 4.2393e-5, 4.2e-5, 144),
+    "30b": (30e9, 2.2108e-5, 2.2e-5, 144),
+}
+
+
+@pytest.mark.parametrize("name", MM1)
+def test_rates_are_those_of_mm1s_law(name):
+    size, rate, rounded, tokens = MM1[name]
+    preset = PRESETS[name]
+    recipe, cfg = preset["pretrain"], preset["model"]
+    assert recipe["lr"] == pytest.approx(rate, rel=1e-4) and float(f"{recipe['lr']:.1e}") == rounded
+    assert decoder_size(cfg.decoder, embeddings=False) == pytest.approx(size, rel=0.03)
+    assert recipe["lr"] * recipe["vit_lr"] == pytest.approx(5e-5)  # the encoder's is fixed
+    assert recipe["weight_decay"] == recipe["final_lr"] == 0.1  # torch's decay is a share of the rate
+    assert recipe["batch_size"] * recipe["row_length"] * recipe["steps"] == 419_430_400_000
+    assert round(recipe["warmup"] * recipe["steps"]) == 2000
+    assert cfg.visual_tokens() == tokens and cfg.connector.levels == [cfg.vit.layers]
+
+
+def test_the_law_is_a_line_in_logarithms():
+    rates = {
+        size: model.mm1(size, model.VIT_L, model.gala(64, 1, 1, 64))["pretrain"]["lr"]
+        for size in (1, 9e6, 85e6)
+    }
+    assert rates[1] == pytest.approx(0.57493, rel=1e-5)
+    assert rates[9e6] == pytest.approx(6.7468e-4, rel=1e-4)
+    assert rates[85e6] == pytest.approx(2.6192e-4, rel=1e-4)
+    slope = math.log(rates[85e6] / rates[9e6]) / math.log(85 / 9)
+    assert slope == pytest.approx(-0.4214, rel=1e-9)

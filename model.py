@@ -1,10 +1,15 @@
 """The model: a vision transformer, a connector, a decoder, and the VLM that splices them.
 
-    pixels ── ViT (hidden states at a few levels) ─► connector (Chain-of-Sight, or linear) ─► V visual tokens
+    pixels ── ViT (hidden states at a few levels) ─► connector (Chain-of-Sight, MM1's, …) ─► V visual tokens
     V tokens ─► spliced into the slots of the text ─► decoder ─► head at supervised positions only
 
-Read it top to bottom: configs and presets, the two backbones, the connector and its token scaling
-(arXiv 2407.15819), the VLM, generation, files, the hub. Weights keep Hugging Face names in each half.
+Read it top to bottom: configs, the two backbones, LoRA, the connectors and their token scaling (arXiv
+2407.15819), the VLM, generation, files, the hub, presets, the plan. Weights keep Hugging Face names in each
+half. As a script it does what needs no training:
+
+    python model.py --preset 7b --plan --gpus 8             what a preset costs, counted without weights
+    python model.py --download REPO[@REVISION] --to DIR     a repository (default: to weights/REPO)
+    python model.py --export RUN OUT                        encoder/ and decoder/, Hugging Face layout
 
 Alphabet of all shape comments: B rows, T positions, I images, P patches an image, S patches a side,
 W window side, V visual tokens an image, K kept tokens, D width, H heads, N vocabulary, R supervised
@@ -204,169 +209,6 @@ class ModelConfig:
                 f"prune.name '{self.prune.name}' is unknown: use one of {', '.join(prune.PRUNERS)}"
             )
         return self
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Presets: a model and a recipe for each stage (flags of train_pretrain.RunConfig: what trains, which rates).
-# "source" says where a row comes from, "ours" what that source did not publish and we chose, "plan_only" why
-# it cannot be trained. "pretrain_b" is the recipe of a stage-1 call with --scale; "scale" is for the plan.
-
-VIT_L = ViTConfig(224, 14, 1024, 24, 16, 4096)  # openai/clip-vit-large-patch14 (and -336)
-VIT_H = ViTConfig(378, 14, 1280, 32, 16, 5120)  # apple/DFN5B-CLIP-ViT-H-14-378
-SIGLIP2_B = ViTConfig(256, 16, 768, 12, 12, 3072, "gelu_pytorch_tanh", 1e-6, False, "siglip", False, "")
-SIGLIP2_B.patch_bias = True  # google/siglip2-base-patch16-256
-VICUNA_7B = DecoderConfig(32000, 4096, 32, 32, 32, 128, 11008, norm_eps=1e-5, tied=False)
-LLAMA3_8B = DecoderConfig(128256, 4096, 32, 32, 8, 128, 14336, 500000.0, norm_eps=1e-5, tied=False)
-QWEN_7B = DecoderConfig(152064, 3584, 28, 28, 4, 128, 18944, 1e6, qkv_bias=True, tied=False)
-QWEN_1B = DecoderConfig(151936, 1536, 28, 12, 2, 128, 8960, 1e6, qkv_bias=True)
-QWEN_HALF_B = DecoderConfig(151936, 896, 24, 14, 2, 64, 4864, 1e6, qkv_bias=True)
-SMOLLM2_360M = DecoderConfig(49152, 960, 32, 15, 5, 64, 2560, 100000.0, norm_eps=1e-5)
-SPM = "for planning only: Vicuna's SentencePiece tokenizer does not load here; train on Qwen or Llama-3"
-
-
-def gala(width: int, layers: int, heads: int, mlp_width: int) -> DecoderConfig:
-    """MM1's decoders are known by size only; these are the shapes of AXLearn's Gala family (mm1.md 1.3)."""
-    head = width // heads
-    return DecoderConfig(
-        32768, width, layers, heads, heads, head, mlp_width, norm_eps=1e-5, qk_norm=True, tied=False
-    )
-
-
-def mm1(size: float, vit: ViTConfig, decoder: DecoderConfig) -> dict:
-    """MM1 (2403.09611): nothing frozen, C-Abstractor with 144 tokens, the rate from its law (section 3.3)."""
-    lr = math.exp(-0.4214 * math.log(size) - 0.5535)
-    connector = ConnectorConfig("cabstractor", [vit.layers], 1024, 16, tokens=144)
-    train = {"train": "vit,connector,decoder", "weight_decay": 0.1, "final_lr": 0.1}
-    return {
-        "source": "MM1, arXiv 2403.09611, sections 3.1-3.3 and 4",
-        "ours": "decoder shape and vocabulary (AXLearn's Gala), width inside the C-Abstractor (Honeybee's), "
-        "AdamW where stage 2 had AdaFactor; MM1's weights were never released, so it starts at random",
-        "model": ModelConfig(vit=vit, connector=connector, decoder=decoder),
-        "pretrain": {
-            **train, "lr": lr, "vit_lr": 5e-5 / lr, "batch_size": 512, "row_length": 4096, "row_limit": 4096,
-            "steps": 200_000, "warmup": 0.01,
-        },
-        "sft": {
-            **train, "lr": 1e-5, "vit_lr": 1.0, "batch_size": 256, "row_length": 2048, "row_limit": 2048,
-            "steps": 10_000, "slow_share": 1.0, "distill_weight": 0.0,
-        },
-    }  # fmt: skip
-
-
-def chain_of_sight(decoder: DecoderConfig, decoder_from: str, plan_only: str = "") -> dict:
-    """CoS (2407.15819): 80 tokens at 224 px, then 1296 at 448; always LoRA, the ViT trains from 1b on."""
-    train = {"lr": 2e-4, "vit_lr": 0.1, "batch_size": 512, "frozen": "bfloat16"}
-    return {
-        "source": "Chain-of-Sight, arXiv 2407.15819, sections 3 and 4",
-        "ours": "all rates and batches (Table A3 was not at hand), LoRA's rank and alpha, steps of stage 2",
-        "plan_only": plan_only,
-        "model": ModelConfig(
-            vit=dataclasses.replace(VIT_L, align_corners=True),
-            connector=ConnectorConfig("chain", [16, 23], 1024, 16, [16, 4], [16, 4]),
-            decoder=decoder,
-            lora=LoraConfig(64, 64.0),
-            encoder_from="openai/clip-vit-large-patch14",
-            decoder_from=decoder_from,
-        ),
-        "scale": "80to1296",
-        "pretrain": {**train, "train": "connector,lora", "steps": 120_000},
-        "pretrain_b": {**train, "train": "vit,connector,lora", "steps": 30_000, "batch_size": 128},
-        "sft": {
-            **train, "train": "vit,connector,lora", "steps": 10_000, "batch_size": 128, "row_length": 2048,
-            "slow_share": 1.0, "distill_weight": 0.0,
-        },
-    }  # fmt: skip
-
-
-def llava(decoder: DecoderConfig, decoder_from: str, tiles: int, plan_only: str = "") -> dict:
-    """LLaVA as DualSpeed (2602.03815) trains it: fast on a tenth of the tokens, one step of ten on all."""
-    return {
-        "source": f"DualSpeed, arXiv 2602.03815, on LLaVA's recipe; {tiles} x 576 tokens a picture",
-        "ours": "nothing" if decoder is VICUNA_7B else "the decoder: the paper has Vicuna-7B",
-        "plan_only": plan_only,
-        "model": ModelConfig(
-            vit=dataclasses.replace(VIT_L, image_size=336),
-            connector=ConnectorConfig("mlp", [23], 1024, 16),
-            decoder=decoder,
-            prune=PruneConfig("divprune", 0.1, 4),
-            encoder_from="openai/clip-vit-large-patch14-336",
-            decoder_from=decoder_from,
-        ),
-        "tiles": tiles,
-        "pretrain": {
-            "train": "connector", "lr": 1e-3, "batch_size": 256, "steps": 2180, "row_length": 1024,
-            "final_lr": 0.0, "pruner": "divprune", "frozen": "bfloat16",
-        },
-        "sft": {
-            "train": "connector,decoder", "lr": 2e-5, "batch_size": 128, "steps": 5198, "row_length": 2048,
-            "final_lr": 0.0, "mode": "batch", "frozen": "bfloat16",
-        },
-    }  # fmt: skip
-
-
-def tonight(
-    vit: ViTConfig, encoder_from: str, levels: list[int], decoder: DecoderConfig, decoder_from: str
-) -> dict:
-    """One GPU, one evening: 80 tokens in stage 1, 336 at twice the side in stage 2, nine of ten fast."""
-    return {
-        "source": "ours: Chain-of-Sight and DualSpeed together, for one GPU",
-        "ours": "everything but the methods",
-        "model": ModelConfig(
-            vit=vit,
-            connector=ConnectorConfig("chain", levels, 768, 12, [16, 4], [16, 4]),
-            decoder=decoder,
-            prune=PruneConfig("divprune", 0.25, 4),
-            encoder_from=encoder_from,
-            decoder_from=decoder_from,
-        ),
-        "scale": "80to336",
-        "pretrain": {
-            "train": "connector", "lr": 1e-3, "batch_size": 256, "steps": 2180, "row_length": 1024,
-            "frozen": "bfloat16",
-        },
-        "sft": {
-            "train": "connector,decoder", "lr": 5e-5, "batch_size": 128, "steps": 5198, "row_length": 1024,
-            "frozen": "bfloat16",
-        },
-    }  # fmt: skip
-
-
-CLIP_L, SIGLIP2 = "openai/clip-vit-large-patch14", "google/siglip2-base-patch16-256"
-PRESETS = {
-    "tiny": {
-        "source": "ours: the demo on two CPU cores, with the shipped halves",
-        "ours": "everything but the methods",
-        "model": ModelConfig(
-            prune=PruneConfig(keep=0.25),
-            decoder=DecoderConfig(447, kv_heads=4, tied=False),
-            encoder_from=str(ASSETS / "tiny_vit"),
-            decoder_from=str(ASSETS / "tiny_lm"),
-        ),
-        "scale": "32to144",
-        "pretrain": {"train": "connector,decoder", "steps": 500, "lr": 2e-3, "muon_lr": 0.01},
-        "sft": {"train": "connector,decoder", "steps": 300, "lr": 1e-3, "muon_lr": 0.005},
-    },
-    "clip-smollm2-360m": tonight(VIT_L, CLIP_L, [16, 23], SMOLLM2_360M, "HuggingFaceTB/SmolLM2-360M"),
-    "siglip2-qwen2.5-0.5b": tonight(SIGLIP2_B, SIGLIP2, [8, 11], QWEN_HALF_B, "Qwen/Qwen2.5-0.5B"),
-    "siglip2-qwen2.5-1.5b": tonight(SIGLIP2_B, SIGLIP2, [8, 11], QWEN_1B, "Qwen/Qwen2.5-1.5B"),
-    "llava-1.5": llava(QWEN_7B, "Qwen/Qwen2.5-7B", 1),
-    "llava-next": llava(
-        LLAMA3_8B, "meta-llama/Meta-Llama-3-8B", 5, "for planning only: pictures are not cut yet"
-    ),
-    "llava-1.5-vicuna": llava(VICUNA_7B, "lmsys/vicuna-7b-v1.5", 1, SPM),
-    "cos-7b": chain_of_sight(VICUNA_7B, "lmsys/vicuna-7b-v1.5", SPM),
-    "cos-8b": chain_of_sight(LLAMA3_8B, "meta-llama/Meta-Llama-3-8B-Instruct"),
-    "1.2b": mm1(1.2e9, dataclasses.replace(VIT_L, image_size=336), gala(2048, 24, 32, 5632)),
-    "3b": mm1(2.9e9, VIT_H, gala(2560, 36, 20, 6912)),
-    "7b": mm1(6.4e9, VIT_H, gala(4096, 32, 32, 11008)),
-    "30b": mm1(30e9, VIT_H, gala(7168, 48, 56, 19200)),
-}
-
-
-def preset(name: str) -> dict:
-    if name not in PRESETS:
-        raise UserError(f"--preset '{name}' is unknown: use one of {', '.join(PRESETS)}")
-    return PRESETS[name]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -577,15 +419,10 @@ class ViT(nn.Module):
 # transformers' own, for configs on the hub that leave them out, and our switches; "names" the replacements,
 # in order, that turn its weights' names into ours.
 VIT_NAMES = {
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "mlp_width": "intermediate_size",
-    "activation": "hidden_act",
-    "norm_eps": "layer_norm_eps",
-}
+    "image_size": "image_size", "patch_size": "patch_size", "width": "hidden_size",
+    "layers": "num_hidden_layers", "heads": "num_attention_heads", "mlp_width": "intermediate_size",
+    "activation": "hidden_act", "norm_eps": "layer_norm_eps",
+}  # fmt: skip
 BASE = {"image_size": 224, "width": 768, "layers": 12, "heads": 12, "mlp_width": 3072}
 VIT_FAMILIES = {
     "clip": {
@@ -884,22 +721,14 @@ class Decoder(nn.Module):
 
 DECODERS = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 LLAMA_NAMES = {
-    "vocab_size": "vocab_size",
-    "width": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "mlp_width": "intermediate_size",
-    "norm_eps": "rms_norm_eps",
-    "tied": "tie_word_embeddings",
-}
+    "vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
+    "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+    "mlp_width": "intermediate_size", "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings",
+}  # fmt: skip
 ROPE_NAMES = {
-    "rope_factor": "factor",
-    "rope_low": "low_freq_factor",
-    "rope_high": "high_freq_factor",
+    "rope_factor": "factor", "rope_low": "low_freq_factor", "rope_high": "high_freq_factor",
     "rope_length": "original_max_position_embeddings",
-}
+}  # fmt: skip
 
 
 def read_decoder_config(file: Path) -> DecoderConfig:
@@ -1800,6 +1629,169 @@ def run_cli(main) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Presets: a model and a recipe for each stage (flags of train_pretrain.RunConfig: what trains, which rates).
+# "source" says where a row comes from, "ours" what that source did not publish and we chose, "plan_only" why
+# it cannot be trained. "pretrain_b" is the recipe of a stage-1 call with --scale; "scale" is for the plan.
+
+VIT_L = ViTConfig(224, 14, 1024, 24, 16, 4096)  # openai/clip-vit-large-patch14 (and -336)
+VIT_H = ViTConfig(378, 14, 1280, 32, 16, 5120)  # apple/DFN5B-CLIP-ViT-H-14-378
+SIGLIP2_B = ViTConfig(256, 16, 768, 12, 12, 3072, "gelu_pytorch_tanh", 1e-6, False, "siglip", False, "")
+SIGLIP2_B.patch_bias = True  # google/siglip2-base-patch16-256
+VICUNA_7B = DecoderConfig(32000, 4096, 32, 32, 32, 128, 11008, norm_eps=1e-5, tied=False)
+LLAMA3_8B = DecoderConfig(128256, 4096, 32, 32, 8, 128, 14336, 500000.0, norm_eps=1e-5, tied=False)
+QWEN_7B = DecoderConfig(152064, 3584, 28, 28, 4, 128, 18944, 1e6, qkv_bias=True, tied=False)
+QWEN_1B = DecoderConfig(151936, 1536, 28, 12, 2, 128, 8960, 1e6, qkv_bias=True)
+QWEN_HALF_B = DecoderConfig(151936, 896, 24, 14, 2, 64, 4864, 1e6, qkv_bias=True)
+SMOLLM2_360M = DecoderConfig(49152, 960, 32, 15, 5, 64, 2560, 100000.0, norm_eps=1e-5)
+SPM = "for planning only: Vicuna's SentencePiece tokenizer does not load here; train on Qwen or Llama-3"
+
+
+def gala(width: int, layers: int, heads: int, mlp_width: int) -> DecoderConfig:
+    """MM1's decoders are known by size only; these are the shapes of AXLearn's Gala family (mm1.md 1.3)."""
+    head = width // heads
+    return DecoderConfig(
+        32768, width, layers, heads, heads, head, mlp_width, norm_eps=1e-5, qk_norm=True, tied=False
+    )
+
+
+def mm1(size: float, vit: ViTConfig, decoder: DecoderConfig) -> dict:
+    """MM1 (2403.09611): nothing frozen, C-Abstractor with 144 tokens, the rate from its law (section 3.3)."""
+    lr = math.exp(-0.4214 * math.log(size) - 0.5535)
+    connector = ConnectorConfig("cabstractor", [vit.layers], 1024, 16, tokens=144)
+    train = {"train": "vit,connector,decoder", "weight_decay": 0.1, "final_lr": 0.1}
+    return {
+        "source": "MM1, arXiv 2403.09611, sections 3.1-3.3 and 4",
+        "ours": "decoder shape and vocabulary (AXLearn's Gala), width inside the C-Abstractor (Honeybee's), "
+        "AdamW where stage 2 had AdaFactor; MM1's weights were never released, so it starts at random",
+        "model": ModelConfig(vit=vit, connector=connector, decoder=decoder),
+        "pretrain": {
+            **train, "lr": lr, "vit_lr": 5e-5 / lr, "batch_size": 512, "row_length": 4096, "row_limit": 4096,
+            "steps": 200_000, "warmup": 0.01,
+        },
+        "sft": {
+            **train, "lr": 1e-5, "vit_lr": 1.0, "batch_size": 256, "row_length": 2048, "row_limit": 2048,
+            "steps": 10_000, "slow_share": 1.0, "distill_weight": 0.0,
+        },
+    }  # fmt: skip
+
+
+def chain_of_sight(decoder: DecoderConfig, decoder_from: str, plan_only: str = "") -> dict:
+    """CoS (2407.15819): 80 tokens at 224 px, then 1296 at 448; always LoRA, the ViT trains from 1b on."""
+    train = {"lr": 2e-4, "vit_lr": 0.1, "batch_size": 512, "frozen": "bfloat16"}
+    return {
+        "source": "Chain-of-Sight, arXiv 2407.15819, sections 3 and 4",
+        "ours": "all rates and batches (Table A3 was not at hand), LoRA's rank and alpha, steps of stage 2",
+        "plan_only": plan_only,
+        "model": ModelConfig(
+            vit=dataclasses.replace(VIT_L, align_corners=True),
+            connector=ConnectorConfig("chain", [16, 23], 1024, 16, [16, 4], [16, 4]),
+            decoder=decoder,
+            lora=LoraConfig(64, 64.0),
+            encoder_from="openai/clip-vit-large-patch14",
+            decoder_from=decoder_from,
+        ),
+        "scale": "80to1296",
+        "pretrain": {**train, "train": "connector,lora", "steps": 120_000},
+        "pretrain_b": {**train, "train": "vit,connector,lora", "steps": 30_000, "batch_size": 128},
+        "sft": {
+            **train, "train": "vit,connector,lora", "steps": 10_000, "batch_size": 128, "row_length": 2048,
+            "slow_share": 1.0, "distill_weight": 0.0,
+        },
+    }  # fmt: skip
+
+
+def llava(decoder: DecoderConfig, decoder_from: str, tiles: int, plan_only: str = "") -> dict:
+    """LLaVA as DualSpeed (2602.03815) trains it: fast on a tenth of the tokens, one step of ten on all."""
+    return {
+        "source": f"DualSpeed, arXiv 2602.03815, on LLaVA's recipe; {tiles} x 576 tokens a picture",
+        "ours": "nothing" if decoder is VICUNA_7B else "the decoder: the paper has Vicuna-7B",
+        "plan_only": plan_only,
+        "model": ModelConfig(
+            vit=dataclasses.replace(VIT_L, image_size=336),
+            connector=ConnectorConfig("mlp", [23], 1024, 16),
+            decoder=decoder,
+            prune=PruneConfig("divprune", 0.1, 4),
+            encoder_from="openai/clip-vit-large-patch14-336",
+            decoder_from=decoder_from,
+        ),
+        "tiles": tiles,
+        "pretrain": {
+            "train": "connector", "lr": 1e-3, "batch_size": 256, "steps": 2180, "row_length": 1024,
+            "final_lr": 0.0, "pruner": "divprune", "frozen": "bfloat16",
+        },
+        "sft": {
+            "train": "connector,decoder", "lr": 2e-5, "batch_size": 128, "steps": 5198, "row_length": 2048,
+            "final_lr": 0.0, "mode": "batch", "frozen": "bfloat16",
+        },
+    }  # fmt: skip
+
+
+def tonight(
+    vit: ViTConfig, encoder_from: str, levels: list[int], decoder: DecoderConfig, decoder_from: str
+) -> dict:
+    """One GPU, one evening: 80 tokens in stage 1, 336 at twice the side in stage 2, nine of ten fast."""
+    return {
+        "source": "ours: Chain-of-Sight and DualSpeed together, for one GPU",
+        "ours": "everything but the methods",
+        "model": ModelConfig(
+            vit=vit,
+            connector=ConnectorConfig("chain", levels, 768, 12, [16, 4], [16, 4]),
+            decoder=decoder,
+            prune=PruneConfig("divprune", 0.25, 4),
+            encoder_from=encoder_from,
+            decoder_from=decoder_from,
+        ),
+        "scale": "80to336",
+        "pretrain": {
+            "train": "connector", "lr": 1e-3, "batch_size": 256, "steps": 2180, "row_length": 1024,
+            "frozen": "bfloat16",
+        },
+        "sft": {
+            "train": "connector,decoder", "lr": 5e-5, "batch_size": 128, "steps": 5198, "row_length": 1024,
+            "frozen": "bfloat16",
+        },
+    }  # fmt: skip
+
+
+CLIP_L, SIGLIP2 = "openai/clip-vit-large-patch14", "google/siglip2-base-patch16-256"
+PRESETS = {
+    "tiny": {
+        "source": "ours: the demo on two CPU cores, with the shipped halves",
+        "ours": "everything but the methods",
+        "model": ModelConfig(
+            prune=PruneConfig(keep=0.25),
+            decoder=DecoderConfig(447, kv_heads=4, tied=False),
+            encoder_from=str(ASSETS / "tiny_vit"),
+            decoder_from=str(ASSETS / "tiny_lm"),
+        ),
+        "scale": "32to144",
+        "pretrain": {"train": "connector,decoder", "steps": 500, "lr": 2e-3, "muon_lr": 0.01},
+        "sft": {"train": "connector,decoder", "steps": 300, "lr": 1e-3, "muon_lr": 0.005},
+    },
+    "clip-smollm2-360m": tonight(VIT_L, CLIP_L, [16, 23], SMOLLM2_360M, "HuggingFaceTB/SmolLM2-360M"),
+    "siglip2-qwen2.5-0.5b": tonight(SIGLIP2_B, SIGLIP2, [8, 11], QWEN_HALF_B, "Qwen/Qwen2.5-0.5B"),
+    "siglip2-qwen2.5-1.5b": tonight(SIGLIP2_B, SIGLIP2, [8, 11], QWEN_1B, "Qwen/Qwen2.5-1.5B"),
+    "llava-1.5": llava(QWEN_7B, "Qwen/Qwen2.5-7B", 1),
+    "llava-next": llava(
+        LLAMA3_8B, "meta-llama/Meta-Llama-3-8B", 5, "for planning only: pictures are not cut yet"
+    ),
+    "llava-1.5-vicuna": llava(VICUNA_7B, "lmsys/vicuna-7b-v1.5", 1, SPM),
+    "cos-7b": chain_of_sight(VICUNA_7B, "lmsys/vicuna-7b-v1.5", SPM),
+    "cos-8b": chain_of_sight(LLAMA3_8B, "meta-llama/Meta-Llama-3-8B-Instruct"),
+    "1.2b": mm1(1.2e9, dataclasses.replace(VIT_L, image_size=336), gala(2048, 24, 32, 5632)),
+    "3b": mm1(2.9e9, VIT_H, gala(2560, 36, 20, 6912)),
+    "7b": mm1(6.4e9, VIT_H, gala(4096, 32, 32, 11008)),
+    "30b": mm1(30e9, VIT_H, gala(7168, 48, 56, 19200)),
+}
+
+
+def preset(name: str) -> dict:
+    if name not in PRESETS:
+        raise UserError(f"--preset '{name}' is unknown: use one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+# ---------------------------------------------------------------------------------------------------------
 # The plan: what a preset costs before anything is downloaded, counted on the meta device. Matrix products
 # only, causal attention not halved, no recomputation, no padding; one block is counted, taken times layers.
 
@@ -1821,15 +1813,14 @@ def count(run: Callable[[], Tensor]) -> tuple[float, float]:
     kept = {}
 
     def pack(x: Tensor) -> Tensor:
+        weight = isinstance(x if x._base is None else x._base, nn.Parameter)
         square = x.ndim > 2 and x.shape[-1] == x.shape[-2]
-        if not isinstance(x, nn.Parameter) and x._base is None and x.is_floating_point() and not square:
+        if x.is_floating_point() and not weight and not square:
             kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
         return x
 
-    with (
-        FlopCounterMode(display=False) as counter,
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
-    ):
+    unpack, hooks = (lambda x: x), torch.autograd.graph.saved_tensors_hooks
+    with FlopCounterMode(display=False) as counter, hooks(pack, unpack):
         out = run()
         stored = sum(kept.values())
         if out.requires_grad:
@@ -1843,15 +1834,13 @@ def sample_cost(cfg: ModelConfig, train: list[str], text: int, mode: str, images
     late = "vit" in train
     with torch.device("meta"):
         block = ViTBlock(vit).bfloat16().requires_grad_(late)
-        patches = [
-            torch.zeros(images, cfg.side**2 + vit.cls_token, vit.width).bfloat16().requires_grad_(late)
-        ]
-        flops, kept = count(lambda: block(patches[0]))
+        patches = torch.zeros(images, cfg.side**2 + vit.cls_token, vit.width).bfloat16().requires_grad_(late)
+        flops, kept = count(lambda: block(patches))
         depth = max(cfg.connector.levels)
         stem = 2 * images * cfg.side**2 * 3 * vit.patch_size**2 * vit.width * (2 if late else 1)
         parts, bytes_kept = {"vit": depth * flops + stem}, depth * kept
         connector = CONNECTORS[cfg.connector.kind](cfg).bfloat16().requires_grad_("connector" in train)
-        levels = [x[:, int(vit.cls_token) :] for x in patches * len(cfg.connector.levels)]
+        levels = [patches[:, int(vit.cls_token) :] for _ in cfg.connector.levels]
         parts["connector"], kept = count(lambda: connector(levels))
         bytes_kept += kept
         one = Decoder(dataclasses.replace(decoder, layers=1))

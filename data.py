@@ -31,7 +31,7 @@ from model import ASSETS, ModelConfig, UserError, find_half, read_decoder_config
 
 # ---------------------------------------------------------------------------------------------------------
 # Tokenizer: byte-level BPE of Llama-3, Qwen2/2.5/3, SmolLM2, GPT-2 and of Scenes, all run by tiktoken. Text
-# of users and data sets is always encoded as ordinary text, so that "<|end|>" in a caption is nine characters
+# of users and data sets is always encoded as ordinary text, so that "<|end|>" in a caption is text
 # and never a control token (Hugging Face's own tokenizers find special tokens in any text).
 
 # How a text is cut before merging. Possessive forms (`++`) of the originals, the same pieces without

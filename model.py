@@ -110,14 +110,12 @@ class ConnectorConfig:
     levels: list[int] = field(default_factory=lambda: [2, 4])  # ViT hidden states read, low to high
     width: int = 128
     heads: int = 4
-    windows: list[int] = field(
-        default_factory=lambda: [8, 2]
-    )  # chain: window sides in patches, coarse to fine
+    windows: list[int] = field(default_factory=lambda: [8, 2])  # chain: sides in patches, coarse to fine
     queries: list[int] = field(default_factory=lambda: [16, 1])  # chain: learned queries in each window
     tokens: int = 16  # resampler and the pooled kinds: tokens an image (a square number if on a grid)
-    key_positions: bool = (
-        False  # not in the paper: a learned position in the window, added to keys and values
-    )
+    key_positions: bool = False  # not in the paper: learned positions in a window, on keys and values
+    reverse: bool = False  # not in the paper, which found it worse: fine tokens before coarse ones
+    plan: str = ""  # chain: 32, 48, 80 or 336 sets windows and queries, see SCALE_PLANS
 
 
 @dataclass
@@ -185,6 +183,11 @@ class ModelConfig:
             )
         if c.kind not in CONNECTORS:
             raise UserError(f"connector.kind '{c.kind}' is unknown: use one of {', '.join(CONNECTORS)}")
+        if c.plan and c.plan not in SCALE_PLANS:
+            raise UserError(f"connector.plan '{c.plan}' is unknown: use one of {', '.join(SCALE_PLANS)}")
+        if c.plan:  # a window of no size is refused below
+            per_side, c.queries = (list(x) for x in zip(*SCALE_PLANS[c.plan]))
+            c.windows = [self.side // n if self.side % n == 0 else 0 for n in per_side]
         if len(c.windows) != len(c.queries):
             raise UserError(
                 f"connector.windows {c.windows} and connector.queries {c.queries} differ in length"
@@ -902,6 +905,7 @@ class ChainOfSight(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         c, context_width = cfg.connector, cfg.vit.width
+        self.reverse = c.reverse
         self.scales = nn.ModuleList(Scale(c, context_width, cfg.side, w, n) for w, n in cfg.scales())
         self.norm = nn.LayerNorm(c.width)
         self.proj = nn.Linear(c.width, cfg.decoder.width)
@@ -909,7 +913,8 @@ class ChainOfSight(nn.Module):
 
     def forward(self, levels: list[Tensor], n_scales: int | None = None) -> Tensor:
         """levels: patches at cfg.levels, each (I, P, C) -> (I, V, D); only the first n_scales if given."""
-        return self.proj(self.norm(torch.cat([scale(levels) for scale in self.scales[:n_scales]], 1)))
+        tokens = [scale(levels) for scale in self.scales[:n_scales]]
+        return self.proj(self.norm(torch.cat(tokens[::-1] if self.reverse else tokens, 1)))
 
 
 class Linear(nn.Module):
@@ -1044,10 +1049,18 @@ CONNECTORS = {
     "cabstractor": CAbstractor,
 }
 
-# Token scaling (section 3.2, Table 4). name: (tokens before, tokens after, resolution factor,
-# the new scales as (source scale, factor on windows a side)). Tokens grow by the square of the factor.
-# The counts are the table's; the same step may start from another base with the same two scales, see
-# `scale_up`.
+# Scales to start from by name: (windows a side, queries in each), coarse to fine (section 3.2, Table 4).
+SCALE_PLANS = {
+    "32": [(1, 16), (4, 1)],
+    "48": [(1, 16), (4, 2)],
+    "80": [(1, 16), (4, 4)],
+    "336": [(1, 16), (2, 16), (8, 4)],
+}
+
+# Token scaling. name: (tokens before, tokens after, resolution factor, the new scales as (source scale,
+# factor on windows a side)). Tokens grow by the square of the factor. A larger grid with windows of the same
+# size (factor 2 at resolution 2) is resolution scaling, more windows at the same resolution window scaling,
+# both compound scaling. The counts are the table's; `--scale 2:0x1,1x4` spells out a step without a name.
 SCALINGS = {
     "80to80": (80, 80, 2, [(0, 1), (1, 1)]),  # resolution alone
     "80to144w": (80, 144, 1, [(0, 1), (0, 2), (1, 1)]),  # window scaling at the same resolution
@@ -1076,17 +1089,27 @@ SCALINGS = {
 }
 
 
-def scaled_config(cfg: ModelConfig, name: str) -> ModelConfig:
-    """The config after a named scaling step; refuses one that starts from another number of tokens."""
-    if name not in SCALINGS:
+def read_scaling(name: str) -> tuple[int, int, int, list[tuple[int, int]]]:
+    """A row of SCALINGS, or one spelled out as RESOLUTION:SOURCExFACTOR,… (tokens 0: whatever they are)."""
+    if name in SCALINGS:
+        return SCALINGS[name]
+    if not re.fullmatch(r"[1-9]:\d+x[1-9]\d*(,\d+x[1-9]\d*)*", name):
         close = difflib.get_close_matches(name, SCALINGS, 1)
         raise UserError(
             f"--scale '{name}' is unknown{f', did you mean {close[0]}?' if close else ''} "
-            f"Known: {', '.join(SCALINGS)}"
+            f"Known: {', '.join(SCALINGS)}, or a step such as 2:0x1,1x4"
         )
-    before, after, resolution, sources = SCALINGS[name]
+    resolution, scales = name.split(":")
+    return 0, 0, int(resolution), [tuple(map(int, scale.split("x"))) for scale in scales.split(",")]
+
+
+def scaled_config(cfg: ModelConfig, name: str) -> ModelConfig:
+    """The config after a scaling step; a named one refuses to start from another number of tokens."""
+    before, after, resolution, sources = read_scaling(name)
     old = cfg.connector
-    if old.kind != "chain" or len(old.windows) != 2 or cfg.visual_tokens() != before:
+    if old.kind != "chain" or max(source for source, _ in sources) >= len(old.windows):
+        raise UserError(f"--scale {name} does not fit a {old.kind} connector with {len(old.windows)} scales")
+    if before and (len(old.windows) != 2 or cfg.visual_tokens() != before):
         raise UserError(
             f"--scale {name} starts from two scales with {before} tokens, "
             f"this model has {cfg.visual_tokens()} in {len(old.windows)}"
@@ -1098,23 +1121,30 @@ def scaled_config(cfg: ModelConfig, name: str) -> ModelConfig:
     for source, factor in sources:
         per_side = cfg.side // old.windows[source] * factor
         windows.append(new.side // per_side if new.side % per_side == 0 else 0)  # 0 is refused by check()
-    new.connector = dataclasses.replace(
-        old, windows=windows, queries=[old.queries[source] for source, _ in sources]
-    )
-    if new.check().visual_tokens() != after:
+    queries = [old.queries[source] for source, _ in sources]
+    new.connector = dataclasses.replace(old, plan="", windows=windows, queries=queries)
+    if new.check().visual_tokens() != (after or new.visual_tokens()):
         raise UserError(f"--scale {name} would give {new.visual_tokens()} tokens: its base has other windows")
     return new
 
 
-def scale_up(vlm: "VLM", name: str, inflate: bool = True) -> None:
-    """Scale the visual tokens of a model in place, by inflation or, to compare, with random new scales."""
+SCALE_INITS = ("inflate", "queries", "random")
+
+
+def scale_up(vlm: "VLM", name: str, init: str = "inflate") -> None:
+    """Scale the visual tokens of a model in place. init of the new scales: "inflate" copies weights and
+    queries of their source (the paper); to compare, "queries" leaves queries random, "random" everything.
+    """
     cfg = scaled_config(vlm.cfg, name)
     old = vlm.connector
-    new = ChainOfSight(cfg).to(old.norm.weight)  # a vector: whole where frozen matrices are halved
+    new = ChainOfSight(cfg).to(old.norm.weight)
     new.norm, new.proj = old.norm, old.proj
-    for scale, (source, factor) in zip(new.scales, SCALINGS[name][3]):
-        if inflate or factor == 1:
+    for scale, (source, factor) in zip(new.scales, read_scaling(name)[3]):
+        if init != "random" or factor == 1:
+            drawn = scale.queries.detach().clone()
             scale.inflate_from(old.scales[source], factor)
+            if init == "queries" and factor > 1:
+                scale.queries.data.copy_(drawn)
     vlm.vit.resize(cfg.vit.image_size)
     vlm.connector, vlm.cfg = new, cfg
 
@@ -1675,6 +1705,14 @@ def mm1(size: float, vit: ViTConfig, decoder: DecoderConfig) -> dict:
     }  # fmt: skip
 
 
+# What trains in each stage of Chain-of-Sight (its section 3.3); the decoder itself never does.
+COS_TRAINS = {
+    "pretrain": "connector,lora",  # 1a, at 224 px
+    "pretrain_b": "vit,connector,lora",  # 1b, at 448 px on the scaled tokens
+    "sft": "vit,connector,lora",
+}
+
+
 def chain_of_sight(decoder: DecoderConfig, decoder_from: str, plan_only: str = "") -> dict:
     """CoS (2407.15819): 80 tokens at 224 px, then 1296 at 448; always LoRA, the ViT trains from 1b on."""
     train = {"lr": 2e-4, "vit_lr": 0.1, "batch_size": 512, "frozen": "bfloat16"}
@@ -1691,10 +1729,10 @@ def chain_of_sight(decoder: DecoderConfig, decoder_from: str, plan_only: str = "
             decoder_from=decoder_from,
         ),
         "scale": "80to1296",
-        "pretrain": {**train, "train": "connector,lora", "steps": 120_000},
-        "pretrain_b": {**train, "train": "vit,connector,lora", "steps": 30_000, "batch_size": 128},
+        "pretrain": {**train, "train": COS_TRAINS["pretrain"], "steps": 120_000},
+        "pretrain_b": {**train, "train": COS_TRAINS["pretrain_b"], "steps": 30_000, "batch_size": 128},
         "sft": {
-            **train, "train": "vit,connector,lora", "steps": 10_000, "batch_size": 128, "row_length": 2048,
+            **train, "train": COS_TRAINS["sft"], "steps": 10_000, "batch_size": 128, "row_length": 2048,
             "slow_share": 1.0, "distill_weight": 0.0,
         },
     }  # fmt: skip

@@ -43,6 +43,7 @@ class RunConfig:
     preset: str = "tiny"  # model and recipe, see model.PRESETS
     init: str = ""  # start from this run or checkpoint instead of the preset's halves
     scale: str = ""  # token scaling applied to --init, see model.SCALINGS
+    scale_init: str = "inflate"  # of its new scales; not in the paper: queries (those random) or random (all)
     resume: str = ""  # "auto": continue the run in --out where its newest checkpoint left it
     data: str = "scenes"  # scenes, a LLaVA .json or a mixture .json
     val_data: str = ""  # the same for validation; default: --data itself, or unseen scenes
@@ -75,6 +76,8 @@ class RunConfig:
         model.trainable_parts(self.train)
         model.require_at_least(self, 1, "steps batch_size micro_steps log_every row_length row_limit")
         model.require_at_least(self, 0, "seed workers save_every eval_every lr muon_lr vit_lr weight_decay")
+        if self.scale_init not in model.SCALE_INITS:
+            raise UserError(f"--scale_init '{self.scale_init}': use one of {', '.join(model.SCALE_INITS)}")
         if self.frozen not in ("float32", "bfloat16"):
             raise UserError(f"--frozen '{self.frozen}' is unknown: use float32 or bfloat16")
 
@@ -322,11 +325,11 @@ def hand_over(run: Run, vlm: model.VLM, tokenizer: data.Tokenizer, stage1_data: 
     """Scale the tokens up, and print what inflation is worth: loss on stage-1 data before any training."""
     losses = {"before": validation_loss(run, vlm, tokenizer, stage1_data, "pretrain")}
     cfg, before = vlm.cfg, (vlm.connector, vlm.cfg, vlm.vit.cfg, vlm.vit.embeddings.position_embedding)
-    model.scale_up(vlm, run.cfg.scale, inflate=False)
-    losses["random new scales"] = validation_loss(run, vlm, tokenizer, stage1_data, "pretrain")
-    vlm.connector, vlm.cfg, vlm.vit.cfg, vlm.vit.embeddings.position_embedding = before
-    model.scale_up(vlm, run.cfg.scale)
-    losses["inflated"] = validation_loss(run, vlm, tokenizer, stage1_data, "pretrain")
+    chosen = run.cfg.scale_init
+    for init in [*(other for other in ("random", "inflate") if other != chosen), chosen]:
+        vlm.connector, vlm.cfg, vlm.vit.cfg, vlm.vit.embeddings.position_embedding = before
+        model.scale_up(vlm, run.cfg.scale, init)
+        losses[init] = validation_loss(run, vlm, tokenizer, stage1_data, "pretrain")
     told = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
     run.say(
         f"--scale {run.cfg.scale}: {cfg.visual_tokens()} -> {vlm.cfg.visual_tokens()} visual tokens; "

@@ -267,7 +267,7 @@ def test_scaled_model_survives_a_round_trip(key_positions, tmp_path):
 def test_without_inflation_only_the_kept_scale_is_inherited():
     vlm = model.VLM(narrow())
     old = shaken(vlm.connector)
-    model.scale_up(vlm, "80to1296", inflate=False)
+    model.scale_up(vlm, "80to1296", "random")
     same = [torch.equal(a.blocks[0].to_q.weight, old.scales[b].blocks[0].to_q.weight)
             for a, b in zip(vlm.connector.scales, (0, 0, 1))]  # fmt: skip
     assert same == [True, False, False]

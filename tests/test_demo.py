@@ -30,5 +30,5 @@ def test_the_demo_sees(tmp_path):
     assert full["score"] >= 75 and full["score"] - full["blind_score"] >= 35, full
     assert pruned["score"] > pruned["blind_score"] + 20, pruned
     log = [json.loads(line) for line in (tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()]
-    assert log[0]["loss inflated"] < log[0]["loss random new scales"]
+    assert log[0]["loss inflate"] < log[0]["loss random"]
     assert (tmp_path / "report.html").stat().st_size > 20_000

@@ -1,10 +1,13 @@
 # make demo: the whole chain on the built-in world, about five minutes on two CPU cores
 # make test, make test-all: the tests; make assets: the shipped halves anew, about 50 minutes
+# make claims: the science table, about 20 minutes, ONLY=prefix of its cells, SEEDS=0,1
 PYTHON ?= python3
 SEED ?= 0
+SEEDS ?= 0
+ONLY ?= cos.
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint assets clean
+.PHONY: demo test test-all lint claims assets clean
 
 .venv/demo.ok: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -32,6 +35,9 @@ test-all: .venv/test.ok lint
 lint: .venv/test.ok
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+claims: .venv/demo.ok
+	$(BIN)/python tests/claims.py --only $(ONLY) --seeds $(SEEDS)
 
 assets: .venv/demo.ok
 	$(BIN)/python assets/make.py tokenizer

@@ -1,0 +1,320 @@
+"""The science table: small runs of both stages on Scenes, one a cell, compared question by question.
+
+    make claims                                           all of CELLS once, in their order
+    python tests/claims.py --list                         names, flags, what each is expected to take
+    python tests/claims.py --only cos.chain --seeds 0,1   the cells of that prefix, with two seeds
+    python tests/claims.py --minutes 20                   starts no cell after that; call again to go on
+
+Writes OUT.json (a row a cell), OUT/<config hash>.npz (right or wrong, question by question) and the
+checkpoints under OUT; equal flags of stage 1 share one. A finished cell is skipped, an unfinished one goes on
+at its last checkpoint, a failing one does not stop the others. Finished means: with the same flags, seed,
+scripts and halves; --reuse also takes what other scripts made (* behind the commit).
+
+128 px, so 16x16 patches, in both stages; 32 tokens become 336; equal samples everywhere. score: exact match
+on scenes_vqa; blind: the same questions about other pictures; ref: scenes_ref (greedy, IoU 0.5). Seconds are
+those of the training loops: no start, hand-over or checkpoint. The error of a difference is over questions,
+those about one picture taken together: it tells whether these two models differ. Whether their recipes do,
+only seeds tell; with several the larger of both errors decides.
+"""
+
+import functools
+import hashlib
+import json
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
+import model  # noqa: E402
+import train_pretrain  # noqa: E402
+import train_sft  # noqa: E402
+
+
+class Cell(NamedTuple):
+    name: str
+    stage1: str | None  # flags of train_pretrain.py; None: fine-tuned from the halves
+    stage2: str  # flags of train_sft.py
+    ms: tuple[float, float]  # a sample of stage 1 and of stage 2, about, on two quiet cores
+
+
+FEW = "--vit.image_size 128 --connector.plan 32"  # windows of 16 and 4 patches
+MANY = "--vit.image_size 128 --connector.windows 16,8,1 --connector.queries 16,16,1"  # what GROW comes to
+PLAIN = "--vit.image_size 128 --connector.kind resampler --connector.tokens"
+FULL = "--slow_share 1 --distill_weight 0"  # stage 2 on all tokens, without a teacher
+GROW = f"{FULL} --scale 1:0x1,0x2,1x4"  # 32 -> 16 + 64 + 256 at the same resolution
+BASE = "cos.chain.32-336"
+CELLS = [
+    Cell("cos.linear.256-256", "--vit.image_size 128 --connector.kind linear", FULL, (27, 23)),
+    Cell("cos.resampler.32-32", f"{PLAIN} 32", FULL, (9, 7)),  # it has no windows, so it cannot grow
+    Cell("cos.resampler.336-336", f"{PLAIN} 336", FULL, (37, 31)),
+    Cell(BASE, FEW, GROW, (9, 32)),
+    Cell("cos.chain.336-336", MANY, FULL, (39, 32)),
+    Cell("cos.chain.32-32", FEW, FULL, (9, 7)),  # what growing is worth
+    Cell("cos.chain.0-336", None, f"{MANY} {FULL}", (0, 32)),  # what stage 1 is worth
+    Cell("cos.reverse.32-336", f"{FEW} --connector.reverse true", GROW, (9, 32)),  # fine to coarse
+    Cell("cos.queries.32-336", FEW, f"{GROW} --scale_init queries", (9, 32)),  # new queries at random
+    Cell("cos.random.32-336", FEW, f"{GROW} --scale_init random", (9, 32)),  # new scales at random
+    Cell("cos.onelevel.32-336", f"{FEW} --connector.levels 4", GROW, (9, 28)),
+    Cell("cos.lasttwice.32-336", f"{FEW} --connector.levels 4,4", GROW, (9, 32)),  # as deep as two levels
+    Cell("cos.at64px.32-336", "--connector.plan 32", f"{FULL} --scale 32to336", (7, 32)),  # 8x8 patches first
+]
+TRAIN = {"stage1": train_pretrain.main, "stage2": train_sft.main}  # the command lines, in this process
+COMPARE = [(BASE, cell.name) for cell in CELLS if cell.name.startswith("cos.") and cell.name != BASE]
+COMPARE += [("cos.chain.336-336", "cos.resampler.336-336"), ("cos.chain.32-32", "cos.resampler.32-32")]
+
+
+@dataclass
+class ClaimsConfig:
+    out: str = "runs/claims"  # folder of checkpoints and answers; the table is beside it, OUT.json
+    only: str = ""  # names of cells begin so
+    seeds: list[int] = field(default_factory=lambda: [0])  # of both stages; the questions stay the same
+    list: bool = False  # show the cells, run nothing
+    minutes: float = 0.0  # start no cell after that; 0: no limit
+    reuse: bool = False  # results that other scripts made count, too
+    steps1: int = 200  # optimizer steps of stage 1
+    steps2: int = 50  # and of stage 2
+    batch_size: int = 16
+    n: int = 800  # questions of each of the five types of scenes_vqa
+    ref: int = 400  # questions of scenes_ref; 0: none
+
+
+def digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@functools.cache
+def code_hash() -> str:
+    """Of what a result depends on besides its flags: the six scripts and the shipped halves."""
+    names = ("model", "data", "prune", "train_pretrain", "train_sft", "eval")
+    halves = sorted([*model.ASSETS.glob("tiny_*/*"), model.ASSETS / "scenes.tiktoken"])
+    files = [ROOT / f"{name}.py" for name in names] + halves
+    return digest([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
+
+
+def stage_flags(cell: Cell, seed: int, cfg: ClaimsConfig) -> list[list[str] | None]:
+    """The flags of both stages, but for --init, --out and --resume."""
+    each = f"--data scenes --seed {seed} --batch_size {cfg.batch_size} --log_every 10 --save_every 50 --steps"
+    first = None if cell.stage1 is None else f"{each} {cfg.steps1} {cell.stage1}".split()
+    return [first, f"{each} {cfg.steps2} {cell.stage2}".split()]
+
+
+def config_hash(cell: Cell, seed: int, cfg: ClaimsConfig) -> str:
+    return digest([stage_flags(cell, seed, cfg), cfg.n, cfg.ref])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A cell
+
+
+def run_stage(stage: str, argv: list[str], init: Path | None, out: Path) -> tuple[Path, dict]:
+    """Train a stage unless it is done. Its folder is named by all it depends on, the stage before too.
+
+    Returns its folder, and seconds (those before an interruption too) and visual tokens from its log.
+    """
+    folder = out / f"{stage}-{digest([argv, init and init.name, code_hash()])}"
+    if not (folder / "done.json").is_file():
+        start = ["--init", str(init)] if init else []
+        TRAIN[stage]([*argv, *start, "--out", str(folder), "--resume", "auto"])
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        logged = [line for line in lines if "samples_per_s" in line]
+        steps = np.diff([0] + [line["step"] for line in logged])
+        samples = steps * int(argv[argv.index("--batch_size") + 1])
+        seconds = sum(n / line["samples_per_s"] for n, line in zip(samples, logged))
+        facts = {"seconds": round(float(seconds), 1), "visual_tokens": logged[-1]["visual_tokens"]}
+        model.write_json(folder / "done.json", facts)
+    return folder, model.read_json(folder / "done.json")
+
+
+def run_cell(cell: Cell, seed: int, cfg: ClaimsConfig) -> dict:
+    """Both stages and the questions: the row of the table. The answers are written to a file."""
+    out, facts, last = Path(cfg.out), {}, None
+    for stage, argv in zip(("stage1", "stage2"), stage_flags(cell, seed, cfg)):
+        if argv:
+            last, facts[stage] = run_stage(stage, argv, last, out)
+    name, began = config_hash(cell, seed, cfg), time.perf_counter()
+    answers = examine(last, cfg)
+    seconds = {stage: told["seconds"] for stage, told in facts.items()}
+    seconds["eval"] = round(time.perf_counter() - began, 1)
+    np.savez_compressed(out / f"{name}.npz", **answers)
+    score, error = mean_and_error(100 * answers["right"], answers["picture"])
+    return {
+        "cell": cell.name, "config_hash": name, "code_hash": code_hash(), "commit": evaluation.git_commit(),
+        "seed": seed, "score": round(score, 2), "stderr": round(error, 2),
+        "blind_score": round(100 * float(answers["blind"].mean()), 2), "n": len(answers["right"]),
+        "ref": round(100 * float(answers["ref"].mean()), 2) if cfg.ref else None, "seconds": seconds,
+        "visual_tokens": {stage: told["visual_tokens"] for stage, told in facts.items()},
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Scoring. Greedy decoding gives exactly the right answer, and stops, if and only if the likeliest token after
+# the question and the right answer so far is the next one, at every place of the answer and at its end: one
+# forward pass instead of a generation. (eval.py forgives more: "two" for 2.) All questions asked about a
+# picture lie behind it in one row, each seeing the picture and itself only: it is encoded and read once.
+
+
+@functools.cache
+def exam(n: int, size: int, resample: int) -> tuple:
+    """Questions, different pictures, and the number of each question's picture, its own and another's."""
+    questions = evaluation.scenes_task("scenes_vqa", n, 0).questions
+    images = [q.image for q in questions]
+    number = {image: i for i, image in enumerate(dict.fromkeys(images))}
+    cfg = model.ModelConfig(model.ImageConfig(resample=resample), model.ViTConfig(image_size=size))
+    pixels = torch.from_numpy(data.load_images([*number], cfg))
+    own, other = ([number[i] for i in those] for those in (images, evaluation.derange(images, 0)))
+    return questions, pixels, own, other
+
+
+@torch.no_grad()
+def right_answers(vlm, tokenizer, questions, pixels, pictures: list[int], batch: int = 16) -> np.ndarray:
+    """Whether question i, asked about picture pictures[i], gets exactly its answer: bool (questions,)"""
+    laid, asked, right = [], [[] for _ in pixels], np.ones(len(questions), bool)
+    for i, (question, picture) in enumerate(zip(questions, pictures)):
+        pieces = data.prompt_pieces(question.text, 1, tokenizer)
+        pieces.append(([*tokenizer.encode(question.answers[0]), tokenizer.end], True))
+        x = data.lay_out(pieces, vlm.cfg.visual_tokens())
+        T = len(x.ids)
+        laid.append(np.stack([np.full(T, i + 1), x.ids, x.slot, x.targets, np.arange(T)]))
+        asked[picture].append(i)
+    head = int(np.flatnonzero(laid[0][2] >= 0)[-1]) + 1  # what all share: up to the end of the picture
+    rows = []
+    for picture in (p for p in range(len(pixels)) if asked[p]):
+        parts = [laid[asked[picture][0]][:, :head].copy(), *(laid[i][:, head:] for i in asked[picture])]
+        parts[0][0] = 0  # whose positions: of the picture 0, of question i i + 1
+        rows.append((picture, np.concatenate(parts, 1)))
+    rows.sort(key=lambda row: row[1].shape[1])
+    for first in range(0, len(rows), batch):
+        chosen, parts = zip(*rows[first : first + batch])
+        T = parts[-1].shape[1]
+        table = np.tile(np.array([-1, 0, -1, -1, 0])[:, None, None], (1, len(parts), T))  # padding
+        for b, part in enumerate(parts):
+            table[:, b, : part.shape[1]] = part
+        who, ids, slot, targets, positions = torch.from_numpy(table)  # each (B, T)
+        bank = vlm.encode(pixels[list(chosen)]).flatten(0, 1)  # (B*V, D)
+        x = vlm.splice(data.Rows(ids, slot >= 0, positions, who, torch.arange(len(bank)), None, None), bank)
+        mask = (who[:, :, None] == who[:, None]) | (who[:, None] == 0)  # (B, T, T)
+        mask &= torch.ones(T, T, dtype=torch.bool).tril()
+        hidden = vlm.decoder.hidden(x, positions, mask[:, None])[targets >= 0]  # (R, D)
+        wrong = vlm.decoder.head(hidden).argmax(-1) != targets[targets >= 0]
+        right[who[targets >= 0][wrong].numpy() - 1] = False
+    return right
+
+
+def examine(run: Path, cfg: ClaimsConfig) -> dict[str, np.ndarray]:
+    """right, blind and picture of every question of scenes_vqa; ref: hits of scenes_ref, decoded greedily."""
+    step = model.find_step(run)
+    vlm = model.VLM.from_pretrained(step).eval()
+    tokenizer = data.Tokenizer.from_pretrained(step / "tokenizer")
+    questions, pixels, own, other = exam(cfg.n, vlm.cfg.vit.image_size, vlm.cfg.image.resample)
+    both = right_answers(vlm, tokenizer, questions * 2, pixels, own + other)
+    task = evaluation.scenes_task("scenes_ref", cfg.ref, 0)
+    images = [q.image for q in task.questions]
+    said = evaluation.answer_all(vlm, tokenizer, task, images, "full", evaluation.EvalConfig())
+    ref = np.array(evaluation.score_answers(task, said))
+    return {"right": both[: len(own)], "blind": both[len(own) :], "picture": np.array(own), "ref": ref}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The table
+
+
+def mean_and_error(values: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
+    """Mean and its standard error where values of a group (a picture's questions) hang together.
+
+    With groups of one value each it is the usual error of a mean.
+    """
+    _, member = np.unique(groups, return_inverse=True)
+    sums = np.bincount(member, values - values.mean())
+    square = len(sums) / max(1, len(sums) - 1) * (sums**2).sum()
+    return float(values.mean()), float(np.sqrt(square)) / len(values)
+
+
+def difference(ours: list[dict], theirs: list[dict]) -> tuple[float, float, float]:
+    """Mean of a - b in points, its error over questions, and over seeds (0 for one); an entry a seed."""
+    each = np.array([100.0 * a["right"] - 100.0 * b["right"] for a, b in zip(ours, theirs)])  # (seeds, n)
+    mean, error = mean_and_error(each.mean(0), ours[0]["picture"])
+    return mean, error, each.mean(1).std(ddof=1) / len(each) ** 0.5 if len(each) > 1 else 0.0
+
+
+def read_rows(cfg: ClaimsConfig, every: bool) -> dict[str, dict]:
+    """Rows by config hash: every one, or those of today's scripts."""
+    table = Path(cfg.out).with_suffix(".json")
+    rows = model.read_json(table)["rows"] if table.is_file() else []
+    return {row["config_hash"]: row for row in rows if every or row["code_hash"] == code_hash()}
+
+
+def print_table(cells: list[Cell], cfg: ClaimsConfig) -> None:
+    rows = read_rows(cfg, cfg.reuse)
+    found = {(c.name, s): rows.get(config_hash(c, s, cfg)) for c in cells for s in cfg.seeds}
+    print(f"\n{'cell':<24}seed   score     ±  blind    ref    tokens  stage 1 s  stage 2 s  eval s  commit")
+    for (name, seed), row in found.items():
+        if row:
+            tokens, took = ">".join(map(str, row["visual_tokens"].values())), row["seconds"]
+            line = f"{name:<24}{seed:>4}{row['score']:>8.1f}{row['stderr']:>6.1f}{row['blind_score']:>7.1f}"
+            line += (
+                f"{row['ref'] or 0:>7.1f}{tokens:>10}{took.get('stage1', 0):>11.1f}{took['stage2']:>11.1f}"
+            )
+            line += f"{took['eval']:>8.1f}  {row['commit']}"
+            print(line + "*" * (row["code_hash"] != code_hash()))
+    print(f"\n{'a':<24}{'b':<24}  a - b     ±  ± seeds")
+    for pair in COMPARE:
+        both = [[found.get((name, seed)) for seed in cfg.seeds] for name in pair]
+        both = [[row["config_hash"] for row in side] for side in zip(*(r for r in zip(*both) if all(r)))]
+        if both:
+            mean, error, spread = difference(
+                *([np.load(f"{cfg.out}/{name}.npz") for name in side] for side in both)
+            )
+            told = "  below resolution" * (abs(mean) < 2 * max(error, spread))
+            print(f"{pair[0]:<24}{pair[1]:<24}{mean:>+7.1f}{error:>6.1f}{spread:>9.1f}{told}")
+
+
+def main(argv: list[str]) -> None:
+    cfg = ClaimsConfig()
+    model.parse_cli(argv, __doc__, cfg)
+    cells = [cell for cell in CELLS if cell.name.startswith(cfg.only)]
+    if not cells:
+        raise model.UserError(f"--only '{cfg.only}': no cell begins so; see --list")
+    done, todo, shared, failed = read_rows(cfg, cfg.reuse), [], set(), []
+    for seed, cell in ((seed, cell) for seed in cfg.seeds for cell in cells):
+        ready, first = config_hash(cell, seed, cfg) in done, (seed, cell.stage1)
+        ms = cell.ms[0] * (first not in shared) * cfg.steps1 + cell.ms[1] * cfg.steps2
+        seconds = ms * cfg.batch_size / 1000 + 25  # for the hand-over and the questions
+        if not ready:
+            todo.append((cell, seed, seconds))
+            shared.add(first)
+        if cfg.list:
+            state = "done" if ready else f"about {seconds:.0f} s"
+            print(f"{cell.name:<24}{seed:>3}  {state:<12}{cell.stage1 or 'no stage 1'} | {cell.stage2}")
+    total = sum(seconds for _, _, seconds in todo) / 60
+    print(f"{len(todo)} cells to run, about {total:.0f} minutes on two quiet cores", flush=True)
+    began = time.perf_counter()
+    for cell, seed, seconds in [] if cfg.list else todo:
+        if cfg.minutes and time.perf_counter() - began > 60 * cfg.minutes:
+            print(f"--minutes {cfg.minutes:g} are over: call again to go on")
+            break
+        print(f"{cell.name}, seed {seed}: about {seconds:.0f} s", flush=True)
+        try:
+            row = run_cell(cell, seed, cfg)
+            rows = {**read_rows(cfg, every=True), row["config_hash"]: row}
+            model.write_json(Path(cfg.out).with_suffix(".json"), {"rows": [*rows.values()]})
+        except Exception:  # whatever it is, the other cells are not to be lost
+            traceback.print_exc()
+            failed.append(f"{cell.name} seed {seed}")
+    if not cfg.list:
+        print_table(cells, cfg)
+    if failed:
+        raise model.UserError(f"failed, while the others are done: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    model.run_cli(main)

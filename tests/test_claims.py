@@ -1,0 +1,189 @@
+"""The science harness: paired differences, caching and resuming, the one-pass scorer, a whole tiny cell."""
+
+import json
+from pathlib import Path
+
+import claims
+import numpy as np
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import model
+
+
+def test_errors_are_those_of_the_formula():
+    draw = np.random.default_rng(0)
+    values = draw.normal(3, 2, 500)
+    mean, error = claims.mean_and_error(values, np.arange(500))
+    assert np.isclose(mean, values.mean()) and np.isclose(error, values.std(ddof=1) / 500**0.5)
+    assert np.isclose(error, evaluation.standard_error([*values]))
+    twice = claims.mean_and_error(np.repeat(values, 2), np.repeat(np.arange(500), 2))
+    assert np.allclose(twice, (mean, error))  # asking everything twice teaches nothing
+
+
+def test_paired_difference():
+    a, b = np.array([1, 1, 1, 0, 1, 0], bool), np.array([1, 0, 1, 0, 0, 1], bool)
+    one = {"right": a, "picture": np.arange(6)}, {"right": b, "picture": np.arange(6)}
+    each = 100 * np.array([0, 1, 0, 0, 1, -1])
+    mean, error, spread = claims.difference(*([side] for side in one))
+    assert np.isclose(mean, 100 / 6) and np.isclose(error, each.std(ddof=1) / 6**0.5) and spread == 0
+    mean, _, spread = claims.difference([one[0], one[1]], [one[1], one[1]])  # two seeds: 16.7 and 0
+    assert np.isclose(mean, 100 / 12) and np.isclose(spread, 100 / 12)
+
+
+FIRST, SECOND = claims.FEW, claims.GROW
+CELLS = [
+    claims.Cell("a.one", FIRST, SECOND, (1, 1)),
+    claims.Cell("a.two", FIRST, claims.FULL, (1, 1)),
+    claims.Cell("a.direct", None, SECOND, (1, 1)),
+    claims.Cell("b.other", f"{FIRST} --connector.reverse true", SECOND, (1, 1)),
+]
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path) -> list:
+    """Training and questions replaced by stubs; what they were called with. claims.broken makes one fail."""
+    seen = []
+
+    def train(stage):
+        def run(argv):
+            folder = Path(argv[argv.index("--out") + 1])
+            assert argv[-2:] == ["--resume", "auto"]
+            seen.append((stage, folder.name))
+            if claims.broken in argv:
+                raise RuntimeError("out of paper")
+            folder.mkdir(parents=True, exist_ok=True)
+            steps = int(argv[argv.index("--steps") + 1])
+            lines = [{"loss inflate": 1.0}, {"step": 3, "samples_per_s": 16, "visual_tokens": 32}]
+            lines.append({"step": steps, "samples_per_s": 8, "visual_tokens": 32})
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+        return run
+
+    def examine(run, cfg):
+        seen.append(("eval", run.name))
+        right = np.random.default_rng(len(seen)).random(50) < 0.5
+        return {"right": right, "blind": ~right, "picture": np.arange(50) // 5, "ref": right[:4]}
+
+    monkeypatch.setattr(claims, "TRAIN", {stage: train(stage) for stage in ("stage1", "stage2")})
+    monkeypatch.setattr(claims, "examine", examine)
+    monkeypatch.setattr(claims, "CELLS", CELLS)
+    monkeypatch.setattr(claims, "COMPARE", [("a.one", "a.two")])
+    monkeypatch.setattr(claims, "broken", "nothing", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return seen
+
+
+def rows() -> dict:
+    return {
+        (row["cell"], row["seed"]): row for row in json.loads(Path("runs/claims.json").read_text())["rows"]
+    }
+
+
+def test_cells_share_stage_1_and_are_run_once(calls, capsys):
+    claims.main([])
+    assert [stage for stage, _ in calls] == ["stage1", "stage2", "eval", "stage2", "eval"] + [
+        "stage2", "eval", "stage1", "stage2", "eval"
+    ]  # fmt: skip
+    assert len({name for stage, name in calls if stage == "stage2"}) == 4
+    row = rows()["a.one", 0]
+    assert row["seconds"]["stage1"] == 3 * 16 / 16 + 197 * 16 / 8 and row["n"] == 50
+    assert rows()["a.direct", 0]["seconds"].keys() == {"stage2", "eval"}
+    assert np.load(f"runs/claims/{row['config_hash']}.npz")["right"].mean() * 100 == row["score"]
+    shown = capsys.readouterr().out
+    assert "4 cells to run" in shown and "a - b" in shown and shown.count("a.two") == 3
+    calls.clear()
+    claims.main([])
+    assert not calls
+    claims.main(["--seeds", "0,1", "--only", "a.o"])
+    assert [stage for stage, _ in calls] == ["stage1", "stage2", "eval"] and ("a.one", 1) in rows()
+    claims.main(["--steps2", "51", "--only", "a.o"])  # other flags: the result before stays in the file
+    assert [stage for stage, _ in calls[3:]] == ["stage2", "eval"]
+
+
+def test_other_scripts_are_not_silently_reused(calls, monkeypatch, capsys):
+    claims.main(["--only", "a.one"])
+    calls.clear()
+    monkeypatch.setattr(claims, "code_hash", lambda: "another")
+    capsys.readouterr()
+    claims.main(["--only", "a.one", "--reuse", "true"])
+    assert not calls and "*" in capsys.readouterr().out
+    claims.main(["--only", "a.one"])
+    assert [stage for stage, _ in calls] == ["stage1", "stage2", "eval"]
+
+
+def test_a_failing_cell_loses_no_other_and_goes_on_later(calls, monkeypatch):
+    monkeypatch.setattr(claims, "broken", SECOND.split()[-1])
+    with pytest.raises(model.UserError, match="a.one seed 0, a.direct seed 0, b.other seed 0"):
+        claims.main([])
+    assert rows().keys() == {("a.two", 0)}
+    monkeypatch.setattr(claims, "broken", "nothing")
+    calls.clear()
+    claims.main(["--only", "a.one"])
+    assert [stage for stage, _ in calls] == ["stage2", "eval"]  # its stage 1 was done
+
+
+def test_limit_list_and_unknown_cells(calls, capsys):
+    claims.main(["--minutes", "1e-9"])
+    claims.main(["--list"])
+    assert not calls and "b.other" in capsys.readouterr().out
+    with pytest.raises(model.UserError, match="no cell begins so"):
+        claims.main(["--only", "zzz"])
+
+
+def test_the_list_of_cells():
+    names = [cell.name for cell in __import__("claims").CELLS]
+    assert len(set(names)) == len(names) and {x for pair in claims.COMPARE for x in pair} <= set(names)
+    for cell in claims.CELLS:  # the geometry that each cell claims by its name
+        cfg = model.copy_config(model.preset("tiny")["model"])
+        given = (cell.stage1 or cell.stage2).split()
+        model.parse_cli([x for x in given if x], "", cfg, claims.train_sft.SftConfig())
+        first, last = cell.name.split(".")[-1].split("-")
+        scale = cell.stage2.split("--scale ")[1].split()[0] if "--scale " in cell.stage2 else ""
+        if cell.stage1:
+            assert cfg.check().visual_tokens() == int(first)
+        cfg = model.scaled_config(cfg, scale) if scale else cfg.check()
+        assert cfg.visual_tokens() == int(last) and cfg.side == 16
+        if last == "336" and cfg.connector.kind == "chain":
+            assert cfg.connector.windows == [16, 8, 1] and cfg.connector.queries == [16, 16, 1]
+
+
+@pytest.mark.parametrize("flags", [claims.FEW, "--connector.kind linear", "--connector.kind resampler"])
+def test_one_pass_equals_greedy_decoding_for_all_questions(flags):
+    """The shipped decoder already answers, often wrongly: nobody has shown it a picture."""
+    torch.manual_seed(0)
+    cfg = model.copy_config(model.preset("tiny")["model"])
+    model.parse_cli(flags.split(), "", cfg)
+    vlm, tokenizer = model.VLM.build(cfg).eval(), data.find_tokenizer(cfg)
+    questions, pixels, own, other = claims.exam(24, cfg.vit.image_size, cfg.image.resample)
+    right = claims.right_answers(vlm, tokenizer, questions * 2, pixels, own + other, batch=5)
+    images = [q.image for q in questions]
+    task = evaluation.Task("scenes_vqa", "vqa", questions, max_new_tokens=16)
+    for mine, shown in zip(right.reshape(2, -1), (images, evaluation.derange(images, 0))):
+        said = evaluation.answer_all(vlm, tokenizer, task, shown, "full", evaluation.EvalConfig())
+        assert [*mine] == [s == q.answers[0] for s, q in zip(said, questions)]
+        assert [*mine] == evaluation.score_answers(task, said)  # here nobody says "two" for 2
+        assert 0 < mine.mean() < 1
+        asked = [evaluation.Question(q.image, q.text, [s]) for q, s in zip(questions, said)]
+        whole = [len(tokenizer.encode(s)) < 16 for s in said]  # ended by itself
+        pictures = own if shown is images else other
+        assert (claims.right_answers(vlm, tokenizer, asked, pixels, pictures)[whole]).all()
+
+
+def test_a_whole_cell(small_halves, tmp_path, monkeypatch):
+    first = " ".join(["--connector.plan 32 --row_length 128", *small_halves])
+    cell = claims.Cell("tiny.32-144", first, f"{claims.FULL} --scale 32to144", (1, 1))
+    monkeypatch.setattr(claims, "CELLS", [cell])
+    flags = ["--steps1", "2", "--steps2", "2", "--batch_size", "4", "--n", "6", "--ref", "4"]
+    claims.main([*flags, "--out", str(tmp_path / "c")])
+    row = json.loads((tmp_path / "c.json").read_text())["rows"][0]
+    assert row["visual_tokens"] == {"stage1": 32, "stage2": 144} and row["n"] == 30
+    assert (
+        row["seconds"].keys() == {"stage1", "stage2", "eval"} and row["commit"] and 0 <= row["score"] <= 100
+    )
+    (tmp_path / "c.json").unlink()  # lost: only the questions are asked again
+    monkeypatch.setattr(claims, "TRAIN", {})
+    claims.main([*flags, "--out", str(tmp_path / "c")])
+    assert json.loads((tmp_path / "c.json").read_text())["rows"][0]["score"] == row["score"]

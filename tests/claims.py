@@ -17,7 +17,6 @@ those about one picture taken together: it tells whether these two models differ
 only seeds tell; with several the larger of both errors decides.
 """
 
-import functools
 import hashlib
 import json
 import sys
@@ -29,6 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -55,18 +55,18 @@ GROW = f"{FULL} --scale 1:0x1,0x2,1x4"  # 32 -> 16 + 64 + 256 at the same resolu
 BASE = "cos.chain.32-336"
 CELLS = [
     Cell("cos.linear.256-256", "--vit.image_size 128 --connector.kind linear", FULL, (27, 23)),
-    Cell("cos.resampler.32-32", f"{PLAIN} 32", FULL, (9, 7)),  # it has no windows, so it cannot grow
+    Cell("cos.resampler.32-32", f"{PLAIN} 32", FULL, (10, 7)),  # it has no windows, so it cannot grow
     Cell("cos.resampler.336-336", f"{PLAIN} 336", FULL, (37, 31)),
-    Cell(BASE, FEW, GROW, (9, 32)),
+    Cell(BASE, FEW, GROW, (10, 32)),
     Cell("cos.chain.336-336", MANY, FULL, (39, 32)),
-    Cell("cos.chain.32-32", FEW, FULL, (9, 7)),  # what growing is worth
+    Cell("cos.chain.32-32", FEW, FULL, (10, 7)),  # what growing is worth
     Cell("cos.chain.0-336", None, f"{MANY} {FULL}", (0, 32)),  # what stage 1 is worth
-    Cell("cos.reverse.32-336", f"{FEW} --connector.reverse true", GROW, (9, 32)),  # fine to coarse
-    Cell("cos.queries.32-336", FEW, f"{GROW} --scale_init queries", (9, 32)),  # new queries at random
-    Cell("cos.random.32-336", FEW, f"{GROW} --scale_init random", (9, 32)),  # new scales at random
-    Cell("cos.onelevel.32-336", f"{FEW} --connector.levels 4", GROW, (9, 28)),
-    Cell("cos.lasttwice.32-336", f"{FEW} --connector.levels 4,4", GROW, (9, 32)),  # as deep as two levels
-    Cell("cos.at64px.32-336", "--connector.plan 32", f"{FULL} --scale 32to336", (7, 32)),  # 8x8 patches first
+    Cell("cos.reverse.32-336", f"{FEW} --connector.reverse true", GROW, (10, 32)),  # fine to coarse
+    Cell("cos.queries.32-336", FEW, f"{GROW} --scale_init queries", (10, 32)),  # new queries at random
+    Cell("cos.random.32-336", FEW, f"{GROW} --scale_init random", (10, 32)),  # new scales at random
+    Cell("cos.onelevel.32-336", f"{FEW} --connector.levels 4", GROW, (10, 28)),
+    Cell("cos.lasttwice.32-336", f"{FEW} --connector.levels 4,4", GROW, (10, 32)),  # as deep as two levels
+    Cell("cos.at64px.32-336", "--connector.plan 32", f"{FULL} --scale 32to336", (8, 32)),  # 8x8 patches first
 ]
 TRAIN = {"stage1": train_pretrain.main, "stage2": train_sft.main}  # the command lines, in this process
 COMPARE = [(BASE, cell.name) for cell in CELLS if cell.name.startswith("cos.") and cell.name != BASE]
@@ -92,13 +92,10 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-@functools.cache
-def code_hash() -> str:
-    """Of what a result depends on besides its flags: the six scripts and the shipped halves."""
-    names = ("model", "data", "prune", "train_pretrain", "train_sft", "eval")
-    halves = sorted([*model.ASSETS.glob("tiny_*/*"), model.ASSETS / "scenes.tiktoken"])
-    files = [ROOT / f"{name}.py" for name in names] + halves
-    return digest([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
+# What a result depends on besides its flags: the six scripts and the shipped halves.
+SCRIPTS = [ROOT / f"{name}.py" for name in "model data prune train_pretrain train_sft eval".split()]
+HALVES = sorted([*model.ASSETS.glob("tiny_*/*"), model.ASSETS / "scenes.tiktoken"])
+CODE = digest([hashlib.sha256(file.read_bytes()).hexdigest() for file in SCRIPTS + HALVES])
 
 
 def stage_flags(cell: Cell, seed: int, cfg: ClaimsConfig) -> list[list[str] | None]:
@@ -112,25 +109,20 @@ def config_hash(cell: Cell, seed: int, cfg: ClaimsConfig) -> str:
     return digest([stage_flags(cell, seed, cfg), cfg.n, cfg.ref])
 
 
-# ---------------------------------------------------------------------------------------------------------
-# A cell
-
-
 def run_stage(stage: str, argv: list[str], init: Path | None, out: Path) -> tuple[Path, dict]:
     """Train a stage unless it is done. Its folder is named by all it depends on, the stage before too.
 
-    Returns its folder, and seconds (those before an interruption too) and visual tokens from its log.
+    Also returns what its log says: seconds, with those before an interruption, and visual tokens.
     """
-    folder = out / f"{stage}-{digest([argv, init and init.name, code_hash()])}"
+    folder = out / f"{stage}-{digest([argv, init and init.name, CODE])}"
     if not (folder / "done.json").is_file():
         start = ["--init", str(init)] if init else []
         TRAIN[stage]([*argv, *start, "--out", str(folder), "--resume", "auto"])
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         logged = [line for line in lines if "samples_per_s" in line]
-        steps = np.diff([0] + [line["step"] for line in logged])
-        samples = steps * int(argv[argv.index("--batch_size") + 1])
-        seconds = sum(n / line["samples_per_s"] for n, line in zip(samples, logged))
-        facts = {"seconds": round(float(seconds), 1), "visual_tokens": logged[-1]["visual_tokens"]}
+        samples = np.diff([0] + [line["step"] for line in logged]) * int(argv[argv.index("--batch_size") + 1])
+        seconds = float(sum(samples / [line["samples_per_s"] for line in logged]))
+        facts = {"seconds": round(seconds, 1), "visual_tokens": logged[-1]["visual_tokens"]}
         model.write_json(folder / "done.json", facts)
     return folder, model.read_json(folder / "done.json")
 
@@ -148,7 +140,7 @@ def run_cell(cell: Cell, seed: int, cfg: ClaimsConfig) -> dict:
     np.savez_compressed(out / f"{name}.npz", **answers)
     score, error = mean_and_error(100 * answers["right"], answers["picture"])
     return {
-        "cell": cell.name, "config_hash": name, "code_hash": code_hash(), "commit": evaluation.git_commit(),
+        "cell": cell.name, "config_hash": name, "code_hash": CODE, "commit": evaluation.git_commit(),
         "seed": seed, "score": round(score, 2), "stderr": round(error, 2),
         "blind_score": round(100 * float(answers["blind"].mean()), 2), "n": len(answers["right"]),
         "ref": round(100 * float(answers["ref"].mean()), 2) if cfg.ref else None, "seconds": seconds,
@@ -163,7 +155,6 @@ def run_cell(cell: Cell, seed: int, cfg: ClaimsConfig) -> dict:
 # picture lie behind it in one row, each seeing the picture and itself only: it is encoded and read once.
 
 
-@functools.cache
 def exam(n: int, size: int, resample: int) -> tuple:
     """Questions, different pictures, and the number of each question's picture, its own and another's."""
     questions = evaluation.scenes_task("scenes_vqa", n, 0).questions
@@ -183,30 +174,23 @@ def right_answers(vlm, tokenizer, questions, pixels, pictures: list[int], batch:
         pieces = data.prompt_pieces(question.text, 1, tokenizer)
         pieces.append(([*tokenizer.encode(question.answers[0]), tokenizer.end], True))
         x = data.lay_out(pieces, vlm.cfg.visual_tokens())
-        T = len(x.ids)
-        laid.append(np.stack([np.full(T, i + 1), x.ids, x.slot, x.targets, np.arange(T)]))
+        who, positions = np.full(len(x.ids), i), np.arange(len(x.ids))
+        laid.append(torch.from_numpy(np.stack([who, x.ids, x.slot, x.targets, positions], 1)))  # (T, 5)
         asked[picture].append(i)
-    head = int(np.flatnonzero(laid[0][2] >= 0)[-1]) + 1  # what all share: up to the end of the picture
-    rows = []
-    for picture in (p for p in range(len(pixels)) if asked[p]):
-        parts = [laid[asked[picture][0]][:, :head].copy(), *(laid[i][:, head:] for i in asked[picture])]
-        parts[0][0] = 0  # whose positions: of the picture 0, of question i i + 1
-        rows.append((picture, np.concatenate(parts, 1)))
-    rows.sort(key=lambda row: row[1].shape[1])
+    head = int((laid[0][:, 2] >= 0).nonzero()[-1]) + 1  # what all share: up to the end of the picture
+    front = laid[0][:head] * torch.tensor([0, 1, 1, 1, 1]) - torch.tensor([2, 0, 0, 0, 0])  # its who is -2
+    rows = [(p, torch.cat([front, *(laid[i][head:] for i in own)])) for p, own in enumerate(asked) if own]
+    rows.sort(key=lambda row: len(row[1]))
     for first in range(0, len(rows), batch):
         chosen, parts = zip(*rows[first : first + batch])
-        T = parts[-1].shape[1]
-        table = np.tile(np.array([-1, 0, -1, -1, 0])[:, None, None], (1, len(parts), T))  # padding
-        for b, part in enumerate(parts):
-            table[:, b, : part.shape[1]] = part
-        who, ids, slot, targets, positions = torch.from_numpy(table)  # each (B, T)
+        who, ids, slot, targets, positions = pad_sequence(parts, True, -1).unbind(-1)  # each (B, T)
         bank = vlm.encode(pixels[list(chosen)]).flatten(0, 1)  # (B*V, D)
-        x = vlm.splice(data.Rows(ids, slot >= 0, positions, who, torch.arange(len(bank)), None, None), bank)
-        mask = (who[:, :, None] == who[:, None]) | (who[:, None] == 0)  # (B, T, T)
-        mask &= torch.ones(T, T, dtype=torch.bool).tril()
+        index = torch.arange(len(bank))
+        x = vlm.splice(data.Rows(ids.clamp(0), slot >= 0, positions, who, index, None, None), bank)
+        mask = ((who[:, :, None] == who[:, None]) | (who[:, None] == -2)).tril()  # (B, T, T)
         hidden = vlm.decoder.hidden(x, positions, mask[:, None])[targets >= 0]  # (R, D)
         wrong = vlm.decoder.head(hidden).argmax(-1) != targets[targets >= 0]
-        right[who[targets >= 0][wrong].numpy() - 1] = False
+        right[who[targets >= 0][wrong].numpy()] = False
     return right
 
 
@@ -218,21 +202,14 @@ def examine(run: Path, cfg: ClaimsConfig) -> dict[str, np.ndarray]:
     questions, pixels, own, other = exam(cfg.n, vlm.cfg.vit.image_size, vlm.cfg.image.resample)
     both = right_answers(vlm, tokenizer, questions * 2, pixels, own + other)
     task = evaluation.scenes_task("scenes_ref", cfg.ref, 0)
-    images = [q.image for q in task.questions]
-    said = evaluation.answer_all(vlm, tokenizer, task, images, "full", evaluation.EvalConfig())
+    boxes = [q.image for q in task.questions]
+    said = evaluation.answer_all(vlm, tokenizer, task, boxes, "full", evaluation.EvalConfig())
     ref = np.array(evaluation.score_answers(task, said))
     return {"right": both[: len(own)], "blind": both[len(own) :], "picture": np.array(own), "ref": ref}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The table
-
-
 def mean_and_error(values: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
-    """Mean and its standard error where values of a group (a picture's questions) hang together.
-
-    With groups of one value each it is the usual error of a mean.
-    """
+    """Mean and its standard error where values of a group (a picture's questions) hang together."""
     _, member = np.unique(groups, return_inverse=True)
     sums = np.bincount(member, values - values.mean())
     square = len(sums) / max(1, len(sums) - 1) * (sums**2).sum()
@@ -246,34 +223,28 @@ def difference(ours: list[dict], theirs: list[dict]) -> tuple[float, float, floa
     return mean, error, each.mean(1).std(ddof=1) / len(each) ** 0.5 if len(each) > 1 else 0.0
 
 
-def read_rows(cfg: ClaimsConfig, every: bool) -> dict[str, dict]:
-    """Rows by config hash: every one, or those of today's scripts."""
+def read_rows(cfg: ClaimsConfig, every: bool) -> dict[str, dict]:  # all, or those of today's scripts
     table = Path(cfg.out).with_suffix(".json")
     rows = model.read_json(table)["rows"] if table.is_file() else []
-    return {row["config_hash"]: row for row in rows if every or row["code_hash"] == code_hash()}
+    return {row["config_hash"]: row for row in rows if every or row["code_hash"] == CODE}
 
 
 def print_table(cells: list[Cell], cfg: ClaimsConfig) -> None:
     rows = read_rows(cfg, cfg.reuse)
     found = {(c.name, s): rows.get(config_hash(c, s, cfg)) for c in cells for s in cfg.seeds}
     print(f"\n{'cell':<24}seed   score     ±  blind    ref    tokens  stage 1 s  stage 2 s  eval s  commit")
-    for (name, seed), row in found.items():
-        if row:
-            tokens, took = ">".join(map(str, row["visual_tokens"].values())), row["seconds"]
-            line = f"{name:<24}{seed:>4}{row['score']:>8.1f}{row['stderr']:>6.1f}{row['blind_score']:>7.1f}"
-            line += (
-                f"{row['ref'] or 0:>7.1f}{tokens:>10}{took.get('stage1', 0):>11.1f}{took['stage2']:>11.1f}"
-            )
-            line += f"{took['eval']:>8.1f}  {row['commit']}"
-            print(line + "*" * (row["code_hash"] != code_hash()))
+    for row in filter(None, found.values()):
+        tokens, took = ">".join(map(str, row["visual_tokens"].values())), row["seconds"]
+        print(f"{row['cell']:<24}{row['seed']:>4}{row['score']:>8.1f}{row['stderr']:>6.1f}"
+              f"{row['blind_score']:>7.1f}{row['ref'] or 0:>7.1f}{tokens:>10}{took.get('stage1', 0):>11.1f}"
+              f"{took['stage2']:>11.1f}{took['eval']:>8.1f}  {row['commit']}"
+              + "*" * (row["code_hash"] != CODE))  # fmt: skip
     print(f"\n{'a':<24}{'b':<24}  a - b     ±  ± seeds")
     for pair in COMPARE:
-        both = [[found.get((name, seed)) for seed in cfg.seeds] for name in pair]
-        both = [[row["config_hash"] for row in side] for side in zip(*(r for r in zip(*both) if all(r)))]
-        if both:
-            mean, error, spread = difference(
-                *([np.load(f"{cfg.out}/{name}.npz") for name in side] for side in both)
-            )
+        seeds = [s for s in cfg.seeds if all(found.get((name, s)) for name in pair)]
+        files = [[f"{cfg.out}/{found[name, s]['config_hash']}.npz" for s in seeds] for name in pair]
+        if seeds:
+            mean, error, spread = difference(*([np.load(file) for file in side] for side in files))
             told = "  below resolution" * (abs(mean) < 2 * max(error, spread))
             print(f"{pair[0]:<24}{pair[1]:<24}{mean:>+7.1f}{error:>6.1f}{spread:>9.1f}{told}")
 
@@ -286,19 +257,20 @@ def main(argv: list[str]) -> None:
         raise model.UserError(f"--only '{cfg.only}': no cell begins so; see --list")
     done, todo, shared, failed = read_rows(cfg, cfg.reuse), [], set(), []
     for seed, cell in ((seed, cell) for seed in cfg.seeds for cell in cells):
-        ready, first = config_hash(cell, seed, cfg) in done, (seed, cell.stage1)
-        ms = cell.ms[0] * (first not in shared) * cfg.steps1 + cell.ms[1] * cfg.steps2
+        ms = cell.ms[0] * ((seed, cell.stage1) not in shared) * cfg.steps1 + cell.ms[1] * cfg.steps2
+        shared.add((seed, cell.stage1))
         seconds = ms * cfg.batch_size / 1000 + 25  # for the hand-over and the questions
-        if not ready:
-            todo.append((cell, seed, seconds))
-            shared.add(first)
+        ready = config_hash(cell, seed, cfg) in done
+        todo += [] if ready else [(cell, seed, seconds)]
         if cfg.list:
-            state = "done" if ready else f"about {seconds:.0f} s"
-            print(f"{cell.name:<24}{seed:>3}  {state:<12}{cell.stage1 or 'no stage 1'} | {cell.stage2}")
+            told = "done" if ready else f"about {seconds:.0f} s"
+            print(f"{cell.name:<24}{seed:>3}  {told:<12}{cell.stage1 or 'no stage 1'} | {cell.stage2}")
     total = sum(seconds for _, _, seconds in todo) / 60
     print(f"{len(todo)} cells to run, about {total:.0f} minutes on two quiet cores", flush=True)
+    if cfg.list:
+        return
     began = time.perf_counter()
-    for cell, seed, seconds in [] if cfg.list else todo:
+    for cell, seed, seconds in todo:
         if cfg.minutes and time.perf_counter() - began > 60 * cfg.minutes:
             print(f"--minutes {cfg.minutes:g} are over: call again to go on")
             break
@@ -310,8 +282,7 @@ def main(argv: list[str]) -> None:
         except Exception:  # whatever it is, the other cells are not to be lost
             traceback.print_exc()
             failed.append(f"{cell.name} seed {seed}")
-    if not cfg.list:
-        print_table(cells, cfg)
+    print_table(cells, cfg)
     if failed:
         raise model.UserError(f"failed, while the others are done: {', '.join(failed)}")
 

@@ -60,7 +60,7 @@ CELLS = [
     Cell(BASE, FEW, GROW, (10, 32)),
     Cell("cos.chain.336-336", MANY, FULL, (39, 32)),
     Cell("cos.chain.32-32", FEW, FULL, (10, 7)),  # what growing is worth
-    Cell("cos.chain.0-336", None, f"{MANY} {FULL}", (0, 32)),  # what stage 1 is worth
+    Cell("cos.chain.0-336", None, f"{MANY} {FULL}", (0, 32)),  # no stage 1: fewer samples
     Cell("cos.reverse.32-336", f"{FEW} --connector.reverse true", GROW, (10, 32)),  # fine to coarse
     Cell("cos.queries.32-336", FEW, f"{GROW} --scale_init queries", (10, 32)),  # new queries at random
     Cell("cos.random.32-336", FEW, f"{GROW} --scale_init random", (10, 32)),  # new scales at random
@@ -245,8 +245,8 @@ def print_table(cells: list[Cell], cfg: ClaimsConfig) -> None:
         files = [[f"{cfg.out}/{found[name, s]['config_hash']}.npz" for s in seeds] for name in pair]
         if seeds:
             mean, error, spread = difference(*([np.load(file) for file in side] for side in files))
-            told = "  below resolution" * (abs(mean) < 2 * max(error, spread))
-            print(f"{pair[0]:<24}{pair[1]:<24}{mean:>+7.1f}{error:>6.1f}{spread:>9.1f}{told}")
+            told = "  below resolution" * (abs(mean) <= 2 * max(error, spread))
+            print(f"{pair[0]:<24}{pair[1]:<24}{mean:>+7.1f}{error:>6.1f}{spread or float('nan'):>9.1f}{told}")
 
 
 def main(argv: list[str]) -> None:

@@ -81,10 +81,16 @@ class RunConfig:
         if self.frozen not in ("float32", "bfloat16"):
             raise UserError(f"--frozen '{self.frozen}' is unknown: use float32 or bfloat16")
 
+    def trains_isolator(self) -> bool:
+        return False
+
 
 @dataclass
 class PretrainConfig(RunConfig):
     pruner: str = ""  # train every sample on pruned tokens (DualSpeed's stage 1); it learns the isolator
+
+    def trains_isolator(self) -> bool:
+        return bool(self.pruner)
 
     def check(self) -> None:
         super().check()
@@ -97,8 +103,6 @@ def main(argv: list[str]) -> None:
     if cfg.pruner:
         vlm.cfg.prune.name = cfg.pruner
     mode = "fast" if cfg.pruner else "full"
-    vlm.set_trainable(model.trainable_parts(cfg.train), isolator=bool(cfg.pruner))
-    set_precision(vlm, cfg)
     optimizers = make_optimizers(vlm, cfg)
     first = resume(run, vlm, optimizers)
     write_config(run, vlm)
@@ -207,6 +211,12 @@ def find_ranks(device: str) -> tuple[int, int, torch.device]:
     return rank, world, place
 
 
+def next_recipe(name: str, stage: str, scale: str) -> dict:
+    """The preset's recipe of a stage; that of 1b, where it has one, for a stage 1 that scales tokens up."""
+    row = model.preset(name)
+    return row.get("pretrain_b" if stage == "pretrain" and scale else stage, row[stage])
+
+
 def read_flags(
     config: type, stage: str, argv: list[str], doc: str
 ) -> tuple[RunConfig, model.ModelConfig, Path]:
@@ -232,9 +242,10 @@ def read_flags(
         saved = model.read_run_config(model.find_step(source))
         if begun and saved["stage"] != stage:
             raise UserError(f"--out {source} holds a run of stage {saved['stage']}: choose another folder")
-        rows = model.preset(saved["train"]["preset"])
-        scaling = stage == "pretrain" and asked.scale  # stage 1b, where the preset has one
-        recipe = saved["train"] if begun else rows.get("pretrain_b" if scaling else stage, rows[stage])
+        named = any(word.split("=")[0] == "--preset" for word in argv)
+        if named and asked.preset != saved["train"]["preset"]:
+            raise UserError(f"--preset {asked.preset}: {source} was made with {saved['train']['preset']}")
+        recipe = saved["train"] if begun else next_recipe(saved["train"]["preset"], stage, asked.scale)
         recipe = {"preset": saved["train"]["preset"], **recipe}
         model_cfg = model.from_dict(model.ModelConfig, saved["model"])
     cfg = model.from_dict(config, {**dataclasses.asdict(config()), **recipe})
@@ -244,10 +255,12 @@ def read_flags(
     fixed = [name for name in changed if not name.startswith(("prune.", "lora.") if not begun else "prune.")]
     if source and fixed:
         raise UserError(f"--{fixed[0]}: the model comes from {source}, which has its own")
-    for half, folder in (("vit.", model_cfg.encoder_from), ("decoder.", model_cfg.decoder_from)):
+    for parts, folder in ((("vit.", "image."), model_cfg.encoder_from), ("decoder.", model_cfg.decoder_from)):
         for name in changed if folder else ():
-            if name.startswith(half) and name not in ("vit.image_size", "vit.align_corners"):
+            if name.startswith(parts) and name not in ("vit.image_size", "vit.align_corners"):
                 raise UserError(f"--{name}: that half comes from {folder}, which has its own")
+    if "lora.alpha" in changed and not model_cfg.lora.rank:
+        raise UserError("--lora.alpha has no effect without --lora.rank")
     cfg.check()
     return cfg, model_cfg, model.find_step(source) if source else None
 
@@ -266,11 +279,14 @@ def start(stage: str, config: type, argv: list[str], doc: str):
         if model_cfg.prune.isolator != vlm.cfg.prune.isolator:
             vlm.isolator = prune.ModeIsolator(model_cfg.prune.isolator, vlm.cfg.decoder.width)
         vlm.cfg.prune = model_cfg.prune
+        if vlm.cfg.lora.rank and model_cfg.lora != vlm.cfg.lora:
+            run.say("the adapters at hand are merged; a frozen decoder in bfloat16 rounds part of them away")
         vlm.set_lora(model_cfg.lora)
         vlm.cfg.check()
     else:
         tokenizer = data.find_tokenizer(model_cfg)
-        vlm = model.VLM.build(model_cfg)
+        vlm = model.VLM.build(model_cfg, None if cfg.frozen == "bfloat16" else torch.float32)
+    settle(vlm, cfg)
     vlm.to(device)
     if tokenizer.vocab_size > vlm.cfg.decoder.vocab_size:
         raise UserError(
@@ -284,6 +300,7 @@ def start(stage: str, config: type, argv: list[str], doc: str):
         run.say(f"from {step}: {vlm.cfg.vit.image_size} px, {vlm.cfg.visual_tokens()} visual tokens")
         if cfg.scale and step.parent != run.folder:
             hand_over(run, vlm, tokenizer, model.read_run_config(step)["train"]["data"])
+            settle(vlm, cfg)  # its new scales
     return run, vlm, tokenizer, cfg
 
 
@@ -298,7 +315,7 @@ def resolve_auto(cfg: RunConfig, device: torch.device, world: int) -> None:
             f"--dtype {cfg.dtype} --compile {cfg.compile}: use float32 or bfloat16, true or false"
         )
     if cfg.dtype == "float32":
-        cfg.frozen = "float32"
+        cfg.frozen = "float32"  # halved matrices need autocast
         if cfg.pure_bf16:
             raise UserError("--pure_bf16 true needs --dtype bfloat16")
     if cfg.batch_size % (cfg.micro_steps * world):
@@ -380,8 +397,14 @@ def fetch(batches, run: Run) -> tuple[list[data.Batch], float]:
 # Precision, optimizers, schedule, step
 
 
+def settle(vlm: model.VLM, cfg: RunConfig) -> None:
+    """Freeze what does not train, and keep every weight in its dtype."""
+    vlm.set_trainable(model.trainable_parts(cfg.train), cfg.trains_isolator())
+    set_precision(vlm, cfg)
+
+
 def set_precision(vlm: model.VLM, cfg: RunConfig) -> None:
-    """Give every weight the dtype that it is kept in: float32 for what trains, cfg.frozen for other matrices.
+    """Give every weight the dtype that it is kept in: float32 if it trains, cfg.frozen for other matrices.
 
     Vectors and position tables, which are few, stay float32, and with them the residual stream.
     """
@@ -397,7 +420,7 @@ def make_optimizers(vlm: model.VLM, cfg: RunConfig) -> list[torch.optim.Optimize
         if not p.requires_grad:
             continue
         vit = name.startswith("vit.")
-        tables = ("embed", "lm_head", "isolator")
+        tables = ("embed_tokens", "position", "lm_head", "isolator")
         matrix = p.ndim in (2, 4) and not any(table in name for table in tables)  # linears and convolutions
         inner = p.ndim == 2 and matrix and ("layers." in name or "blocks." in name) and "lora_" not in name
         groups.setdefault((bool(cfg.muon_lr and inner), vit, matrix), []).append(p)
@@ -495,7 +518,7 @@ def save(run: Run, vlm: model.VLM, tokenizer, optimizers, done: int) -> None:
         folder = run.folder / f"step-{done:08d}"
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        vlm.save_pretrained(temporary, run_config(run, vlm))
+        vlm.save_pretrained(temporary, {**run_config(run, vlm), "end_token": tokenizer.end})
         tokenizer.save(temporary / "tokenizer")
         state = {
             "optimizers": [o.state_dict() for o in optimizers], "step": done,

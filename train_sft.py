@@ -27,7 +27,6 @@ from train_pretrain import (
     optimizer_step,
     prepare,
     resume,
-    set_precision,
     start,
     write_config,
 )
@@ -39,6 +38,9 @@ class SftConfig(RunConfig):
     mode: str = "sample"  # draw fast or slow for every "sample" (ours), or for every "batch" (the paper)
     temperature: float = 1.0  # of the distillation
     distill_weight: float = 1.0  # of KL beside cross entropy
+
+    def trains_isolator(self) -> bool:
+        return self.slow_share < 1
 
     def check(self) -> None:
         super().check()
@@ -54,8 +56,6 @@ def main(argv: list[str]) -> None:
     run, vlm, tokenizer, cfg = start("sft", SftConfig, argv, __doc__)
     if not cfg.init and cfg.resume != "auto":
         run.say("no --init: fine-tuning starts from a connector that stage 1 never aligned")
-    vlm.set_trainable(model.trainable_parts(cfg.train), isolator=True)
-    set_precision(vlm, cfg)
     optimizers = make_optimizers(vlm, cfg)
     first = resume(run, vlm, optimizers)
     write_config(run, vlm)

@@ -122,7 +122,7 @@ def test_help_shows_defaults_and_comments(capsys):
     told = capsys.readouterr().out
     assert stop.value.code == 0
     assert "--slow_share [0.1]" in told and "share of samples" in told
-    assert "--connector.windows [[8, 2]]" in told and "window side" in told
+    assert "--connector.windows [[8, 2]]" in told and "coarse to fine" in told
 
 
 def test_flags_set_nested_fields_and_lists():

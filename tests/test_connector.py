@@ -278,3 +278,116 @@ def test_scaling_keeps_the_dtype():
     vlm = model.VLM(narrow()).bfloat16()
     model.scale_up(vlm, "80to336")
     assert {p.dtype for p in vlm.parameters()} == {torch.bfloat16}
+
+
+# --- Plans by name, steps spelled out, and the switches that the paper does not have
+PLANS = {
+    "32": ([16, 4], [16, 16]),
+    "48": ([16, 4], [16, 32]),
+    "80": ([16, 4], [16, 64]),
+    "336": ([16, 8, 2], [16, 64, 256]),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_plans_set_windows_and_queries_on_any_grid(plan):
+    windows, tokens = PLANS[plan]
+    assert plan == str(sum(tokens)) and PLANS.keys() == model.SCALE_PLANS.keys()
+    for factor in (1, 2):  # 224 and 448 pixels: the same tokens from larger windows
+        cfg = published()
+        cfg.connector.plan, cfg.vit.image_size = plan, 224 * factor
+        assert cfg.check().connector.windows == [w * factor for w in windows]
+        sizes = zip(cfg.connector.windows, cfg.connector.queries)
+        assert [(cfg.side // w) ** 2 * n for w, n in sizes] == tokens
+    cfg.vit.image_size = 14 * 18
+    with pytest.raises(model.UserError, match="does not divide the 18x18 patch grid"):
+        cfg.check()
+    cfg.connector.plan = "81"
+    with pytest.raises(model.UserError, match="connector.plan '81' is unknown: use one of 32, 48, 80, 336"):
+        cfg.check()
+
+
+@pytest.mark.parametrize(
+    "spelled, named", [("2:0x1,0x4,1x4", "80to1296"), ("1:0x1,1x2", "80to272w"), ("2:0x1,1x1", "80to80")]
+)
+def test_a_step_spelled_out_is_the_named_one(spelled, named):
+    assert model.scaled_config(published(), spelled) == model.scaled_config(published(), named)
+    torch.manual_seed(1)
+    vlm = model.VLM(narrow())
+    other = model.VLM(narrow())
+    other.load_state_dict(vlm.state_dict())
+    model.scale_up(vlm, spelled)
+    model.scale_up(other, named)
+    theirs = other.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in vlm.state_dict().items())
+    again = model.scaled_config(
+        model.scaled_config(published(), "80to336w"), "2:0x1,1x1,2x1"
+    )  # from three scales
+    assert again.connector.windows == [32, 16, 4] and again.visual_tokens() == 336
+
+
+@pytest.mark.parametrize("step", ["2:0x1,2x1", "0:0x1", "2:0x0", "2:", "2:0x1;1x1", "1:0x1,1x8"])
+def test_steps_that_make_no_sense_are_refused(step):
+    with pytest.raises(model.UserError, match="--scale|does not divide"):
+        model.scaled_config(published(), step)
+
+
+def test_reversed_order_puts_the_fine_tokens_first():
+    cfg = narrow()
+    connector, levels = shaken(connector_of(cfg)), levels_of(16)
+    tokens = connector(levels)
+    cfg.connector.reverse = True
+    other = connector_of(cfg)
+    other.load_state_dict(connector.state_dict())
+    assert torch.equal(other(levels), torch.cat([tokens[:, 16:], tokens[:, :16]], 1))
+    assert torch.equal(
+        other(levels, n_scales=1), connector(levels, n_scales=1)
+    )  # the first is the coarse one
+
+
+@pytest.mark.parametrize("init", model.SCALE_INITS)
+def test_how_new_scales_start(init):
+    vlm = model.VLM(narrow())
+    old = shaken(vlm.connector)
+    model.scale_up(vlm, "80to336", init)
+    kept, first, second = vlm.connector.scales
+    assert torch.equal(
+        kept.queries, old.scales[0].queries
+    )  # a scale of factor 1 is inherited whatever the init
+
+    def same(a, b):
+        return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+
+    assert same(kept.blocks, old.scales[0].blocks)
+    assert same(first.blocks, old.scales[0].blocks) == same(second.blocks, old.scales[1].blocks)
+    assert same(first.blocks, old.scales[0].blocks) == (init != "random")
+    assert torch.equal(first.queries[0], old.scales[0].queries[0]) == (init == "inflate")
+
+
+def test_one_level_is_a_list_of_one():
+    cfg = narrow()
+    cfg.connector.levels = [2]
+    vlm = model.VLM(cfg)
+    assert [len(scale.blocks) for scale in vlm.connector.scales] == [1, 1]
+    pixels = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    assert vlm.float().encode(pixels).shape == (1, 80, 12)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "pretrain_b", "sft"])
+def test_freeze_map(stage):
+    """Resampler and adapters always, the ViT from 1b on up to its last used block, the decoder never."""
+    cfg = narrow()
+    cfg.vit.layers, cfg.lora = 3, model.LoraConfig(2)
+    vlm = model.VLM(cfg)
+    vlm.set_trainable(model.trainable_parts(model.COS_TRAINS[stage]), isolator=False)
+    trained = {name for name, p in vlm.named_parameters() if p.requires_grad}
+    expected = {
+        name for name, _ in vlm.named_parameters() if name.startswith("connector.") or ".lora_" in name
+    }
+    if stage != "pretrain":
+        unused = ("vit.encoder.layers.2.", "vit.post_layernorm.")  # levels end at block 2 of 3
+        expected |= {
+            n for n, _ in vlm.named_parameters() if n.startswith("vit.") and not n.startswith(unused)
+        }
+    assert trained == expected
+    assert model.PRESETS["cos-8b"][stage]["train"] == model.COS_TRAINS[stage]

@@ -244,12 +244,19 @@ def test_mlp_is_its_formula():
 
 def test_attention_pooling_is_its_formula():
     c, levels = shaken("attnpool"), levels_of(16, 1)
-    x = F.layer_norm(levels[-1][0], (8,), c.norm_context.weight, c.norm_context.bias)
-    x = x @ c.to_context.weight.T + c.to_context.bias
-    q, (k, v) = c.queries[0] @ c.to_q.weight.T, (x @ c.to_kv.weight.T).chunk(2, -1)
+    b, queries = c.block, c.queries[0, 0]
+
+    def norm(x, layer):
+        return F.layer_norm(x, x.shape[-1:], layer.weight, layer.bias)
+
+    q = norm(queries, b.norm_queries) @ b.to_q.weight.T
+    k, v = (norm(levels[-1][0], b.norm_context) @ b.to_kv.weight.T).chunk(2, -1)
     heads = [slice(0, 6), slice(6, 12)]
     out = torch.cat([torch.softmax(q[:, h] @ k[:, h].T / 6**0.5, -1) @ v[:, h] for h in heads], -1)
-    out = F.layer_norm(out, (12,), c.norm.weight, c.norm.bias) @ c.proj.weight.T + c.proj.bias
+    out = queries + out @ b.to_out.weight.T + b.to_out.bias
+    hidden = F.gelu(norm(out, b.norm_mlp) @ b.mlp.fc1.weight.T + b.mlp.fc1.bias)
+    out = norm(out + hidden @ b.mlp.fc2.weight.T + b.mlp.fc2.bias, c.norm)
+    out = out @ c.proj.weight.T + c.proj.bias
     assert_close(c(levels)[0], out, rtol=0, atol=1e-12)
 
 

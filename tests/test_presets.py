@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 import model
+import train_pretrain
+import train_sft
 from model import PRESETS, DecoderConfig, UserError, ViTConfig
 from train_pretrain import PretrainConfig
 from train_sft import SftConfig
@@ -177,7 +180,9 @@ def test_rates_are_those_of_mm1s_law(name):
     assert decoder_size(cfg.decoder, embeddings=False) == pytest.approx(size, rel=0.03)
     assert recipe["lr"] * recipe["vit_lr"] == pytest.approx(5e-5)  # the encoder's is fixed
     assert recipe["weight_decay"] == recipe["final_lr"] == 0.1  # torch's decay is a share of the rate
-    assert recipe["batch_size"] * recipe["row_length"] * recipe["steps"] == 419_430_400_000
+    # 512 rows of 4096, and a batch counts samples: 14 of 144 visual and 148 text tokens fill a row
+    assert recipe["batch_size"] == 512 * 14 and 14 * (144 + 148) == 4088 <= recipe["row_length"] == 4096
+    assert 512 * recipe["row_length"] * recipe["steps"] == 419_430_400_000
     assert round(recipe["warmup"] * recipe["steps"]) == 2000
     assert cfg.visual_tokens() == tokens and cfg.connector.levels == [cfg.vit.layers]
 
@@ -192,3 +197,73 @@ def test_the_law_is_a_line_in_logarithms():
     assert rates[85e6] == pytest.approx(2.6192e-4, rel=1e-4)
     slope = math.log(rates[85e6] / rates[9e6]) / math.log(85 / 9)
     assert slope == pytest.approx(-0.4214, rel=1e-9)
+
+
+# --- Which recipe a run takes
+FEW = "--steps 1 --batch_size 4 --micro_steps 1 --workers 0 --device cpu --dtype float32".split()
+
+
+def recipe_of(run: Path) -> dict:
+    return model.read_run_config(model.find_step(run))["train"]
+
+
+def test_flags_over_recipe_over_defaults_and_the_recipe_goes_on(tmp_path, small_halves, monkeypatch):
+    rates = {"pretrain": {"lr": 3e-3, "clip": 0.5}, "pretrain_b": {"lr": 4e-3}, "sft": {"lr": 5e-3}}
+    row = {**PRESETS["tiny"], **rates}
+    monkeypatch.setitem(PRESETS, "mine", row)
+    a, b, c = tmp_path / "1", tmp_path / "1b", tmp_path / "2"
+    train_pretrain.main(["--preset", "mine", *small_halves, *FEW, "--clip", "0.7", "--out", str(a)])
+    assert (recipe_of(a)["lr"], recipe_of(a)["clip"], recipe_of(a)["warmup"]) == (3e-3, 0.7, 0.03)
+    train_pretrain.main(["--init", str(a), "--scale", "32to144", *FEW, "--out", str(b)])  # stage 1b
+    assert (recipe_of(b)["lr"], recipe_of(b)["preset"]) == (4e-3, "mine")
+    train_sft.main(["--init", str(b), *FEW, "--preset", "mine", "--out", str(c)])
+    assert recipe_of(c)["lr"] == 5e-3
+    monkeypatch.delitem(PRESETS, "mine")  # to go on it is not needed
+    train_sft.main(["--init", str(b), *FEW, "--steps", "2", "--resume", "auto", "--out", str(c)])
+    with pytest.raises(model.UserError, match="--preset 'mine' is unknown"):
+        train_sft.main(["--init", str(b), *FEW, "--out", str(tmp_path / "3")])
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--preset cos-7b", "cos-7b is for planning only: Vicuna"),
+        ("--preset llava-next", "for planning only: pictures are not cut"),
+        ("--preset cos-8b", "is no folder and not downloaded: fetch it"),
+        ("--decoder.width 64", "--decoder.width: that half comes from"),
+        ("--image.mean 0,0,0", "--image.mean: that half comes from"),
+        ("--lora.alpha 2", "no effect without --lora.rank"),
+        ("--lora.rank -1", "lora.rank -1 at least 0"),
+        ("--train lora", "add --lora.rank"),
+        ("--frozen int8", "--frozen 'int8' is unknown"),
+        ("--pure_bf16 true", "needs --dtype bfloat16"),
+        ("--encoder_from= --vit.image_size 0", "vit.image_size 0 must be above 0"),
+        ("--scale_init nearest", "use one of inflate, queries, random"),
+    ],
+)
+def test_refusals_before_anything_is_written(flags, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(model.UserError, match=words):
+        train_pretrain.main([*FEW, *flags.split(), "--out", "run"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_keeps_its_preset(tmp_path, small_halves):
+    train_pretrain.main([*small_halves, *FEW, "--out", str(tmp_path / "1")])
+    with pytest.raises(model.UserError, match="--preset 7b: .*was made with tiny"):
+        train_sft.main(["--init", str(tmp_path / "1"), "--preset", "7b", *FEW, "--out", str(tmp_path / "2")])
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--plan", "--download", "a/b"], "separate steps"),
+        (["--export", "RUN", "OUT", "--lora.rank", "3"], "--lora.rank changes a plan"),
+        (["--plan", "--mfu", "0"], "must be above 0"),
+        (["--plan", "--gpus", "0"], "--gpus 0: must be at least 1"),
+        (["--export", "nowhere", "OUT"], "nowhere is neither a run folder"),
+    ],
+)
+def test_what_python_model_py_refuses(argv, words):
+    with pytest.raises(model.UserError, match=words):
+        model.main(argv)

@@ -54,6 +54,19 @@ def test_torchrun_gives_the_losses_of_one_process(tmp_path, small_halves):
     assert (tmp_path / "two" / "b" / "best").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", ["--slow_share 1", "--slow_share 0.5 --mode batch", "--lora.rank 2 --train lora"]
+)
+def test_two_ranks_where_a_part_is_not_used(flags, tmp_path, small_halves):
+    """Without distillation a batch may hold no pruned tokens: then the isolator has no gradient."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    rest = ["--distill_weight", "0", *flags.split(), "--out", str(tmp_path / "run")]
+    command = [*torchrun, "train_sft.py", *small_halves, *FLAGS, *rest]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    assert losses(tmp_path / "run").keys() == {1, 2, 3, 4}
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a cuda device")
 def test_cuda_gives_the_gradients_of_the_cpu():

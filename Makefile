@@ -1,5 +1,6 @@
 # make demo: the whole chain on the built-in world, about five minutes on two CPU cores
 # make test, make test-all: the tests; make assets: the shipped halves anew, about 50 minutes
+# make bench: the speed table, six to ten minutes
 # make claims: the science table, about 20 minutes, ONLY=prefix of its cells, SEEDS=0,1
 PYTHON ?= python3
 SEED ?= 0
@@ -7,7 +8,7 @@ SEEDS ?= 0
 ONLY ?= cos.
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint claims assets clean
+.PHONY: demo bench claims test test-all lint assets clean
 
 .venv/demo.ok: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -25,6 +26,9 @@ demo: .venv/demo.ok
 	$(BIN)/python train_pretrain.py --preset tiny --data scenes --seed $(SEED) --out runs/demo/pretrain
 	$(BIN)/python train_sft.py --init runs/demo/pretrain --scale 32to144 --data scenes --seed $(SEED) --out runs/demo/sft
 	$(BIN)/python eval.py --model runs/demo/sft --tasks scenes --tokens both --seed $(SEED) --out runs/demo/eval.json --report runs/demo/report.html
+
+bench: .venv/demo.ok
+	$(BIN)/python tests/benchmark.py
 
 test: .venv/test.ok lint
 	$(BIN)/python -m pytest -q -m "not slow"

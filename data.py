@@ -453,13 +453,22 @@ def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
     return rows
 
 
+def row_width(lengths: list[int], row_length: int, step: int = 16) -> int:
+    """The multiple of `step` up to row_length that leaves the least padding, the smallest of equals; if a
+    sample is longer than row_length, what that sample needs.
+    """
+    least = -(-max(lengths) // step) * step
+    widths = range(least, max(least, row_length) + 1, step)
+    return min(widths, key=lambda width: len(best_fit(lengths, width)) * width)
+
+
 def make_rows(laid: list[Laid], first_slot: list[int], row_length: int) -> tuple[Rows, list[np.ndarray]]:
     """Place samples in rows; also returns, for each sample, which entries of `supervised` are its own.
 
     first_slot[i]: row of the bank of visual tokens that holds sample i's first visual token.
     """
     lengths = [len(s.ids) for s in laid]
-    T = max(row_length, -(-max(lengths) // 64) * 64)  # few shapes: a multiple of 64
+    T = row_width(lengths, row_length)
     rows = best_fit(lengths, T)
     ids, doc_ids, positions, index = (np.full((len(rows), T), fill) for fill in (0, -1, 0, -1))
     targets, owner = np.full((len(rows), T), -1), np.full((len(rows), T), -1)

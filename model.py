@@ -806,8 +806,8 @@ class LoraLinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(x, self.lora_a.to(x.dtype))  # (..., rank)
-        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(low, self.lora_b.to(x.dtype))
+        low = self.scale * F.linear(x, self.lora_a.to(x.dtype))  # (..., rank): scaled here it costs least
+        return F.linear(x, self.weight, self.bias) + F.linear(low, self.lora_b.to(x.dtype))
 
 
 def add_lora(decoder: Decoder, cfg: LoraConfig) -> None:

@@ -51,7 +51,7 @@ class RunConfig:
     steps: int = 500  # optimizer steps
     batch_size: int = 32  # samples of an optimizer step, over all ranks and micro-steps
     micro_steps: int = 1  # gradient accumulation
-    row_length: int = 256  # positions of a row, shared by several samples where they fit
+    row_length: int = 256  # most positions of a row, shared by several samples where they fit
     row_limit: int = 2048  # positions one sample may take; what is longer is cut
     train: str = "connector,decoder"  # what trains: a comma list of vit, connector, decoder, lora
     frozen: str = "float32"  # how matrices that do not train are kept; bfloat16 (with --dtype bfloat16): half

@@ -90,6 +90,18 @@ def test_best_fit_never_overfills_and_wastes_little():
     assert sum(lengths) / (256 * len(rows)) > 0.94
 
 
+def test_rows_are_as_wide_as_wastes_least():
+    rng = random.Random(0)
+    for samples, visual, limit in ((16, 32, 256), (32, 80, 256), (64, 32, 2048)):
+        lengths = [visual + rng.randint(5, 60) for _ in range(samples)]
+        width = data.row_width(lengths, limit)
+        assert max(lengths) <= width <= limit and width % 16 == 0
+        assert sum(lengths) / (width * len(data.best_fit(lengths, width))) > 0.9
+    assert data.row_width([55] * 16, 256) == 112  # two a row leave 2 of 112, four leave 4 of 224: the smaller
+    assert data.row_width([279] * 3, 256) == 288  # a long sample widens all rows
+    assert data.row_width([7], 1) == 16
+
+
 def test_order_is_a_permutation_an_epoch_and_follows_the_weights():
     order = data.SampleOrder([50, 1000], [0.3, 0.7], seed=3, total=20_000)
     picks = [order[n] for n in range(20_000)]

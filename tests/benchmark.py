@@ -1,0 +1,260 @@
+"""The speed table: what fewer visual tokens are worth in time. `make bench` writes runs/bench.json.
+
+    python tests/benchmark.py                         everything, six to ten minutes on two cores
+    python tests/benchmark.py --only cos.stage1.time --rounds 3 --out runs/quick.json
+
+Every row is a ratio of real steps (train_pretrain.optimizer_step on one micro-batch made by data.make_batch:
+forward, backward, clipping, fused AdamW) that alternate in one process: A B C, A B C, ... after a round of
+warm-up, so that a busy machine slows both sides of a ratio. Weights are random and batches lie in memory.
+
+    value       median over the rounds of the ratio within a round
+    spread      its quartiles
+    floor       the same ratio in counted FLOPs (model.sample_cost: no padding, no optimizer, no launches)
+    efficiency  floor / value: the share of the possible that is reached; above 1 the other side has less
+    at_7b       the floor of preset cos-7b / efficiency: only this may stand beside "published"
+
+One geometry for all rows (GEOMETRY below), small enough for a CPU. Its encoder has the share of the FLOPs
+that CLIP-L has beside a 7B decoder: 9 % at 32 tokens and 1.4 % at 336 (there 9 and 1.5). Its connector has
+21 % (there 1): as wide as this decoder, and all of it trains. Captions have 23 tokens each.
+"""
+
+import dataclasses
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
+import model  # noqa: E402
+import train_pretrain  # noqa: E402
+
+GEOMETRY = model.ModelConfig(
+    vit=model.ViTConfig(128, 8, width=128, layers=6, heads=4, mlp_width=512),  # 16 x 16 patches
+    connector=model.ConnectorConfig(levels=[4, 6], width=512, heads=8),
+    decoder=model.DecoderConfig(4096, 512, 8, heads=8, kv_heads=8, head_dim=64, mlp_width=1408),
+    lora=model.LoraConfig(16, 16.0),
+)
+SAMPLES = 16  # of a step where batches are equal
+TEXT = 23  # tokens of every caption, all of them supervised: the mean of Chain-of-Sight's data
+
+
+@dataclass
+class BenchConfig:
+    rounds: int = 15  # timed rounds, after one of warm-up
+    only: str = ""  # measure only rows whose name starts so
+    out: str = "runs/bench.json"  # the file to write
+
+    def wants(self, name: str) -> bool:
+        return name.startswith(self.only)
+
+
+class Trainer:
+    """A model with its optimizers and one synthetic batch, at the start of stage 1."""
+
+    def __init__(self, cfg: model.ModelConfig, recipe: dict, samples: int):
+        torch.manual_seed(0)
+        self.flags = flags_of(recipe)
+        self.run = train_pretrain.Run("pretrain", self.flags, 0, 1, torch.device("cpu"))
+        self.vlm = model.VLM.build(model.copy_config(cfg))
+        self.vlm.set_trainable(model.trainable_parts(self.flags.train), isolator=False)
+        train_pretrain.set_precision(self.vlm, self.flags)
+        self.optimizers = train_pretrain.make_optimizers(self.vlm, self.flags)
+        train_pretrain.prepare(self.run, self.vlm)
+        self.batch = captions(self.vlm.cfg, samples, self.flags.row_length)
+
+    def step(self) -> None:
+        loss = train_pretrain.caption_loss
+        train_pretrain.optimizer_step(self.run, self.vlm, [self.batch], self.optimizers, 0, loss)
+
+    def connector_alone(self) -> Callable[[], None]:
+        """Forward and backward of the connector in this step, the encoder's output given."""
+        connector, seen = self.vlm.connector, []
+        hook = connector.register_forward_hook(lambda module, inputs, out: seen.extend([*inputs, out]))
+        with hook, torch.no_grad(), self.run.autocast():
+            self.vlm.encode(self.batch.pixels)
+        levels, tokens = seen
+
+        def run() -> None:
+            with self.run.autocast():
+                out = connector(levels)
+            out.backward(tokens)
+            connector.zero_grad(set_to_none=True)
+
+        return run
+
+
+def flags_of(recipe: dict) -> train_pretrain.RunConfig:
+    """A stage's flags as a run on this CPU resolves them."""
+    flags = train_pretrain.RunConfig(**recipe)
+    train_pretrain.resolve_auto(flags, torch.device("cpu"), 1)
+    return flags
+
+
+def captions(cfg: model.ModelConfig, samples: int, row_length: int) -> data.Batch:
+    """Noise as pictures, each with a caption of TEXT tokens."""
+    rng, size, drawn = np.random.default_rng(0), cfg.vit.image_size, []
+    for _ in range(samples):
+        text = rng.integers(1, cfg.decoder.vocab_size, TEXT).tolist()
+        drawn.append(([0, (text, True)], rng.integers(0, 256, (1, 3, size, size), dtype=np.uint8)))
+    return data.make_batch(drawn, ["full"] * samples, cfg, row_length, limit=4096)
+
+
+def alternate(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Name -> seconds of its step in each round, after one round of warm-up."""
+    seconds = {name: [] for name in steps}
+    for n in range(rounds + 1):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if n:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def make_row(name: str, ratios: list[float], floor: float, at_7b=None, published=None, note="") -> dict:
+    """A row of bench.json from the ratios of all rounds; at_7b: the floor there."""
+    value = statistics.median(ratios)
+    quartiles = np.quantile(ratios, [0.25, 0.75]).round(4).tolist()
+    efficiency = floor / value
+    row = {"name": name, "value": value, "spread": quartiles, "floor": floor}
+    row |= {"efficiency": efficiency, "at_7b": at_7b and at_7b / efficiency, "published": published}
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} | {"note": note}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Rows. A function takes the flags and returns its rows; MEASURES below lists them all.
+
+# Chain-of-Sight's stage 1: name -> what the connector is, and the paper's time a sample, 336 tokens = 1
+STAGE1 = {
+    "336": ({"kind": "chain", "plan": "336"}, 1.0),
+    "32": ({"kind": "chain", "plan": "32"}, 0.27),
+    "48": ({"kind": "chain", "plan": "48"}, 0.35),
+    "80": ({"kind": "chain", "plan": "80"}, 0.42),
+    "linear256": ({"kind": "linear"}, 0.82),
+    "resampler336": ({"kind": "resampler", "tokens": 336}, 1.0),
+}
+
+
+def stage1_config(cfg: model.ModelConfig, name: str) -> model.ModelConfig:
+    """`cfg` with the connector of a row of STAGE1."""
+    cfg = model.copy_config(cfg)
+    cfg.connector = dataclasses.replace(cfg.connector, **STAGE1[name][0])
+    return cfg.check()
+
+
+def stage1_flops(cfg: model.ModelConfig, name: str) -> dict[str, float]:
+    """FLOPs by part of one sample: connector and adapters train, as in the paper's stage 1."""
+    train = model.trainable_parts(model.COS_TRAINS["pretrain"])
+    return model.sample_cost(stage1_config(cfg, name), train, TEXT, "full", 1)[0]
+
+
+def stage1_floor(cfg: model.ModelConfig, name: str) -> float:
+    return sum(stage1_flops(cfg, name).values()) / sum(stage1_flops(cfg, "336").values())
+
+
+def shares(flops: dict[str, float]) -> dict[str, float]:
+    return {part: round(value / sum(flops.values()), 4) for part, value in flops.items()}
+
+
+def stage1(bench: BenchConfig) -> list[dict]:
+    """Time a sample as a share of the 336-token step: at equal samples, and at equal positions."""
+    names = [f"time.{name}" for name in STAGE1] + [f"budget.{name}" for name in STAGE1 if "336" not in name]
+    wanted = [name for name in names if name != "time.336" and bench.wants(f"cos.stage1.{name}")]
+    if not wanted:
+        return []
+    recipe, seven = model.preset("cos-7b")["pretrain"], model.preset("cos-7b")["model"]
+    base = Trainer(stage1_config(GEOMETRY, "336"), recipe, SAMPLES)
+    trainers, positions = {"336": base}, base.batch.student.ids.numel()
+    for key in wanted:
+        kind, name = key.split(".")
+        cfg, samples = stage1_config(GEOMETRY, name), SAMPLES
+        if kind == "budget":
+            samples = positions // (cfg.visual_tokens() + TEXT)
+            while captions(cfg, samples, base.flags.row_length).student.ids.numel() > positions:
+                samples -= 1
+        trainers[key] = Trainer(cfg, recipe, samples)
+    seconds = alternate({key: trainer.step for key, trainer in trainers.items()}, bench.rounds)
+    rows = []
+    for key in wanted:
+        name, batch = key.split(".")[1], trainers[key].batch
+        ratios = [a / b * SAMPLES / batch.samples for a, b in zip(seconds[key], seconds["336"])]
+        floors = stage1_floor(GEOMETRY, name), stage1_floor(seven, name)
+        shape, ms = " x ".join(map(str, batch.student.ids.shape)), statistics.median(seconds[key]) * 1e3
+        note = f"{batch.samples} samples, {shape} positions, {ms:.0f} ms"
+        rows.append(make_row(f"cos.stage1.{key}", ratios, *floors, STAGE1[name][1], note))
+    return rows
+
+
+def connector_share(bench: BenchConfig) -> list[dict]:
+    """Chain-of-Sight's connector in a stage-1 step: measured in the demo's model, counted in the paper's."""
+    rows = []
+    if bench.wants("connector.share.tiny"):
+        recipe = model.preset("tiny")["pretrain"]
+        trainer = Trainer(model.preset("tiny")["model"], recipe, train_pretrain.RunConfig.batch_size)
+        seconds = alternate({"alone": trainer.connector_alone(), "step": trainer.step}, 5 * bench.rounds)
+        ratios = [a / b for a, b in zip(seconds["alone"], seconds["step"])]
+        train = model.trainable_parts(recipe["train"])
+        floor = shares(model.sample_cost(trainer.vlm.cfg, train, TEXT, "full", 1)[0])["connector"]
+        note = "forward and backward in the whole step; floor: its share of the FLOPs; aim: at most 0.25"
+        rows.append(make_row("connector.share.tiny", ratios, floor, note=note))
+    if bench.wants("connector.share.7b"):
+        share = shares(stage1_flops(model.preset("cos-7b")["model"], "32"))["connector"]
+        row = make_row("connector.share.7b", [share], share, note="FLOPs at 32 tokens; aim: below 0.05")
+        rows.append({**row, "spread": None, "efficiency": None})  # counted, not measured
+    return rows
+
+
+MEASURES = [stage1, connector_share]
+
+
+def describe_geometry() -> dict:
+    """What was measured, and each part's share of the FLOPs with each connector."""
+    flags = flags_of(model.preset("cos-7b")["pretrain"])
+    parts = {part: dataclasses.asdict(getattr(GEOMETRY, part)) for part in ("vit", "decoder", "lora")}
+    connector = {key: getattr(GEOMETRY.connector, key) for key in ("levels", "width", "heads")}
+    run = {"trains": flags.train, "autocast": flags.dtype, "row_length": flags.row_length}
+    flops = {name: shares(stage1_flops(GEOMETRY, name)) for name in STAGE1}
+    return {**parts, "connector": connector, **run, "text": TEXT, "samples": SAMPLES, "flop_shares": flops}
+
+
+def commit() -> str:
+    """The commit that was measured, with a + if files differ from it; empty outside of git."""
+    asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude", "*"]
+    return subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+
+
+def show(rows: list[dict]) -> None:
+    columns = ("value", "spread", "floor", "efficiency", "at_7b", "published")
+    print("name".ljust(30) + "".join(column.rjust(13) for column in columns) + "  note")
+    for row in rows:
+        line = row["name"].ljust(30)
+        for column in columns:
+            numbers = row[column] if isinstance(row[column], list) else [row[column]]
+            line += "-".join("" if x is None else f"{x:.3f}" for x in numbers).rjust(13)
+        print(f"{line}  {row['note']}")
+
+
+def main(argv: list[str]) -> None:
+    bench = BenchConfig()
+    model.parse_cli(argv, __doc__, bench)
+    model.require_at_least(bench, 1, "rounds")
+    rows = [row for measure in MEASURES for row in measure(bench)]
+    if not rows:
+        raise model.UserError(f"--only {bench.only}: no row's name starts so")
+    at = {"commit": commit(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    report = {"geometry": describe_geometry(), **at, "rounds": bench.rounds, "rows": rows}
+    model.write_json(Path(bench.out), report)
+    show(rows)
+    print(f"in {bench.out}")
+
+
+if __name__ == "__main__":
+    model.run_cli(main)

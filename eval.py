@@ -633,6 +633,7 @@ i.chance { height: 22px; width: 0; border-left: 3px dotted var(--c1) } .bar .cha
 .card .answer { font-size: 15px; font-weight: 600; color: CanvasText; max-height: 15em; overflow: auto }
 .good { color: color-mix(in srgb, #0c9a55 75%, CanvasText) } text { fill: var(--soft); font-size: 11px }
 .bad { color: color-mix(in srgb, #e03c2c 80%, CanvasText) } polyline { fill: none; stroke-width: 2 }
+.row { font-weight: 600; margin: 18px 0 -6px }
 figcaption svg { display: inline; width: 24px; height: 8px; margin: 0 6px 0 16px; stroke-width: 2 }
 """
 
@@ -640,10 +641,12 @@ figcaption svg { display: inline; width: 24px; height: 8px; margin: 0 6px 0 16px
 def write_report(
     path: Path, title: str, facts: list[tuple[str, str]], results: list[dict], examples: list[dict],
     curves: dict[str, dict[str, list[tuple[float, float]]]], overlays: list[dict],
+    scales: list[tuple[str, list[dict]]],
 ) -> None:  # fmt: skip
     """Everything a run has to show, on one page. What is empty leaves its section out."""
     told = [f"<dl><dt>{quote(str(k))}</dt><dd>{quote(str(v))}</dd></dl>" for k, v in facts]
     body = f"<h1>{quote(title)}</h1>" + html_grid("", told, 165) + html_results(results)
+    body += html_scales(scales)
     body += html_grid("What the decoder sees: the bright patches", [html_overlay(o) for o in overlays], 215)
     body += html_grid("Examples", [html_card(e) for e in examples], 215)
     body += html_grid("Training, log scale over steps", [html_chart(*c) for c in curves.items()], 420)
@@ -720,15 +723,26 @@ def html_card(e: dict) -> str:
 
 
 def html_overlay(o: dict) -> str:
-    """The picture under its patch grid, each patch as bright as its weight."""
+    """The picture under its patch grid, perhaps its windows, each patch as bright as its weight."""
     S = len(o["weight"])
     patch = max(8, 288 // S)  # whole pixels a patch
     light = np.kron(0.2 + 0.8 * o["weight"], np.ones((patch, patch)))[..., None]  # (S*patch, S*patch, 1)
     pixels = light * np.asarray(o["image"].convert("RGB").resize((S * patch, S * patch)))
-    for edge in (np.s_[::patch], np.s_[:, ::patch]):
-        pixels[edge] = 0.85 * pixels[edge] + 0.15 * 128
+    for side, share, colour in ((1, 0.15, 128), (o.get("window", S), 0.7, (59, 127, 224))):
+        for edge in (np.s_[side * patch :: side * patch], np.s_[:, side * patch :: side * patch]):
+            pixels[edge] = (1 - share) * pixels[edge] + share * np.array(colour)
     picture = html_image(Image.fromarray(pixels.astype(np.uint8)), o["label"], S * patch)
     return f"<figure>{picture}<figcaption>{quote(o['label'])}</figcaption></figure>"
+
+
+def html_scales(rows: list[tuple[str, list[dict]]]) -> str:
+    """A row of overlays, coarse to fine, for each model: before and after scaling."""
+    told = """Attention of each scale's last block, mean over heads and over the tokens of a window.
+        Brightness: 60 % even over the window's patches, 100 % four times that or more, 20 % a quarter
+        or less. Blue lines part windows. Spread: 1 / sum of squares, mean over tokens."""
+    cells = [(quote(label), html_grid("", [html_overlay(o) for o in row], 280)) for label, row in rows]
+    grids = "".join(f'<p class="row">{label}</p>{grid}' for label, grid in cells)
+    return f"<h2>Where each scale looks</h2><p>{told}</p>{grids}" if rows else ""
 
 
 def html_chart(name: str, lines: dict[str, list[tuple[float, float]]]) -> str:
@@ -766,7 +780,9 @@ def html_chart(name: str, lines: dict[str, list[tuple[float, float]]]) -> str:
 
 
 def make_report(path: Path, vlm, step: Path, summary: dict, examples: list[dict]) -> None:
-    """report.html: scores, examples, loss curves of this run and the one it came from, what pruners keep."""
+    """report.html: scores, examples, where scales look, what pruners keep, and the loss curves of this run
+    and the one it came from.
+    """
     train = model.read_json(step / "config.json")["train"]
     curves, facts, folder = {}, [], step.parent if step.name.startswith("step-") else step
     while folder and (folder / "metrics.jsonl").is_file():
@@ -794,7 +810,8 @@ def make_report(path: Path, vlm, step: Path, summary: dict, examples: list[dict]
         image = shown["image"]
         shown["image"] = data.render(image) if isinstance(image, data.Scene) else data.open_image(image)
     overlays = draw_overlays(vlm, [shown["image"] for shown in examples[:1]])
-    write_report(path, "sightspeed report", facts, summary["results"], examples, curves, overlays)
+    scales = draw_scales(vlm, step, examples[0]["image"])
+    write_report(path, "sightspeed report", facts, summary["results"], examples, curves, overlays, scales)
 
 
 @torch.no_grad()
@@ -816,6 +833,32 @@ def draw_overlays(vlm, images: list[Image.Image]) -> list[dict]:
             label = f"{name} keeps {keep} of {tokens.shape[1]}"
             shown.append({"image": image, "label": label, "weight": seen / max(seen.max(), 1e-9)})
     return shown
+
+
+@torch.no_grad()
+def draw_scales(vlm, step: Path, image: Image.Image) -> list[tuple[str, list[dict]]]:
+    """Where the tokens of each scale look, in the run that this one came from (if still there) and in it."""
+    if not isinstance(vlm.connector, model.ChainOfSight):
+        return []
+    runs, rows, like = [(step, vlm)], [], next(vlm.parameters())
+    try:
+        before = model.find_step(model.read_json(step / "config.json")["train"]["init"])
+        runs.insert(0, (before, model.VLM.from_pretrained(before, like.dtype).to(like.device).eval()))
+    except UserError:
+        pass  # it came from no run, or that one is gone
+    for folder, each in runs:
+        pixels = torch.from_numpy(data.load_images([image], each.cfg)).to(like.device)
+        levels, S, row = each.levels(pixels), each.cfg.side, []
+        for scale, (window, queries) in zip(each.connector.scales, each.cfg.scales()):
+            seen = scale.attention(levels)[0].cpu()  # (tokens, P)
+            times_even = seen.sum(0).view(S, S).numpy() * window**2 / queries  # mean over a window's tokens
+            weight = (0.5 + np.log2(times_even + 1e-9) / 4).clip(0, 1)
+            spread = f"{seen.square().sum(1).reciprocal().mean():.1f} of {window**2}"
+            label = f"{len(seen)} tokens, windows of {window}×{window} patches; a token spreads over {spread}"
+            row.append({"image": image, "label": label, "weight": weight, "window": window})
+        stage = {"pretrain": "stage 1", "sft": "stage 2"}[model.read_json(folder / "config.json")["stage"]]
+        rows.append((f"{stage}, {each.cfg.visual_tokens()} tokens", row))
+    return rows
 
 
 def token_window(cfg: model.ModelConfig, token: int) -> tuple[slice, slice, float]:

@@ -848,22 +848,23 @@ class WindowBlock(nn.Module):
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = MLP(width, 4 * width)
 
-    def forward(self, queries: Tensor, context: Tensor, key_positions: Tensor | None) -> Tensor:
-        """queries (I or 1, windows, q, D), context (I, windows, W*W, C) -> (I, windows, q, D)
+    def project(self, queries: Tensor, context: Tensor, key_positions: Tensor | None) -> list[Tensor]:
+        """queries (I or 1, windows, q, D), context (I, windows, W*W, C) -> q, k, v
 
         At the first level the queries are the same for all images: they come with I = 1 and are projected
         once.
         """
-        images, windows = context.shape[:2]
         context = self.norm_context(context)
         if key_positions is not None:
             context = context + key_positions
-        q = self.to_q(self.norm_queries(queries)).expand(images, -1, -1, -1)
+        q = self.to_q(self.norm_queries(queries)).expand(len(context), -1, -1, -1)
         k, v = self.to_kv(context).chunk(2, -1)
-        q, k, v = (
-            split_heads(x.flatten(0, 1), self.heads) for x in (q, k, v)
-        )  # (I*windows, H, q or W*W, D/H)
-        out = merge_heads(attend(q, k, v)).unflatten(0, (images, windows))
+        return [split_heads(x.flatten(0, 1), self.heads) for x in (q, k, v)]  # (I*windows, H, q or W*W, D/H)
+
+    def forward(self, queries: Tensor, context: Tensor, key_positions: Tensor | None) -> Tensor:
+        """queries (I or 1, windows, q, D), context (I, windows, W*W, C) -> (I, windows, q, D)"""
+        q, k, v = self.project(queries, context, key_positions)
+        out = merge_heads(attend(q, k, v)).unflatten(0, context.shape[:2])
         queries = queries + self.to_out(out)  # (I, windows, q, D)
         return queries + self.mlp(self.norm_mlp(queries))
 
@@ -890,6 +891,24 @@ class Scale(nn.Module):
         for block, level in zip(self.blocks, levels):
             x = block(x, cut_windows(level, self.window), self.key_positions)
         return x.flatten(1, 2)
+
+    @torch.no_grad()
+    def attention(self, levels: list[Tensor]) -> Tensor:
+        """Which patches each token looks at in the block of the highest level: (I, windows * q, P), fp32.
+
+        Mean over heads; rows sum to 1 and are 0 outside the token's own window. Only for pictures: computed
+        anew from queries and keys, as fused attention never holds these weights.
+        """
+        x, cut = self.queries[None], [cut_windows(level, self.window) for level in levels]
+        for block, context in zip(self.blocks[:-1], cut):
+            x = block(x, context, self.key_positions)
+        q, k, _ = self.blocks[-1].project(x, cut[-1], self.key_positions)
+        scores = q.float() @ k.float().mT / math.sqrt(q.shape[-1])
+        inside = scores.softmax(-1).mean(1).unflatten(0, cut[-1].shape[:2])  # (I, windows, q, W*W)
+        P = levels[-1].shape[1]
+        patches = torch.arange(P, device=q.device).view(1, P, 1)
+        where = cut_windows(patches, self.window).mT.expand_as(inside)  # a patch's number in the whole grid
+        return inside.new_zeros(*inside.shape[:3], P).scatter_(3, where, inside).flatten(1, 2)
 
     @torch.no_grad()
     def inflate_from(self, source: "Scale", factor: int) -> None:
@@ -1209,15 +1228,19 @@ class VLM(nn.Module):
             nn.init.normal_(vlm.connector.proj.weight, std=rms / math.sqrt(vlm.connector.proj.in_features))
         return vlm
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """uint8 (I, 3, size, size) -> visual tokens (I, V, D), all of them."""
+    def levels(self, pixels: Tensor) -> list[Tensor]:
+        """uint8 (I, 3, size, size) -> patches at the levels that the connector reads, each (I, P, C)."""
         levels = self.cfg.connector.levels
         trains = self.vit.embeddings.patch_embedding.weight.requires_grad and torch.is_grad_enabled()
         with torch.set_grad_enabled(trains):  # a frozen encoder keeps no activations
             pixels = (pixels.float() - self.pixel_mean) / self.pixel_std
             dtype = self.vit.embeddings.position_embedding.weight.dtype
             states = self.vit.hidden_states(pixels.to(dtype), last=max(levels))
-        tokens = self.connector([states[level][:, int(self.cfg.vit.cls_token) :] for level in levels])
+        return [states[level][:, int(self.cfg.vit.cls_token) :] for level in levels]
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """uint8 (I, 3, size, size) -> visual tokens (I, V, D), all of them."""
+        tokens = self.connector(self.levels(pixels))
         if tokens.shape[1] != self.cfg.visual_tokens():
             raise RuntimeError(
                 f"the connector gives {tokens.shape[1]} tokens, slots are {self.cfg.visual_tokens()}"

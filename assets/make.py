@@ -1,4 +1,5 @@
 """Makes the shipped halves of the demo anew: `python assets/make.py tokenizer|vit|lm` (or `make assets`).
+Also the README's picture of attention, from what `make demo` left: `python assets/make.py scales`.
 
 tokenizer  assets/scenes.tiktoken: all 256 bytes and the merges learned from Scenes told in words
 vit        assets/tiny_vit: a CLIP-shaped encoder that has seen pictures of both of the demo's resolutions, no
@@ -13,7 +14,9 @@ import argparse
 import base64
 import collections
 import random
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -27,6 +30,7 @@ from tqdm import tqdm
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import data  # noqa: E402
+import eval as evaluation  # noqa: E402
 import model  # noqa: E402
 
 
@@ -334,11 +338,25 @@ def score_text(lm: model.Decoder, tokenizer: data.Tokenizer, n: int) -> str:
     return " ".join(f"{k} {100 * right[k] / asked[k]:.0f}" for k in sorted(asked))
 
 
+def make_scales(run: str = "runs/demo/sft") -> None:
+    """assets/scales.png: the report's section on attention for one unseen scene, as Chromium shows it."""
+    step = model.find_step(run)
+    image = data.render(data.make_scene("test", 0))
+    scales = evaluation.draw_scales(model.VLM.from_pretrained(step).eval(), step, image)
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "scales.html"
+        evaluation.write_report(page, "", [], [], [], {}, [], scales)
+        flags = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
+            --disable-background-networking --disable-component-update --hide-scrollbars""".split()
+        flags += [f"--user-data-dir={folder}/user", f"--screenshot={HERE / 'scales.png'}"]
+        subprocess.run(["chromium", *flags, "--window-size=1000,950", page.as_uri()], check=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=["tokenizer", "vit", "lm", "probe"])
+    parser.add_argument("part", choices=["tokenizer", "vit", "lm", "probe", "scales"])
     parser.add_argument("--minutes", type=float, default=25, help="how long to train (default 25)")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -352,3 +370,5 @@ if __name__ == "__main__":
             make_lm(args.minutes)
         case "probe":
             probe()
+        case "scales":
+            make_scales()

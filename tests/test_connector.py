@@ -166,6 +166,52 @@ def test_one_scale_against_loops_over_windows_and_heads():
     assert_close(scale(levels)[0], torch.cat(expected), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("window, key_positions", [(16, False), (4, False), (4, True)])
+def test_attention_shown_is_the_softmax_of_the_last_block(window, key_positions):
+    cfg = narrow(key_positions=key_positions)
+    scale = shaken(model.Scale(cfg.connector, 8, 16, window, n_queries=3))
+    levels = levels_of(16)
+    seen, n = scale.attention(levels), 16 // window
+    assert seen.shape == (2, n * n * 3, 256) and seen.dtype == torch.float32 and not seen.requires_grad
+    assert_close(seen.sum(-1), torch.ones(2, n * n * 3, dtype=torch.float32))
+    added = scale.key_positions if key_positions else 0
+    block, grids = scale.blocks[1], [level.unflatten(1, (16, 16)) for level in levels]
+    for w in range(n * n):
+        inside = torch.zeros(16, 16, dtype=torch.bool)
+        inside[w // n * window :, w % n * window :][:window, :window] = True
+        low, high = (grid[:, inside][:, None] for grid in grids)  # (I, 1, W*W, C)
+        x = scale.blocks[0](scale.queries[None, w : w + 1], low, scale.key_positions)[:, 0]
+        q = block.to_q(block.norm_queries(x))
+        k = block.to_kv(block.norm_context(high[:, 0]) + added)[..., :8]
+        heads = [(q[..., h] @ k[..., h].mT / 2).softmax(-1) for h in (slice(0, 4), slice(4, 8))]
+        mine = seen[:, 3 * w : 3 * w + 3].unflatten(2, (16, 16))
+        assert_close(mine[..., inside].double(), sum(heads) / 2, rtol=0, atol=1e-6)
+        assert not mine[..., ~inside].any()
+
+
+@pytest.mark.parametrize("window", [16, 4])
+def test_attention_shown_is_where_the_key_fits_the_query(window):
+    """Keys and queries are made so that in each window the patch with a 1 in channel 0 beats all others."""
+    scale = shaken(model.Scale(narrow().connector, 8, 16, window, n_queries=2))
+    block, (row, column) = scale.blocks[1], (6, 13)
+    with torch.no_grad():
+        block.to_q.weight.zero_()
+        block.norm_queries.weight.zero_()
+        block.norm_queries.bias.fill_(1)
+        block.to_q.weight[:, 0] = 50  # every query: 50 everywhere
+        block.to_kv.weight[:8] = torch.eye(8)[0]  # every key: its patch's channel 0
+        block.norm_context.weight.fill_(1)
+        block.norm_context.bias.zero_()
+    high = torch.zeros(1, 256, 8)
+    high[..., 1] = 1
+    high[0, 16 * row + column] = torch.eye(8)[0]
+    seen = scale.attention([levels_of(16, 1)[0], high])[0]  # (tokens, P)
+    first = 2 * (row // window * (16 // window) + column // window)
+    assert seen[first : first + 2, 16 * row + column].min() > 0.999
+    others = torch.cat([seen[:first], seen[first + 2 :]])
+    assert others.numel() == 0 or (others.amax(-1) < 1.01 / window**2).all()  # equal patches: even
+
+
 # --- Locality and symmetry (items 4 to 6)
 @pytest.mark.parametrize("row, column", [(0, 0), (6, 13), (15, 4)])
 def test_a_patch_changes_only_its_window(row, column):

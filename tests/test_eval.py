@@ -70,8 +70,36 @@ def test_own_files_go_all_the_way_to_scores_and_report(own_set, trained, tmp_pat
     names = [(row["task"], row["tokens"]) for row in summary["results"]]
     assert ("choice", "full") in names and ("caption", "pruned") in names and ("choice/red", "full") in names
     page = report.read_text()
+    assert "stage 1, 32 tokens" in page and "64 tokens, windows of 2×2 patches" in page
     assert page.startswith("<!doctype html>") and "What colour is it?" in page
     assert "http://" not in page.replace("http://www.w3.org", "") and "<script" not in page  # opens offline
+
+
+def test_report_shows_where_scales_look_before_and_after(trained, tmp_path):
+    picture, step = Image.new("RGB", (64, 64), "red"), model.find_step(trained)
+    vlm = model.VLM.from_pretrained(step)
+    rows = evaluation.draw_scales(vlm, step, picture)
+    assert [label for label, _ in rows] == ["stage 1, 32 tokens", "stage 2, 144 tokens"]
+    assert [[o["window"] for o in row] for _, row in rows] == [[8, 2], [16, 8, 2]]
+    assert all(o["weight"].min() >= 0 and o["weight"].max() <= 1 for _, row in rows for o in row)
+    config = model.read_json(step / "config.json")
+    for init in ("", str(tmp_path / "gone")):  # its stage 1 is not there: one row
+        model.write_json(tmp_path / "config.json", {**config, "train": {**config["train"], "init": init}})
+        assert [label for label, _ in evaluation.draw_scales(vlm, tmp_path, picture)] == [
+            "stage 2, 144 tokens"
+        ]
+
+
+@pytest.mark.parametrize("kind", model.CONNECTORS)
+def test_scales_are_shown_of_connectors_that_have_windows(kind, tmp_path):
+    vlm = model.VLM(model.ModelConfig(connector=model.ConnectorConfig(kind)))
+    model.write_json(tmp_path / "config.json", {"stage": "pretrain", "train": {"init": ""}})
+    scales = evaluation.draw_scales(vlm, tmp_path, Image.new("RGB", (64, 64)))
+    assert [len(row) for _, row in scales] == {"chain": [2], "resampler": [1]}.get(kind, [])
+    evaluation.write_report(tmp_path / "report.html", "", [], [], [], {}, [], scales)
+    page = (tmp_path / "report.html").read_text()
+    assert ("Where each scale looks" in page) == bool(scales)
+    assert page.count("<img") == sum(len(row) for _, row in scales)
 
 
 def test_chat_answers_and_remembers(own_set, trained, monkeypatch, capsys):

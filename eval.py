@@ -810,7 +810,7 @@ def make_report(path: Path, vlm, step: Path, summary: dict, examples: list[dict]
         image = shown["image"]
         shown["image"] = data.render(image) if isinstance(image, data.Scene) else data.open_image(image)
     overlays = draw_overlays(vlm, [shown["image"] for shown in examples[:1]])
-    scales = draw_scales(vlm, step, examples[0]["image"])
+    scales = draw_scales(vlm, step, examples[0]["image"]) if examples else []
     write_report(path, "sightspeed report", facts, summary["results"], examples, curves, overlays, scales)
 
 

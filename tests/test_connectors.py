@@ -302,7 +302,7 @@ def test_two_steps_and_generation(kind, tmp_path, small_halves):
 
 @pytest.mark.parametrize("kind", CONNECTORS)
 def test_every_kind_overfits_a_few_pictures(kind):
-    """Same question, four noise pictures, four answers: only what passes the connector can tell them apart."""
+    """One question, four noise pictures, four answers: only what passes the connector tells them apart."""
     torch.set_default_dtype(torch.float32)
     vlm = model.VLM(model.ModelConfig(
         vit=model.ViTConfig(32, 8, 32, 2, 2, 64),
@@ -321,4 +321,4 @@ def test_every_kind_overfits_a_few_pictures(kind):
         optimizer.step()
         if loss < 0.05:
             break
-    assert loss < 0.05  # guessing gives log(4) / 2 = 0.69: the second token follows from the first
+    assert loss < 0.05  # guessing gives log(4) / 2 = 0.69

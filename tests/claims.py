@@ -81,7 +81,7 @@ class ClaimsConfig:
     list: bool = False  # show the cells, run nothing
     minutes: float = 0.0  # start no cell after that; 0: no limit
     reuse: bool = False  # results that other scripts made count, too
-    steps1: int = 200  # optimizer steps of stage 1
+    steps1: int = 350  # optimizer steps of stage 1
     steps2: int = 50  # and of stage 2
     batch_size: int = 16
     n: int = 800  # questions of each of the five types of scenes_vqa

@@ -454,10 +454,10 @@ def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 def row_width(lengths: list[int], row_length: int, step: int = 16) -> int:
-    """The multiple of `step` up to row_length that leaves the least padding, the smallest of equals; if a
-    sample is longer than row_length, what that sample needs.
+    """The multiple of `step` that leaves the least padding, the smallest of equals: at most row_length, or
+    what the longest sample needs.
     """
-    least = -(-max(lengths) // step) * step
+    least = -(-max(1, *lengths) // step) * step
     widths = range(least, max(least, row_length) + 1, step)
     return min(widths, key=lambda width: len(best_fit(lengths, width)) * width)
 

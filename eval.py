@@ -840,14 +840,14 @@ def draw_scales(vlm, step: Path, image: Image.Image) -> list[tuple[str, list[dic
     """Where the tokens of each scale look, in the run that this one came from (if still there) and in it."""
     if not isinstance(vlm.connector, model.ChainOfSight):
         return []
-    runs, rows, like = [(step, vlm)], [], next(vlm.parameters())
+    runs, rows = [(step, vlm)], []
     try:
         before = model.find_step(model.read_json(step / "config.json")["train"]["init"])
-        runs.insert(0, (before, model.VLM.from_pretrained(before, like.dtype).to(like.device).eval()))
+        runs.insert(0, (before, model.VLM.from_pretrained(before).eval()))  # on the CPU: one picture
     except UserError:
         pass  # it came from no run, or that one is gone
     for folder, each in runs:
-        pixels = torch.from_numpy(data.load_images([image], each.cfg)).to(like.device)
+        pixels = torch.from_numpy(data.load_images([image], each.cfg)).to(each.pixel_mean.device)
         levels, S, row = each.levels(pixels), each.cfg.side, []
         for scale, (window, queries) in zip(each.connector.scales, each.cfg.scales()):
             seen = scale.attention(levels)[0].cpu()  # (tokens, P)

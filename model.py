@@ -204,6 +204,8 @@ class ModelConfig:
                     f"connector.windows: {window} does not divide the {self.side}x{self.side} patch grid "
                     f"({v.image_size} px / patch {v.patch_size}); windows that do: {divisors}"
                 )
+        if c.kind == "chain" and c.windows != sorted(c.windows, reverse=True):
+            raise UserError(f"connector.windows {c.windows}: scales go from coarse to fine, largest first")
         if c.tokens < 1:
             raise UserError(f"connector.tokens {c.tokens}: must be at least 1")
         if c.kind in ("avgpool", "cabstractor") and math.isqrt(c.tokens) ** 2 != c.tokens:
@@ -1987,10 +1989,19 @@ class Stage:
         return parts, kept
 
 
+def grows(row: dict, cfg: ModelConfig) -> bool:
+    """Whether the preset's scaling step still fits: a flag may have changed the connector."""
+    mine, theirs = (c.check().connector for c in (cfg, row["model"]))
+    return "scale" in row and (mine.kind, mine.windows, mine.queries) == (
+        "chain",
+        theirs.windows,
+        theirs.queries,
+    )
+
+
 def stages_of(row: dict, cfg: ModelConfig) -> list[Stage]:
     """Stage 1, perhaps 1b, and 2, each with the config it has by then."""
-    known = "scale" in row and cfg.connector == row["model"].connector  # not if a flag changed the connector
-    later = scaled_config(cfg, row["scale"]) if known else cfg
+    later = scaled_config(cfg, row["scale"]) if grows(row, cfg) else cfg
     stages = []
     for name, recipe in (("1", "pretrain"), ("1b", "pretrain_b"), ("2", "sft")):
         if recipe not in row:
@@ -2078,6 +2089,8 @@ def print_plan(name: str, cfg: ModelConfig, tools: "ToolConfig") -> None:
     images, stages = row.get("tiles", 1), stages_of(row, cfg)
     print(f"preset {name}: {row['source']}\nnot from there, ours: {row['ours']}\n{row.get('plan_only', '')}")
 
+    if "scale" in row and not grows(row, cfg):
+        print(f"its tokens are not scaled up: {row['scale']} does not fit these flags")
     print("parameters (millions)".ljust(30) + "".join(f"stage {s.name}, trained".rjust(22) for s in stages))
     sizes = []
     for stage in stages:

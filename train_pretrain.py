@@ -78,6 +78,8 @@ class RunConfig:
         model.require_at_least(self, 0, "seed workers save_every eval_every lr muon_lr vit_lr weight_decay")
         if self.scale_init not in model.SCALE_INITS:
             raise UserError(f"--scale_init '{self.scale_init}': use one of {', '.join(model.SCALE_INITS)}")
+        if self.scale_init != "inflate" and not self.scale:
+            raise UserError(f"--scale_init {self.scale_init} has no effect without --scale")
         if self.frozen not in ("float32", "bfloat16"):
             raise UserError(f"--frozen '{self.frozen}' is unknown: use float32 or bfloat16")
 
@@ -259,6 +261,8 @@ def read_flags(
         for name in changed if folder else ():
             if name.startswith(parts) and name not in ("vit.image_size", "vit.align_corners"):
                 raise UserError(f"--{name}: that half comes from {folder}, which has its own")
+    if "connector.plan" in changed and {"connector.windows", "connector.queries"} & set(changed):
+        raise UserError("--connector.plan sets windows and queries: give either the plan or those")
     if "lora.alpha" in changed and not model_cfg.lora.rank:
         raise UserError("--lora.alpha has no effect without --lora.rank")
     cfg.check()
@@ -448,7 +452,7 @@ def prepare(run: Run, vlm: model.VLM) -> nn.Module:
     """Compile block by block if asked, wrap in DDP if there are other ranks."""
     vlm.train()
     if run.cfg.compile == "true":
-        torch._dynamo.config.recompile_limit = 64  # a few row counts, with and without gradient
+        torch._dynamo.config.recompile_limit = 64  # a few row shapes, with and without gradient
         for block in [*vlm.vit.encoder["layers"], *vlm.decoder.layers]:
             block.compile(fullgraph=True)
     if run.world == 1:

@@ -12,9 +12,9 @@ scripts and halves; --reuse also takes what other scripts made (* behind the com
 
 128 px, so 16x16 patches, in both stages; 32 tokens become 336; equal samples everywhere. score: exact match
 on scenes_vqa; blind: the same questions about other pictures; ref: scenes_ref (greedy, IoU 0.5). Seconds are
-those of the training loops: no start, hand-over or checkpoint. The error of a difference is over questions,
-those about one picture taken together: it tells whether these two models differ. Whether their recipes do,
-only seeds tell; with several the larger of both errors decides.
+those of the training loops with their checkpoints, one cell after the other: for a fair ratio see `make
+bench`. The error of a difference is over questions, those about one picture taken together: it tells whether
+these two models differ. Whether their recipes do, only seeds tell; with several the larger of both decides.
 """
 
 import hashlib

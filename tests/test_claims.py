@@ -89,7 +89,7 @@ def test_cells_share_stage_1_and_are_run_once(calls, capsys):
     ]  # fmt: skip
     assert len({name for stage, name in calls if stage == "stage2"}) == 4
     row = rows()["a.one", 0]
-    assert row["seconds"]["stage1"] == 3 * 16 / 16 + 197 * 16 / 8 and row["n"] == 50
+    assert row["seconds"]["stage1"] == 3 * 16 / 16 + 347 * 16 / 8 and row["n"] == 50
     assert rows()["a.direct", 0]["seconds"].keys() == {"stage2", "eval"}
     assert np.load(f"runs/claims/{row['config_hash']}.npz")["right"].mean() * 100 == row["score"]
     shown = capsys.readouterr().out

@@ -98,3 +98,10 @@ def test_flags_change_the_plan(capsys):
         model.main([])
     with pytest.raises(model.UserError, match="--preset '9b' is unknown"):
         model.main(["--preset", "9b", "--plan"])
+
+
+def test_the_plan_scales_tokens_if_the_step_still_fits(capsys):
+    for plan, full, told in (("80", "full 1296", False), ("32", "full 32", True)):
+        model.main(["--preset", "cos-8b", "--plan", "--connector.plan", plan])
+        out = capsys.readouterr().out
+        assert full in out and ("its tokens are not scaled up: 80to1296" in out) == told

@@ -239,6 +239,9 @@ def test_flags_over_recipe_over_defaults_and_the_recipe_goes_on(tmp_path, small_
         ("--pure_bf16 true", "needs --dtype bfloat16"),
         ("--encoder_from= --vit.image_size 0", "vit.image_size 0 must be above 0"),
         ("--scale_init nearest", "use one of inflate, queries, random"),
+        ("--scale_init random", "no effect without --scale"),
+        ("--connector.plan 32 --connector.windows 8,4", "give either the plan or those"),
+        ("--connector.windows 2,8", "from coarse to fine"),
     ],
 )
 def test_refusals_before_anything_is_written(flags, words, tmp_path, monkeypatch):

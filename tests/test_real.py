@@ -20,7 +20,7 @@ import train_sft
 
 GEOMETRY = "--vit.image_size 0 --connector.levels 2,3 --connector.width 32 --connector.heads 2".split()
 GEOMETRY += "--connector.windows 8,2 --connector.queries 16,1".split()
-FEW = "--batch_size 4 --workers 0 --device cpu --log_every 1".split()
+FEW = "--batch_size 4 --micro_steps 1 --workers 0 --device cpu --log_every 1".split()
 
 
 def write_halves(folder: Path) -> None:

@@ -15,6 +15,7 @@ import os
 import random
 import re
 import unicodedata
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,7 @@ import tiktoken
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from model import ASSETS, ModelConfig, UserError, find_half, read_decoder_config, read_json
 
@@ -329,18 +330,25 @@ def prompt_pieces(question: str, images: int, tokenizer: Tokenizer, history: lis
     return chat_pieces(turns, tokenizer, to_answer=True)
 
 
-def cut(pieces: list[Piece], per_image: int, limit: int) -> list[Piece]:
-    """The longest beginning of at most `limit` positions that does not cut into an image."""
-    kept = []
+def split(pieces: list[Piece], per_image: int, limit: int, most_images: int = 10**9) -> list[list[Piece]]:
+    """Parts of at most `limit` positions and `most_images` pictures, in order; none cuts into a picture.
+
+    A picture that does not fit into any part is left out. The first part is what is left of a cut sample.
+    """
+    parts, room, images = [[]], limit, 0
     for piece in pieces:
-        room = limit
-        limit -= per_image if isinstance(piece, int) else len(piece[0])
-        if limit < 0:
-            if not isinstance(piece, int):
-                kept.append((piece[0][:room], piece[1]))
-            break
-        kept.append(piece)
-    return kept
+        picture = isinstance(piece, int)
+        if picture and (per_image > room or images == most_images):
+            parts, room, images = [*parts, []], limit, 0
+        if picture and per_image <= room:
+            parts[-1].append(piece)
+            room, images = room - per_image, images + 1
+        while not picture and piece[0]:
+            if not room:
+                parts, room, images = [*parts, []], limit, 0
+            parts[-1].append((piece[0][:room], piece[1]))
+            piece, room = (piece[0][room:], piece[1]), max(0, room - len(piece[0]))
+    return [part for part in parts if part]
 
 
 @dataclass
@@ -415,6 +423,7 @@ class Rows:
     visual_index: Tensor  # (slots,) which row of the bank of visual tokens fills each slot, see VLM.bank
     supervised: Tensor  # (R,) flat positions in B*T whose next token is a target
     targets: Tensor  # (R,)
+    starts: Tensor | None = None  # (documents + 1,) int32: where each begins in B*T, the end repeated
 
 
 @dataclass
@@ -426,7 +435,8 @@ class Batch:
     distill: Tensor | None  # (R of teacher,) rows of student's `supervised` that the teacher's rows belong to
     pruned: bool  # whether any slot of student or teacher refers to pruned tokens
     samples: int
-    next_sample: int  # the number of the first sample after this batch, over all ranks
+    next_sample: int  # the number of the first sample (or row) after this step, over all ranks
+    plan: "Planned | None" = None  # where it came from
 
     def to(self, device: torch.device) -> "Batch":
         def move(value):
@@ -437,19 +447,27 @@ class Batch:
         return Batch(*(move(getattr(self, f.name)) for f in dataclasses.fields(self)))
 
 
-def best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Which samples share a row: longest first, each into the fullest row that still has room."""
-    rows, room = [], []
+def best_fit(
+    lengths: list[int], capacity: int, images: list[int] | None = None, most_images: int = 10**9
+) -> list[list[int]]:
+    """Which samples share a row: longest first, each into the fullest row that still has room.
+
+    images: how many each sample has, of which a row takes `most_images`.
+    """
+    rows, room, free = [], [], []
+    images = images or [0] * len(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = [r for r in range(len(rows)) if room[r] >= lengths[i]]
+        fits = [r for r in range(len(rows)) if room[r] >= lengths[i] and free[r] >= images[i]]
         if fits:
             r = min(fits, key=room.__getitem__)
         else:
             r = len(rows)
             rows.append([])
             room.append(capacity)
+            free.append(most_images)
         rows[r].append(i)
         room[r] -= lengths[i]
+        free[r] -= images[i]
     return rows
 
 
@@ -462,51 +480,59 @@ def row_width(lengths: list[int], row_length: int, step: int = 16) -> int:
     return min(widths, key=lambda width: len(best_fit(lengths, width)) * width)
 
 
-def make_rows(laid: list[Laid], first_slot: list[int], row_length: int) -> tuple[Rows, list[np.ndarray]]:
-    """Place samples in rows; also returns, for each sample, which entries of `supervised` are its own.
+def make_rows(
+    laid: list[Laid], first_slot: list[int], T: int, rows: list[list[int]]
+) -> tuple[Rows, list[np.ndarray]]:
+    """Place samples in rows of T; also returns, for each sample, which entries of `supervised` are its own.
 
     first_slot[i]: row of the bank of visual tokens that holds sample i's first visual token.
     """
-    lengths = [len(s.ids) for s in laid]
-    T = row_width(lengths, row_length)
-    rows = best_fit(lengths, T)
     ids, doc_ids, positions, index = (np.full((len(rows), T), fill) for fill in (0, -1, 0, -1))
-    targets, owner = np.full((len(rows), T), -1), np.full((len(rows), T), -1)
+    targets, owner, starts = np.full((len(rows), T), -1), np.full((len(rows), T), -1), []
     for b, row in enumerate(rows):
         start = 0
         for i in row:
-            here = slice(start, start + lengths[i])
-            ids[b, here], doc_ids[b, here], positions[b, here] = laid[i].ids, i, np.arange(lengths[i])
+            length = len(laid[i].ids)
+            here = slice(start, start + length)
+            ids[b, here], doc_ids[b, here], positions[b, here] = laid[i].ids, i, np.arange(length)
             index[b, here] = np.where(laid[i].slot >= 0, laid[i].slot + first_slot[i], -1)
             targets[b, here], owner[b, here] = laid[i].targets, i
+            starts.append(b * T + start)
             start = here.stop
+        starts += [b * T + start] if start < T else []  # the padding is a document of its own
+    places = len(rows) * (T // 16 + 2)  # a fixed number, so that compiled code sees one shape
+    starts += [ids.size] * (1 + max(0, places - len(starts)))
     supervised = np.flatnonzero(targets.reshape(-1) >= 0)
     owner = owner.reshape(-1)[supervised]
     t = torch.from_numpy
-    rows = Rows(
+    batch = Rows(
         t(ids), t(index >= 0), t(positions), t(doc_ids), t(index[index >= 0]), t(supervised),
-        t(targets.reshape(-1)[supervised]),
+        t(targets.reshape(-1)[supervised]), torch.tensor(starts, dtype=torch.int32),
     )  # fmt: skip
-    return rows, [np.flatnonzero(owner == i) for i in range(len(laid))]
+    return batch, [np.flatnonzero(owner == i) for i in range(len(laid))]
 
 
 def make_batch(
     samples: list[tuple[list[Piece], np.ndarray]], modes: list[str], cfg: ModelConfig,
-    row_length: int, limit: int, next_sample: int = 0,
+    row_length: int, limit: int, next_sample: int = 0, rows: list[list[int]] | None = None, capacity: int = 0,
 ) -> Batch:  # fmt: skip
     """samples: (pieces, pixels (n, 3, size, size)) each; modes: "full", "fast" or "slow" for each.
 
     A slow sample is one whose student row holds all visual tokens and whose teacher row holds the pruned
     ones. The bank of visual tokens (VLM.bank) lists all images' full tokens first, then all their pruned
     ones.
+    rows: which samples share a row of row_length positions; None: best-fit, in rows as wide as they need.
+    capacity: blank pictures make up the number of images to it, so that compiled code sees one shape.
     """
     full, pruned = cfg.visual_tokens("full"), cfg.visual_tokens("pruned")
     first_image = np.cumsum([0] + [len(pixels) for _, pixels in samples])
-    images = int(first_image[-1])
+    size = cfg.vit.image_size
+    blank = np.zeros((max(0, capacity - int(first_image[-1])), 3, size, size), np.uint8)
+    images = int(first_image[-1]) + len(blank)
     student, student_slot, teacher, teacher_slot, slow = [], [], [], [], []
     for i, ((pieces, _), mode) in enumerate(zip(samples, modes)):
         per_image = pruned if mode == "fast" else full
-        pieces = cut(pieces, per_image, limit)
+        pieces = split(pieces, per_image, limit)[0]
         student.append(lay_out(pieces, per_image))
         pruned_slot = images * full + int(first_image[i]) * pruned
         student_slot.append(pruned_slot if mode == "fast" else int(first_image[i]) * full)
@@ -514,18 +540,21 @@ def make_batch(
             slow.append(i)
             teacher.append(lay_out(pieces, pruned))
             teacher_slot.append(pruned_slot)
-    rows, entries = make_rows(student, student_slot, row_length)
+    fixed, lengths = rows is not None, [len(s.ids) for s in student]
+    T = row_length if fixed else row_width(lengths, row_length)
+    student_rows, entries = make_rows(student, student_slot, T, rows or best_fit(lengths, T))
     teacher_rows, distill = None, None
     if teacher:
-        teacher_rows, teacher_entries = make_rows(teacher, teacher_slot, row_length)
-        order = np.argsort(np.concatenate(teacher_entries))
+        lengths = [len(s.ids) for s in teacher]
+        T = row_length if fixed else row_width(lengths, row_length)
+        teacher_rows, theirs = make_rows(teacher, teacher_slot, T, best_fit(lengths, T))
+        order = np.argsort(np.concatenate(theirs))
         distill = torch.from_numpy(np.concatenate([entries[i] for i in slow])[order])
-    size = cfg.vit.image_size
-    pixels = np.concatenate([p for _, p in samples] + [np.zeros((0, 3, size, size), np.uint8)])
-    fast = np.repeat([m == "fast" for m in modes], np.diff(first_image))
+    pixels = np.concatenate([p for _, p in samples] + [blank])
+    fast = np.repeat([m == "fast" for m in modes] + [False], [*np.diff(first_image), len(blank)])
     pruning = any(mode != "full" for mode in modes)
     pixels, fast = torch.from_numpy(pixels), torch.from_numpy(fast)
-    return Batch(pixels, fast, rows, teacher_rows, distill, pruning, len(samples), next_sample)
+    return Batch(pixels, fast, student_rows, teacher_rows, distill, pruning, len(samples), next_sample)
 
 
 def prompt_batch(samples: list[tuple[list[Piece], np.ndarray]], mode: str, cfg: ModelConfig) -> Batch:
@@ -893,7 +922,7 @@ def split_at_images(text: str, seen: int) -> tuple[list, int]:
 
 # What `--data scenes` means in each stage: (kind, weight). Chain-of-Sight's stage 1 is multi-task as well.
 SCENES_MIX = {
-    "pretrain": [("caption", 0.35), ("chat", 0.50), ("interleaved", 0.05), ("text", 0.10)],
+    "pretrain": [("caption", 0.22), ("chat", 0.60), ("interleaved", 0.12), ("text", 0.06)],
     "sft": [("chat", 1.0)],
 }
 
@@ -928,80 +957,242 @@ def open_sources(spec: str, stage: str) -> list[tuple[Dataset, float]]:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The order of samples. Sample number n is a pure function of (seed, n): not of workers, ranks or restarts.
+# The plan of a run: which samples come, in which order, and who shares a row. Sample number n of a kind, and
+# the kind of row r, are pure functions of (seed, n) and (seed, r): not of workers, ranks or restarts.
 
 
 class SampleOrder:
-    """n -> (source, index): a source by weight, its records in a new permutation each epoch."""
+    """n -> (source, index): a source drawn by weight, its records in a new permutation each epoch."""
 
-    def __init__(self, sizes: list[int], weights: list[float], seed: int, total: int):
-        share = np.cumsum(weights) / np.sum(weights)
-        self.source = np.searchsorted(share, np.random.default_rng(seed).random(total), side="right").astype(
-            np.int16
-        )
-        self.turn = np.zeros(total, dtype=np.int64)  # how often that source came before
-        for s in range(len(sizes)):
-            mine = self.source == s
-            self.turn[mine] = np.arange(mine.sum())
+    BLOCK = 4096  # draws at a time
+
+    def __init__(self, sizes: list[int], weights: list[float], seed: int):
         self.sizes, self.seed = sizes, seed
+        self.share = np.cumsum(weights) / np.sum(weights)
+        self.before = [np.zeros(len(sizes), np.int64)]  # how often each source came before each block
+        self.block = functools.lru_cache(maxsize=4)(self._block)
         self.permutation = functools.lru_cache(maxsize=2 * len(sizes))(self._permutation)
+
+    def draw(self, b: int) -> np.ndarray:
+        drawn = np.random.default_rng((self.seed, b)).random(self.BLOCK)
+        return np.searchsorted(self.share[:-1], drawn, side="right")
+
+    def source(self, n: int) -> int:
+        return int(self.block(n // self.BLOCK)[0][n % self.BLOCK])
+
+    def _block(self, b: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sources of a block, and how often each of them came before."""
+        for earlier in range(len(self.before) - 1, b):
+            came = np.bincount(self.draw(earlier), minlength=len(self.sizes))
+            self.before.append(self.before[-1] + came)
+        source = self.draw(b)
+        turn = np.zeros(self.BLOCK, np.int64)
+        for s in range(len(self.sizes)):
+            turn[source == s] = self.before[b][s] + np.arange((source == s).sum())
+        return source, turn
 
     def _permutation(self, source: int, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, source, epoch)).permutation(self.sizes[source])
 
     def __getitem__(self, n: int) -> tuple[int, int]:
-        source, turn = int(self.source[n]), int(self.turn[n])
+        block, place = divmod(n, self.BLOCK)
+        source, turn = (int(x[place]) for x in self.block(block))
         epoch, place = divmod(turn, self.sizes[source])
         return source, int(self.permutation(source, epoch)[place])
 
 
-@dataclass
-class Stream(Dataset):
-    """Item k is the k-th micro-batch of this rank, ready to train on. Workers are handed numbers k.
+class Place(NamedTuple):
+    """A part of a sample: what rows are filled with."""
 
-    choose_mode: sample number -> "full", "fast" or "slow". A broken record is returned as the UserError it
-    is, because an exception that crosses a worker's border loses its one clear sentence.
+    group: int  # in which group of sources
+    number: int  # of the sample in that group
+    part: int  # a document longer than a row goes on in the next part
+    mode: str  # full, fast or slow
+
+
+@dataclass
+class Planned:
+    """A micro-batch of one rank before it is drawn: what workers are handed."""
+
+    step: int
+    rows: list[list[Place]]  # unpacked: one list of samples
+    cursor: list[list[int]]  # where each group goes on after this step: [pool, row in it]
+    kinds: dict[str, float]  # share of the step's filled positions by kind of record, over all ranks
+    fill: float  # filled share of the step's positions
+    images: float  # share of the step's room for images that is used
+    left_out: int  # samples of pools begun in this step that have no answer within the limit
+
+
+def check_room(cfg: ModelConfig, limit: int) -> None:
+    """limit: positions of a sample."""
+    if cfg.visual_tokens() >= limit:
+        raise UserError(
+            f"a picture takes {cfg.visual_tokens()} positions, a sample may take {limit}: "
+            "raise --row_limit and --row_length"
+        )
+
+
+@dataclass
+class Plan(IterableDataset):
+    """What each step of this rank trains on, before anything is drawn or decoded.
+
+    Packed, a step takes batch_rows rows of row_length positions, over all ranks. Sources form groups: in
+    stage 1 one of each kind, drawn for each row by weight, so that a row holds one kind; in stage 2 all are
+    one group and mix. A pool of samples is measured, packed by best fit, its rows are shuffled. With
+    batch_size a step takes that many samples. The plan of all ranks is made by a process of its own in each.
     """
 
-    sources: list
-    order: SampleOrder
+    sources: list[tuple]  # (source, weight), see open_sources
     tokenizer: Tokenizer
     cfg: ModelConfig
-    batch_size: int  # samples of an optimizer step, over all ranks and micro-steps
-    micro_steps: int
-    rank: int
-    world: int
-    row_length: int
-    limit: int  # positions a sample may take
-    choose_mode: object
+    choose_mode: object  # sample number -> "full", "fast" or "slow"
+    seed: int
+    steps: range
+    batch_rows: int
+    batch_size: int = 0  # above 0: not packed
+    micro_steps: int = 1
+    rank: int = 0
+    world: int = 1
+    row_length: int = 256
+    row_images: int = 16  # most images of a packed row
+    limit: int = 2048  # most positions of a sample
+    by_kind: bool = False
+    pad_images: bool = False  # blank pictures up to the capacity of the micro-batch
+    cursor: list[list[int]] | None = None  # where to go on
 
-    def __getitem__(self, k: int) -> Batch | UserError:
-        share = self.batch_size // (self.micro_steps * self.world)
-        step, micro = divmod(k, self.micro_steps)
-        first = step * self.batch_size + (micro * self.world + self.rank) * share
+    POOL = 512  # samples that are packed together
+
+    def __post_init__(self):
+        if not self.batch_size:
+            self.limit = min(self.limit, self.row_length)
+        check_room(self.cfg, self.limit)
+        names = {s.kind if self.by_kind and not self.batch_size else "": None for s, _ in self.sources}
+        self.groups = [[(s, w) for s, w in self.sources if name in ("", s.kind)] for name in names]
+        shares = [sum(w for _, w in group) for group in self.groups]
+        self.kinds = SampleOrder([1] * len(names), shares, self.seed + 500_000)
+        self.orders = [
+            SampleOrder([len(s) for s, _ in group], [w for _, w in group], self.seed + 1000 * g)
+            for g, group in enumerate(self.groups)
+        ]
+
+    def __iter__(self):
         try:
-            samples = [self.sample(n) for n in range(first, first + share)]
-            modes = [self.choose_mode(n) for n in range(first, first + share)]
+            yield from self.unpacked() if self.batch_size else self.packed()
+        except UserError as error:  # raised across a process's border it would lose its one clear sentence
+            yield error
+
+    def unpacked(self):
+        share = self.batch_size // (self.micro_steps * self.world)
+        for step in self.steps:
+            for micro in range(self.micro_steps):
+                first = step * self.batch_size + (micro * self.world + self.rank) * share
+                samples = [Place(0, n, 0, self.choose_mode(n)) for n in range(first, first + share)]
+                yield Planned(step, [samples], [], {}, 0.0, 0.0, 0)
+
+    def packed(self):
+        cursor = [list(at) for at in self.cursor or [[0, 0]] * len(self.groups)]
+        streams = [self.rows_of(g, *at) for g, at in enumerate(cursor)]
+        share = self.batch_rows // (self.micro_steps * self.world)
+        for step in self.steps:
+            rows, filled, about = [], Counter(), Counter()
+            for r in range(step * self.batch_rows, (step + 1) * self.batch_rows):
+                group = self.kinds.source(r)
+                cursor[group], row, kinds, more = next(streams[group])
+                rows.append(row)
+                filled.update(kinds)
+                about.update(more)
+            total = filled.total()
+            shares = {kind: n / total for kind, n in filled.items()}
+            fill = total / (self.batch_rows * self.row_length)
+            images = about["images"] / (self.batch_rows * self.row_images)
+            for micro in range(self.micro_steps):
+                first = (micro * self.world + self.rank) * share
+                at = [list(c) for c in cursor]
+                yield Planned(step, rows[first : first + share], at, shares, fill, images, about["left out"])
+
+    def rows_of(self, group: int, pool: int, place: int):
+        """Endless rows of a group from a place on: (where to go on, row, positions by kind, other counts)."""
+        while True:
+            found, lengths, images, kinds, left_out = [], [], [], [], 0
+            for number in range(pool * self.POOL, (pool + 1) * self.POOL):
+                mode = self.choose_mode(number * len(self.groups) + group)
+                record, parts = self.parts(group, number, mode)
+                left_out += not parts
+                for n, part in enumerate(parts):
+                    found.append(Place(group, number, n, mode))
+                    images.append(sum(isinstance(piece, int) for piece in part))
+                    text = sum(len(piece[0]) for piece in part if not isinstance(piece, int))
+                    lengths.append(text + images[-1] * self.per_image(mode))
+                    kinds.append(record.kind)
+            rows = best_fit(lengths, self.row_length, images, self.row_images)
+            if not rows:
+                raise UserError(f"no answer is left to learn in {record.name}, ...: raise --row_length")
+            random.Random(f"{self.seed}-{group}-{pool}").shuffle(rows)
+            for n in range(place, len(rows)):
+                filled = Counter()
+                for i in rows[n]:
+                    filled[kinds[i]] += lengths[i]
+                about = {"images": sum(images[i] for i in rows[n]), "left out": left_out * (n == 0)}
+                on = [pool, n + 1] if n + 1 < len(rows) else [pool + 1, 0]
+                yield on, [found[i] for i in rows[n]], filled, about
+            pool, place = pool + 1, 0
+
+    def per_image(self, mode: str) -> int:
+        return self.cfg.visual_tokens("pruned" if mode == "fast" else "full")
+
+    def record(self, group: int, number: int) -> Record:
+        source, index = self.orders[group][number]
+        return self.groups[group][source][0][index]
+
+    def parts(self, group: int, number: int, mode: str) -> tuple[Record, list[list[Piece]]]:
+        """A sample in parts that fit a row and have something to learn. Documents go on in a next part (MM1
+        cuts at the sixteenth image), questions and captions are cut.
+        """
+        record = self.record(group, number)
+        pieces = pieces_of(record, self.tokenizer)
+        if self.batch_size:
+            return record, split(pieces, self.per_image(mode), self.limit)[:1]
+        parts = split(pieces, self.per_image(mode), self.limit, self.row_images)
+        parts = parts if record.kind in ("interleaved", "text") else parts[:1]
+        return record, [part for part in parts if any(not isinstance(p, int) and p[1] for p in part)]
+
+
+@dataclass
+class Stream(Dataset):
+    """Item `planned` is that micro-batch, ready to train on."""
+
+    plan: Plan
+
+    def __getitem__(self, planned: Planned | UserError) -> Batch | UserError:
+        if isinstance(planned, UserError):
+            return planned
+        plan, places = self.plan, [place for row in planned.rows for place in row]
+        per_step = plan.batch_size or plan.batch_rows
+        packing = {}
+        if not plan.batch_size:
+            edges = np.cumsum([0] + [len(row) for row in planned.rows])
+            packing["rows"] = [[*range(a, b)] for a, b in zip(edges, edges[1:])]
+            packing["capacity"] = plan.pad_images * len(planned.rows) * plan.row_images
+        try:
             batch = make_batch(
-                samples, modes, self.cfg, self.row_length, self.limit, (step + 1) * self.batch_size
-            )
+                [self.sample(place) for place in places], [place.mode for place in places], plan.cfg,
+                plan.row_length, plan.limit, (planned.step + 1) * per_step, **packing,
+            )  # fmt: skip
             if not len(batch.student.targets):
-                names = ", ".join(self.record(n).name for n in range(first, min(first + 3, first + share)))
+                names = ", ".join(plan.record(place.group, place.number).name for place in places[:3])
                 raise UserError(
-                    f"no answer is left to learn in {names}, ...: raise --row_limit above {self.limit}"
+                    f"no answer is left to learn in {names}, ...: raise --row_limit above {plan.limit}"
                 )
-            return batch
         except UserError as error:
             return error
+        batch.plan = planned
+        return batch
 
-    def record(self, n: int) -> Record:
-        source, index = self.order[n]
-        return self.sources[source][index]
-
-    def sample(self, n: int) -> tuple[list[Piece], np.ndarray]:
-        record = self.record(n)
-        pixels = load_images(record.images, self.cfg, record.name)
-        return pieces_of(record, self.tokenizer), pixels
+    def sample(self, place: Place) -> tuple[list[Piece], np.ndarray]:
+        record, parts = self.plan.parts(place.group, place.number, place.mode)
+        part = parts[place.part]
+        images = [record.images[piece] for piece in part if isinstance(piece, int)]
+        return part, load_images(images, self.plan.cfg, record.name)
 
 
 def load_images(images: list, cfg: ModelConfig, name: str = "") -> np.ndarray:

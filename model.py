@@ -31,12 +31,14 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.flop_counter import FlopCounterMode
 
 import prune
@@ -251,11 +253,23 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(-3, -2).flatten(-2)  # (..., H, T, D/H) -> (..., T, D)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+class Documents(NamedTuple):
+    """Instead of a mask: where the documents of the flattened rows begin. Others are skipped, not masked."""
+
+    starts: Tensor  # (documents + 1,) int32, the end repeated
+    longest: int  # positions, at most
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | Documents | None" = None) -> Tensor:
     """The one place where attention is computed: (..., H, T, d); k and v may have fewer heads.
 
     On a CPU always in fp32: the backward pass of its bf16 kernel is 2-4 times slower at our lengths (LOG.md).
     """
+    if isinstance(mask, Documents):
+        flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B*T, H, d)
+        cut, longest = (mask.starts, mask.starts), (mask.longest, mask.longest)
+        out = varlen_attn(*flat, *cut, *longest, window_size=(-1, 0), enable_gqa=True)  # causal
+        return out.unflatten(0, (len(q), -1)).transpose(1, 2)  # (B, H, T, d)
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     with torch.autocast("cpu", enabled=False):
@@ -608,6 +622,15 @@ def document_mask(doc_ids: Tensor) -> Tensor:
     T = doc_ids.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=doc_ids.device).tril()
     return causal & (doc_ids[:, None, :, None] == doc_ids[:, None, None, :])
+
+
+def attention_mask(rows) -> Tensor | Documents:
+    """Of a training step. CUDA's varlen kernel takes 16 bits only: fp32 and CPUs get the boolean mask, which
+    is the reference.
+    """
+    if rows.ids.is_cuda and torch.is_autocast_enabled("cuda") and rows.starts is not None:
+        return Documents(rows.starts, rows.ids.shape[1])
+    return document_mask(rows.doc_ids)
 
 
 class KVCache:
@@ -1271,7 +1294,7 @@ class VLM(nn.Module):
 
     def logits(self, rows, x: Tensor) -> Tensor:
         """The head at supervised positions only: (R, N), fp32."""
-        hidden = self.decoder.hidden(x, rows.positions, document_mask(rows.doc_ids))
+        hidden = self.decoder.hidden(x, rows.positions, attention_mask(rows))
         return self.decoder.head(hidden.flatten(0, 1)[rows.supervised]).float()
 
     def forward(self, batch) -> tuple[Tensor, Tensor | None]:
@@ -1735,27 +1758,30 @@ def gala(width: int, layers: int, heads: int, mlp_width: int) -> DecoderConfig:
     """MM1's decoders are known by size only; these are the shapes of AXLearn's Gala family (mm1.md 1.3)."""
     head = width // heads
     return DecoderConfig(
-        32768, width, layers, heads, heads, head, mlp_width, norm_eps=1e-5, qk_norm=True, tied=False
-    )
+        32768, width, layers, heads, heads, head, mlp_width, norm_eps=1e-5, context=4096, qk_norm=True,
+        tied=False,
+    )  # fmt: skip
 
 
-def mm1(size: float, vit: ViTConfig, decoder: DecoderConfig) -> dict:
+def mm1(vit: ViTConfig, decoder: DecoderConfig, z_loss: float = 0.0) -> dict:
     """MM1 (2403.09611): nothing frozen, C-Abstractor with 144 tokens, the rate from its law (section 3.3)."""
-    lr = math.exp(-0.4214 * math.log(size) - 0.5535)
     connector = ConnectorConfig("cabstractor", [vit.layers], 1024, 16, tokens=144)
-    train = {"train": "vit,connector,decoder", "weight_decay": 0.1, "final_lr": 0.1, "micro_steps": 16}
+    train = {
+        "train": "vit,connector,decoder", "weight_decay": 0.1, "decay": "all", "final_lr": 0.1,
+        "micro_steps": 16, "z_loss": z_loss,
+    }  # fmt: skip
     return {
         "source": "MM1, arXiv 2403.09611, sections 3.1-3.3 and 4",
         "ours": "decoder shape and vocabulary (AXLearn's Gala; no tokenizer here has its 32,768 ids), width "
-        "inside the C-Abstractor (Honeybee's), 14 samples for a row of 4096, the encoder's rate, warm-up and "
-        "AdamW of stage 2 (it had AdaFactor). Its weights were never released: it starts at random",
+        "inside the C-Abstractor (Honeybee's), what decays, the encoder's rate, warm-up and AdamW of stage 2 "
+        "(it had AdaFactor). Its weights were never released: it starts at random",
         "model": ModelConfig(vit=vit, connector=connector, decoder=decoder),
         "pretrain": {
-            **train, "lr": lr, "vit_lr": 5e-5 / lr, "batch_size": 512 * 14, "row_length": 4096,
-            "row_limit": 4096, "steps": 200_000, "warmup": 0.01,
+            **train, "lr": -1, "vit_lr": 5e-5, "rows": 512, "row_length": 4096, "row_limit": 4096,
+            "steps": 200_000, "warmup": 0.01,
         },
         "sft": {
-            **train, "lr": 1e-5, "vit_lr": 1.0, "batch_size": 256, "row_length": 2048, "row_limit": 2048,
+            **train, "lr": 1e-5, "vit_lr": 1e-5, "batch_size": 256, "row_length": 2048, "row_limit": 2048,
             "steps": 10_000, "slow_share": 1.0, "distill_weight": 0.0,
         },
     }  # fmt: skip
@@ -1771,7 +1797,7 @@ COS_TRAINS = {
 
 def chain_of_sight(decoder: DecoderConfig, decoder_from: str, plan_only: str = "") -> dict:
     """CoS (2407.15819): 80 tokens at 224 px, then 1296 at 448; always LoRA, the ViT trains from 1b on."""
-    train = {"lr": 2e-4, "vit_lr": 0.1, "batch_size": 512, "micro_steps": 4, "frozen": "bfloat16"}
+    train = {"lr": 2e-4, "vit_lr": 2e-5, "batch_size": 512, "micro_steps": 4, "frozen": "bfloat16"}
     return {
         "source": "Chain-of-Sight, arXiv 2407.15819, sections 3 and 4",
         "ours": "all rates and batches (Table A3 was not at hand), LoRA's rank and alpha, steps of stage 2",
@@ -1838,11 +1864,11 @@ def tonight(
         ),
         "scale": "80to336",
         "pretrain": {
-            "train": "connector", "lr": 1e-3, "batch_size": 256, "steps": 2180, "row_length": 1024,
+            "train": "connector", "lr": 1e-3, "rows": 32, "row_length": 1024, "steps": 1860,
             "frozen": "bfloat16", "micro_steps": 8,
         },
         "sft": {
-            "train": "connector,decoder", "lr": 5e-5, "batch_size": 128, "steps": 5198, "row_length": 1024,
+            "train": "connector,decoder", "lr": 5e-5, "rows": 32, "row_length": 1024, "steps": 6650,
             "frozen": "bfloat16", "micro_steps": 16,
         },
     }  # fmt: skip
@@ -1873,10 +1899,10 @@ PRESETS = {
     "llava-1.5-vicuna": llava(VICUNA_7B, "lmsys/vicuna-7b-v1.5", 1, SPM),
     "cos-7b": chain_of_sight(VICUNA_7B, "lmsys/vicuna-7b-v1.5", SPM),
     "cos-8b": chain_of_sight(LLAMA3_8B, "meta-llama/Meta-Llama-3-8B-Instruct"),
-    "1.2b": mm1(1.2e9, dataclasses.replace(VIT_L, image_size=336), gala(2048, 24, 32, 5632)),
-    "3b": mm1(2.9e9, VIT_H, gala(2560, 36, 20, 6912)),
-    "7b": mm1(6.4e9, VIT_H, gala(4096, 32, 32, 11008)),
-    "30b": mm1(30e9, VIT_H, gala(7168, 48, 56, 19200)),
+    "1.2b": mm1(dataclasses.replace(VIT_L, image_size=336), gala(2048, 24, 32, 5632)),
+    "3b": mm1(VIT_H, gala(2560, 36, 20, 6912)),
+    "7b": mm1(VIT_H, gala(4096, 32, 32, 11008)),
+    "30b": mm1(VIT_H, gala(7168, 48, 56, 19200), z_loss=1e-4),
 }
 
 
@@ -1999,6 +2025,12 @@ def grows(row: dict, cfg: ModelConfig) -> bool:
     )
 
 
+def samples_of(flags: dict, cfg: ModelConfig) -> int:
+    """Samples of a step, about: a packed one of MM1 holds half images, half text, and 148 tokens of it."""
+    per_row = max(1, flags.get("row_length", 256) // (cfg.visual_tokens() + 148))
+    return flags.get("batch_size") or flags.get("rows", 12) * per_row
+
+
 def stages_of(row: dict, cfg: ModelConfig) -> list[Stage]:
     """Stage 1, perhaps 1b, and 2, each with the config it has by then."""
     later = scaled_config(cfg, row["scale"]) if grows(row, cfg) else cfg
@@ -2014,7 +2046,7 @@ def stages_of(row: dict, cfg: ModelConfig) -> list[Stage]:
         stages.append(Stage(
             name, cfg if name == "1" else later, trainable_parts(flags["train"]),
             2 if flags.get("frozen") == "bfloat16" else 4, {mode: n for mode, n in samples.items() if n},
-            flags.get("batch_size", 32) // flags.get("micro_steps", 1),
+            samples_of(flags, cfg) // flags.get("micro_steps", 1),
         ))  # fmt: skip
     return stages
 

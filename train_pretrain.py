@@ -49,19 +49,23 @@ class RunConfig:
     val_data: str = ""  # the same for validation; default: --data itself, or unseen scenes
     seed: int = 0  # of connector, sample order and modes
     steps: int = 500  # optimizer steps
-    batch_size: int = 32  # samples of an optimizer step, over all ranks and micro-steps
+    rows: int = 12  # packed rows of an optimizer step, over all ranks and micro-steps
+    batch_size: int = 0  # above 0: a step takes this many samples instead, in rows as wide as they need
     micro_steps: int = 1  # gradient accumulation
-    row_length: int = 256  # most positions of a row, shared by several samples where they fit
-    row_limit: int = 2048  # positions one sample may take; what is longer is cut
+    row_length: int = 256  # positions of a row (with --batch_size: at most), shared by several samples
+    row_images: int = 16  # packing: most images of a row (MM1: 16)
+    row_limit: int = 2048  # positions one sample may take; questions and captions are cut, documents go on
     train: str = "connector,decoder"  # what trains: a comma list of vit, connector, decoder, lora
     frozen: str = "float32"  # how matrices that do not train are kept; bfloat16 (with --dtype bfloat16): half
     pure_bf16: bool = False  # trained weights, gradients and moments in bfloat16 too: memory before quality
-    lr: float = 1e-3  # peak rate of AdamW
+    lr: float = 1e-3  # peak rate of AdamW; -1: by MM1's law, from the size of the decoder
     muon_lr: float = 0.0  # above 0: Muon at this rate on the matrices inside the blocks
-    vit_lr: float = 0.1  # the encoder's rates as a share of the others
+    vit_lr: float = 1e-4  # the encoder's peak rate (with Muon, which keeps the ratio, too)
     warmup: float = 0.03  # share of the steps
     final_lr: float = 0.1  # share of the peak at the last step (cosine)
-    weight_decay: float = 0.0  # on matrices
+    weight_decay: float = 0.0  # torch's: a step takes rate x this of a weight; MM1's lambda = 0.1 eta is 0.1
+    decay: str = "matrices"  # what decays: matrices (neither vectors nor tables), or all (MM1)
+    z_loss: float = 0.0  # on the mean squared log of the softmax's denominator (MM1: 1e-4, for 30B)
     clip: float = 1.0  # largest gradient norm
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # autocast: float32 or bfloat16; auto: bfloat16 on cuda and where the CPU has it
@@ -74,8 +78,14 @@ class RunConfig:
     def check(self) -> None:
         """What can be wrong with the flags alone; called before anything is built or written."""
         model.trainable_parts(self.train)
-        model.require_at_least(self, 1, "steps batch_size micro_steps log_every row_length row_limit")
-        model.require_at_least(self, 0, "seed workers save_every eval_every lr muon_lr vit_lr weight_decay")
+        lengths = "row_length row_images row_limit"
+        model.require_at_least(self, 1, "steps rows micro_steps log_every " + lengths)
+        least0 = "seed batch_size workers save_every eval_every muon_lr vit_lr weight_decay z_loss"
+        model.require_at_least(self, 0, least0)
+        if self.lr < 0 and (self.lr != -1 or "decoder" not in self.train.split(",")):
+            raise UserError(f"--lr {self.lr:g}: at least 0, or -1 (MM1's law) where the whole decoder trains")
+        if self.decay not in ("matrices", "all"):
+            raise UserError(f"--decay '{self.decay}' is unknown: use matrices or all")
         if self.scale_init not in model.SCALE_INITS:
             raise UserError(f"--scale_init '{self.scale_init}': use one of {', '.join(model.SCALE_INITS)}")
         if self.scale_init != "inflate" and not self.scale:
@@ -109,7 +119,7 @@ def main(argv: list[str]) -> None:
     first = resume(run, vlm, optimizers)
     write_config(run, vlm)
     ddp = prepare(run, vlm)
-    batches = load_batches(run, vlm.cfg, tokenizer, cfg.data, first, lambda number: mode)
+    batches = load_batches(run, vlm.cfg, tokenizer, first, lambda number: mode)
     tokens = vlm.cfg.visual_tokens("pruned" if cfg.pruner else "full")
     for step in run.bar(first):
         micro, waited = fetch(batches, run)
@@ -122,6 +132,11 @@ def main(argv: list[str]) -> None:
 def caption_loss(logits: Tensor, teacher: Tensor | None, batch: data.Batch) -> dict[str, Tensor]:
     """Cross entropy of the supervised positions: a sum, which optimizer_step divides by the global count."""
     return {"loss": F.cross_entropy(logits, batch.student.targets, reduction="sum")}
+
+
+def mm1_rate(size: int | float) -> float:
+    """MM1's law of the peak rate: size counts the decoder's weights without embeddings (section 3.3)."""
+    return math.exp(-0.4214 * math.log(size) - 0.5535)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -138,6 +153,7 @@ class Run:
     world: int
     device: torch.device
     best: float = math.inf  # validation loss
+    cursor: list | None = None  # packing: where each group of sources goes on
 
     @property
     def folder(self) -> Path:
@@ -166,7 +182,7 @@ class Run:
             mininterval=1,
         )
         self.since, self.seen = time.perf_counter(), 0
-        self.wait = 0.0
+        self.wait, self.plans = 0.0, []
         for step in range(first, self.cfg.steps):
             yield step
             self.progress.update()
@@ -175,6 +191,7 @@ class Run:
         """Bar and metrics.jsonl every log_every steps: the only place where the loop waits for the device."""
         self.seen += sum(b.samples for b in micro) * self.world
         self.wait += waited
+        self.plans += [batch.plan for batch in micro]
         if (step + 1) % self.cfg.log_every and step + 1 != self.cfg.steps:
             return
         values = {name: float(value) for name, value in stats.items()}
@@ -186,7 +203,19 @@ class Run:
             {**shown, "samples/s": f"{rate:.0f}", "tok/img": visual_tokens, "wait": f"{wait:.0%}"}
         )
         speed = {"samples_per_s": round(rate, 2), "wait": round(wait, 4), "visual_tokens": visual_tokens}
-        self.record(step=step + 1, **speed, **values)
+        self.record(step=step + 1, **speed, **values, **self.packing())
+
+    def packing(self) -> dict[str, float]:
+        """Of the steps since the last log line: how full rows were, and the share of positions by kind."""
+        plans, self.plans = self.plans, []
+        if self.cfg.batch_size or not plans:
+            return {}
+        mean = {name: sum(getattr(p, name) for p in plans) / len(plans) for name in ("fill", "images")}
+        kinds = sorted({kind for p in plans for kind in p.kinds})
+        shares = {f"share {kind}": sum(p.kinds.get(kind, 0) for p in plans) / len(plans) for kind in kinds}
+        if left_out := sum(p.left_out for p in plans[:: self.cfg.micro_steps]):
+            self.say(f"{left_out} samples have no answer within --row_length and --row_limit: left out")
+        return {"fill": mean["fill"], "image_fill": mean["images"], **shares}
 
     def record(self, **values) -> None:
         if self.main:
@@ -265,6 +294,9 @@ def read_flags(
         raise UserError("--connector.plan sets windows and queries: give either the plan or those")
     if "lora.alpha" in changed and not model_cfg.lora.rank:
         raise UserError("--lora.alpha has no effect without --lora.rank")
+    for name in ("--rows", "--row_images"):
+        if cfg.batch_size and any(word.split("=")[0] == name for word in argv):
+            raise UserError(f"{name} is for packed rows: add --batch_size 0, which is {cfg.batch_size} now")
     cfg.check()
     return cfg, model_cfg, model.find_step(source) if source else None
 
@@ -291,12 +323,18 @@ def start(stage: str, config: type, argv: list[str], doc: str):
         tokenizer = data.find_tokenizer(model_cfg)
         vlm = model.VLM.build(model_cfg, None if cfg.frozen == "bfloat16" else torch.float32)
     settle(vlm, cfg)
+    if cfg.lr == -1:
+        size = sum(p.numel() for p in vlm.decoder.layers.parameters()) + vlm.decoder.norm.weight.numel()
+        cfg.lr = mm1_rate(size)
+        run.say(f"MM1's law: {size:,} weights of the decoder without embeddings, peak rate {cfg.lr:.4g}")
     vlm.to(device)
     if tokenizer.vocab_size > vlm.cfg.decoder.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the decoder {vlm.cfg.decoder.vocab_size}"
         )
     data.open_sources(cfg.data, stage)  # a wrong --data shows before a folder is made
+    later = model.scaled_config(vlm.cfg, cfg.scale) if cfg.scale and step.parent != run.folder else vlm.cfg
+    data.check_room(later, cfg.row_limit if cfg.batch_size else min(cfg.row_limit, cfg.row_length))
     if run.main and not (run.folder / "latest").is_file():  # what a run left that never came to a checkpoint
         for name in ("metrics.jsonl", "best"):
             (run.folder / name).unlink(missing_ok=True)
@@ -322,9 +360,10 @@ def resolve_auto(cfg: RunConfig, device: torch.device, world: int) -> None:
         cfg.frozen = "float32"  # halved matrices need autocast
         if cfg.pure_bf16:
             raise UserError("--pure_bf16 true needs --dtype bfloat16")
-    if cfg.batch_size % (cfg.micro_steps * world):
+    name = "batch_size" if cfg.batch_size else "rows"
+    if getattr(cfg, name) % (cfg.micro_steps * world):
         raise UserError(
-            f"--batch_size {cfg.batch_size} is not divisible by {cfg.micro_steps} micro-steps x {world} ranks"
+            f"--{name} {getattr(cfg, name)} is not divisible by {cfg.micro_steps} micro-steps x {world} ranks"
         )
 
 
@@ -344,13 +383,13 @@ def write_config(run: Run, vlm: model.VLM) -> None:
 
 def hand_over(run: Run, vlm: model.VLM, tokenizer: data.Tokenizer, stage1_data: str) -> None:
     """Scale the tokens up, and print what inflation is worth: loss on stage-1 data before any training."""
-    losses = {"before": validation_loss(run, vlm, tokenizer, stage1_data, "pretrain")}
+    losses = {"before": validation_loss(run, vlm, tokenizer, stage1_data, "pretrain")["all"]}
     cfg, before = vlm.cfg, (vlm.connector, vlm.cfg, vlm.vit.cfg, vlm.vit.embeddings.position_embedding)
     chosen = run.cfg.scale_init
     for init in [*(other for other in ("random", "inflate") if other != chosen), chosen]:
         vlm.connector, vlm.cfg, vlm.vit.cfg, vlm.vit.embeddings.position_embedding = before
         model.scale_up(vlm, run.cfg.scale, init)
-        losses[init] = validation_loss(run, vlm, tokenizer, stage1_data, "pretrain")
+        losses[init] = validation_loss(run, vlm, tokenizer, stage1_data, "pretrain")["all"]
     told = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
     run.say(
         f"--scale {run.cfg.scale}: {cfg.visual_tokens()} -> {vlm.cfg.visual_tokens()} visual tokens; "
@@ -364,25 +403,18 @@ def hand_over(run: Run, vlm: model.VLM, tokenizer: data.Tokenizer, stage1_data: 
 # Batches
 
 
-def load_batches(
-    run: Run, cfg: model.ModelConfig, tokenizer: data.Tokenizer, spec: str, first: int, choose_mode
-):
-    """Endless enough: the micro-batches of this rank from step `first` on, made by worker processes."""
-    sources = data.open_sources(spec, run.stage)
-    total = run.cfg.steps * run.cfg.batch_size
-    order = data.SampleOrder([len(s) for s, _ in sources], [w for _, w in sources], run.cfg.seed, total)
+def load_batches(run: Run, cfg: model.ModelConfig, tokenizer: data.Tokenizer, first: int, choose_mode):
+    """The micro-batches of this rank from step `first` on. One process plans, others draw and decode."""
     c = run.cfg
-    stream = data.Stream(
-        [s for s, _ in sources], order, tokenizer, cfg, c.batch_size, c.micro_steps, run.rank, run.world,
-        c.row_length, c.row_limit, choose_mode,
+    plan = data.Plan(
+        data.open_sources(c.data, run.stage), tokenizer, cfg, choose_mode, c.seed, range(first, c.steps),
+        c.rows, c.batch_size, c.micro_steps, run.rank, run.world, c.row_length, c.row_images, c.row_limit,
+        by_kind=run.stage == "pretrain", pad_images=c.compile == "true", cursor=run.cursor,
     )  # fmt: skip
-    numbers = range(first * c.micro_steps, c.steps * c.micro_steps)
     workers = c.workers if os.name == "posix" else 0
-    context = "fork" if workers else None
-    loader = DataLoader(
-        stream, batch_size=None, sampler=numbers, num_workers=workers, multiprocessing_context=context
-    )
-    return iter(loader)
+    common = {"batch_size": None, "multiprocessing_context": "fork" if workers else None}
+    planner = DataLoader(plan, num_workers=min(1, workers), **common)
+    return iter(DataLoader(data.Stream(plan), sampler=planner, num_workers=workers, **common))
 
 
 def fetch(batches, run: Run) -> tuple[list[data.Batch], float]:
@@ -394,6 +426,7 @@ def fetch(batches, run: Run) -> tuple[list[data.Batch], float]:
         if isinstance(batch, UserError):
             raise batch
         micro.append(batch.to(run.device))
+    run.cursor = micro[-1].plan.cursor
     return micro, time.perf_counter() - began
 
 
@@ -427,24 +460,27 @@ def make_optimizers(vlm: model.VLM, cfg: RunConfig) -> list[torch.optim.Optimize
         tables = ("embed_tokens", "position", "lm_head", "isolator")
         matrix = p.ndim in (2, 4) and not any(table in name for table in tables)  # linears and convolutions
         inner = p.ndim == 2 and matrix and ("layers." in name or "blocks." in name) and "lora_" not in name
-        groups.setdefault((bool(cfg.muon_lr and inner), vit, matrix), []).append(p)
+        decays = matrix or cfg.decay == "all"
+        groups.setdefault((bool(cfg.muon_lr and inner), vit, decays), []).append(p)
     if not groups:
         raise UserError(f"--train '{cfg.train}' leaves nothing to train")
     adam, muon = [], []
-    for (use_muon, vit, matrix), parameters in groups.items():
-        peak = (cfg.muon_lr if use_muon else cfg.lr) * (cfg.vit_lr if vit else 1.0)
-        group = {"params": parameters, "peak": peak, "weight_decay": cfg.weight_decay if matrix else 0.0}
+    for (use_muon, vit, decays), parameters in groups.items():
+        peak = cfg.vit_lr if vit else cfg.lr
+        if use_muon:
+            peak = cfg.muon_lr * (peak / cfg.lr if cfg.lr else 1.0)
+        group = {"params": parameters, "peak": peak, "weight_decay": cfg.weight_decay if decays else 0.0}
         (muon if use_muon else adam).append(group)
     optimizers = [torch.optim.AdamW(adam, lr=cfg.lr, betas=(0.9, 0.95), fused=True)] if adam else []
     return optimizers + ([torch.optim.Muon(muon, lr=cfg.muon_lr)] if muon else [])
 
 
 def schedule(step: int, cfg: RunConfig) -> float:
-    """Share of the peak rate: linear warm-up, then a cosine to final_lr at the last step."""
+    """Share of the peak rate in `step`, from 0: linear warm-up to 1, a cosine to final_lr in the last one."""
     warm = max(1, round(cfg.warmup * cfg.steps))
     if step < warm:
         return (step + 1) / warm
-    done = (step - warm) / max(1, cfg.steps - warm)
+    done = (step + 1 - warm) / max(1, cfg.steps - warm)
     return cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -475,6 +511,9 @@ def optimizer_step(run: Run, ddp: nn.Module, micro: list[data.Batch], optimizers
             with run.autocast():
                 logits, teacher = ddp(batch)
             losses = loss_of(logits, teacher, batch)
+            if run.cfg.z_loss:
+                losses["z"] = torch.logsumexp(logits, -1).pow(2).sum()
+                losses["loss"] = losses["loss"] + run.cfg.z_loss * losses["z"]
             (losses["loss"] * (run.world / count)).backward()  # DDP divides by the number of ranks
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
@@ -505,15 +544,21 @@ def finish_step(run: Run, vlm: model.VLM, tokenizer, optimizers, step: int) -> N
     if evaluate or last or (cfg.save_every and done % cfg.save_every == 0):
         save(run, vlm, tokenizer, optimizers, done)
     if evaluate:
-        loss = validation_loss(run, vlm, tokenizer, cfg.val_data or cfg.data, run.stage)
-        run.say(f"step {done}: validation loss {loss:.4f}" + (" (best)" if loss < run.best else ""))
-        run.record(step=done, val_loss=loss)
+        kinds = validation_loss(run, vlm, tokenizer, cfg.val_data or cfg.data, run.stage)
+        loss = kinds.pop("all")
+        told = ", ".join(f"{kind} {value:.4f}" for kind, value in kinds.items())
+        run.say(f"step {done}: validation loss {loss:.4f} ({told})" + " (best)" * (loss < run.best))
+        run.record(step=done, val_loss=loss, **{f"val_loss {kind}": value for kind, value in kinds.items()})
         if loss < run.best:
             run.best = loss
             if run.main:
                 write_text(run.folder / "best", f"step-{done:08d}\n")
         if run.main:
             show_answers(run, vlm, tokenizer, cfg.val_data or cfg.data)
+
+
+# What the order of the samples, and who shares a row, depend on.
+ORDER = "data seed rows batch_size row_length row_images row_limit".split()
 
 
 def save(run: Run, vlm: model.VLM, tokenizer, optimizers, done: int) -> None:
@@ -525,8 +570,8 @@ def save(run: Run, vlm: model.VLM, tokenizer, optimizers, done: int) -> None:
         vlm.save_pretrained(temporary, {**run_config(run, vlm), "end_token": tokenizer.end})
         tokenizer.save(temporary / "tokenizer")
         state = {
-            "optimizers": [o.state_dict() for o in optimizers], "step": done,
-            "next_sample": done * run.cfg.batch_size, "rng": torch.get_rng_state(),
+            "optimizers": [o.state_dict() for o in optimizers], "step": done, "rng": torch.get_rng_state(),
+            "cursor": run.cursor, "order": {name: getattr(run.cfg, name) for name in ORDER},
         }  # fmt: skip
         torch.save(state, temporary / "state.pt")
         shutil.rmtree(folder, ignore_errors=True)
@@ -552,10 +597,9 @@ def resume(run: Run, vlm: model.VLM, optimizers) -> int:
         return 0
     folder = model.find_step(run.folder)
     state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-    if state["next_sample"] != state["step"] * run.cfg.batch_size:
-        raise UserError(
-            f"{folder}: was trained with another --batch_size, its data order cannot be continued"
-        )
+    for name, value in state["order"].items():
+        if value != getattr(run.cfg, name):
+            raise UserError(f"{folder}: was trained with --{name} {value}, its data order ends with another")
     layout = [[len(g["params"]) for g in o["param_groups"]] for o in state["optimizers"]]
     if layout != [[len(g["params"]) for g in o.param_groups] for o in optimizers]:
         raise UserError(f"{folder}: was trained with another --train or --muon_lr, it cannot be continued so")
@@ -565,6 +609,7 @@ def resume(run: Run, vlm: model.VLM, optimizers) -> int:
         for group, (peak, decay) in zip(optimizer.param_groups, asked):  # rates may be changed on the way
             group["peak"], group["weight_decay"] = peak, decay
     torch.set_rng_state(state["rng"])
+    run.cursor = state["cursor"]
     log = run.folder / "metrics.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     kept = [line for line in lines if line.get("step", 0) <= state["step"]]  # later steps come again
@@ -578,28 +623,33 @@ def resume(run: Run, vlm: model.VLM, optimizers) -> int:
 
 
 @torch.no_grad()
-def validation_loss(run: Run, vlm: model.VLM, tokenizer, spec: str, stage: str, batches: int = 4) -> float:
-    """Mean loss per supervised token with all visual tokens, on unseen scenes or --val_data."""
-    sources = [
-        (data.Scenes(s.kind, "test"), w) if isinstance(s, data.Scenes) else (s, w)
-        for s, w in data.open_sources(spec, stage)
-    ]
-    size = 32
-    order = data.SampleOrder([len(s) for s, _ in sources], [w for _, w in sources], 1, batches * size)
-    stream = data.Stream(
-        [s for s, _ in sources], order, tokenizer, vlm.cfg, size, 1, 0, 1,
-        run.cfg.row_length, run.cfg.row_limit, lambda n: "full",
-    )  # fmt: skip
-    total, count = 0.0, 0
-    for k in range(batches):
-        batch = stream[k]
-        if isinstance(batch, UserError):
-            raise batch
-        with run.autocast():
-            logits, _ = vlm(batch.to(run.device))
-        total += F.cross_entropy(logits, batch.student.targets.to(run.device), reduction="sum").item()
-        count += len(batch.student.targets)
-    return total / count
+def validation_loss(run: Run, vlm: model.VLM, tokenizer, spec: str, stage: str) -> dict[str, float]:
+    """Mean loss per supervised token of every kind, with all visual tokens, on unseen scenes or --val_data;
+    "all" weighs the kinds as training does. 128 samples in all.
+    """
+    kinds, losses = {}, {}
+    for s, weight in data.open_sources(spec, stage):
+        unseen = data.Scenes(s.kind, "test") if isinstance(s, data.Scenes) else s
+        kinds.setdefault(s.kind, []).append((unseen, weight))
+    c, size = run.cfg, 128 // len(kinds)
+    for kind, sources in kinds.items():
+        plan = data.Plan(
+            sources, tokenizer, vlm.cfg, lambda n: "full", 1, range(4), 0, size // 4, row_length=c.row_length,
+            limit=c.row_limit,
+        )  # fmt: skip
+        total, count = 0.0, 0
+        for planned in plan:
+            batch = planned if isinstance(planned, UserError) else data.Stream(plan)[planned]
+            if isinstance(batch, UserError):
+                raise batch
+            with run.autocast():
+                logits, _ = vlm(batch.to(run.device))
+            total += F.cross_entropy(logits, batch.student.targets.to(run.device), reduction="sum").item()
+            count += len(batch.student.targets)
+        losses[kind] = total / count
+    shares = {kind: sum(weight for _, weight in sources) for kind, sources in kinds.items()}
+    mean = sum(shares[kind] * loss for kind, loss in losses.items()) / sum(shares.values())
+    return {"all": mean, **losses}
 
 
 def show_answers(run: Run, vlm: model.VLM, tokenizer, spec: str, n: int = 4) -> None:

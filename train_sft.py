@@ -46,6 +46,8 @@ class SftConfig(RunConfig):
         super().check()
         if self.mode not in ("sample", "batch"):
             raise UserError(f"--mode '{self.mode}' is unknown: use sample or batch")
+        if self.mode == "batch" and not self.batch_size:
+            raise UserError("--mode batch draws once for a number of samples: add --batch_size 32 or so")
         if not 0 <= self.slow_share <= 1:
             raise UserError(f"--slow_share {self.slow_share} is not a share between 0 and 1")
         if self.temperature <= 0:
@@ -75,7 +77,7 @@ def main(argv: list[str]) -> None:
         kl = prune.distillation_sum(logits[batch.distill], teacher, cfg.temperature)
         return {"loss": ce + cfg.distill_weight * kl, "ce": ce, "kl": kl}
 
-    batches = load_batches(run, vlm.cfg, tokenizer, cfg.data, first, choose_mode)
+    batches = load_batches(run, vlm.cfg, tokenizer, first, choose_mode)
     full, pruned = vlm.cfg.visual_tokens("full"), vlm.cfg.visual_tokens("pruned")
     mean_tokens = round(cfg.slow_share * full + (1 - cfg.slow_share) * pruned)
     run.say(f"{1 - cfg.slow_share:.0%} fast on {pruned} visual tokens ({vlm.cfg.prune.name}), slow on {full}")

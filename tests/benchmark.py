@@ -198,7 +198,7 @@ def connector_share(bench: BenchConfig) -> list[dict]:
     rows = []
     if bench.wants("connector.share.tiny"):
         recipe = model.preset("tiny")["pretrain"]
-        trainer = Trainer(model.preset("tiny")["model"], recipe, train_pretrain.RunConfig.batch_size)
+        trainer = Trainer(model.preset("tiny")["model"], recipe, 32)
         seconds = alternate({"alone": trainer.connector_alone(), "step": trainer.step}, 5 * bench.rounds)
         ratios = [a / b for a, b in zip(seconds["alone"], seconds["step"])]
         train = model.trainable_parts(recipe["train"])

@@ -75,10 +75,10 @@ def test_rows_hold_every_sample_once_and_slots_point_at_their_own_image():
 
 def test_an_image_is_never_cut():
     pieces = [([5] * 10, True), 0, ([6] * 10, True)]
-    assert data.cut(pieces, 32, 52) == pieces
-    assert data.cut(pieces, 32, 50) == [([5] * 10, True), 0, ([6] * 8, True)]
-    assert data.cut(pieces, 32, 41) == [([5] * 10, True)]
-    assert data.cut(pieces, 32, 4) == [([5] * 4, True)]
+    assert data.split(pieces, 32, 52) == [pieces]
+    assert data.split(pieces, 32, 50) == [pieces[:2] + [([6] * 8, True)], [([6] * 2, True)]]
+    assert data.split(pieces, 32, 41) == [[([5] * 10, True)], [0, ([6] * 9, True)], [([6], True)]]
+    assert data.split(pieces * 2, 8, 999, 1) == [pieces + [([5] * 10, True)], [0, ([6] * 10, True)]]
 
 
 def test_best_fit_never_overfills_and_wastes_little():
@@ -103,33 +103,33 @@ def test_rows_are_as_wide_as_wastes_least():
 
 
 def test_order_is_a_permutation_an_epoch_and_follows_the_weights():
-    order = data.SampleOrder([50, 1000], [0.3, 0.7], seed=3, total=20_000)
+    order = data.SampleOrder([50, 1000], [0.3, 0.7], seed=3)
     picks = [order[n] for n in range(20_000)]
     first = [index for source, index in picks if source == 0][:100]
     assert sorted(first[:50]) == sorted(first[50:]) == list(range(50)) and first[:50] != first[50:]
     share = np.mean([source == 0 for source, _ in picks])
     assert abs(share - 0.3) < 3 * (0.3 * 0.7 / 20_000) ** 0.5
-    longer = data.SampleOrder([50, 1000], [0.3, 0.7], seed=3, total=40_000)
-    assert [longer[n] for n in range(500)] == picks[:500]  # a longer run begins as the shorter one did
-    assert [data.SampleOrder([50, 1000], [0.3, 0.7], 4, 500)[n] for n in range(500)] != picks[:500]
+    fresh = data.SampleOrder([50, 1000], [0.3, 0.7], seed=3)
+    assert fresh[17_000] == picks[17_000]  # a pure function of n: nothing needs to have come before
+    other = data.SampleOrder([50, 1000], [0.3, 0.7], 4)
+    assert [other[n] for n in range(500)] != picks[:500]
 
 
-def stream(rank: int = 0, world: int = 1, micro_steps: int = 1) -> data.Stream:
-    order = data.SampleOrder([1000], [1.0], 0, 80)
-    parts = (TOKENIZER, CFG, 8, micro_steps, rank, world, 128, 999, lambda n: "full")
-    return data.Stream([data.Scenes("chat")], order, *parts)
+def batches(rank: int = 0, world: int = 1, micro_steps: int = 1, workers: int = 0) -> list[data.Batch]:
+    sources, mode, steps = [(data.Scenes("chat"), 1.0)], (lambda n: "full"), range(3)
+    plan = data.Plan(sources, TOKENIZER, CFG, mode, 0, steps, 0, 8, micro_steps, rank, world, 128)
+    return [*torch.utils.data.DataLoader(data.Stream(plan), None, sampler=plan, num_workers=workers)]
 
 
 def test_workers_ranks_and_micro_steps_do_not_change_the_samples():
     def seen(batches) -> list:
         return sorted(p.sum().item() for b in batches for p in b.pixels.long())
 
-    whole = [stream()[k] for k in range(3)]
-    loader = torch.utils.data.DataLoader(stream(), batch_size=None, sampler=range(3), num_workers=2)
-    for a, b in zip(whole, loader, strict=True):
+    whole = batches()
+    for a, b in zip(whole, batches(workers=2), strict=True):
         assert torch.equal(a.student.ids, b.student.ids) and torch.equal(a.pixels, b.pixels)
-    assert seen(whole) == seen([stream(r, 2)[k] for r in range(2) for k in range(3)])
-    assert seen(whole) == seen([stream(0, 1, 4)[k] for k in range(12)])
+    assert seen(whole) == seen(batches(0, 2) + batches(1, 2))
+    assert seen(whole) == seen(batches(micro_steps=4))
 
 
 def test_scenes_splits_are_disjoint_and_held_out_pairs_only_in_tests():

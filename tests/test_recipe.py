@@ -1,0 +1,131 @@
+"""MM1's optimisation: learning-rate law, decoupled decay, schedule, one normalisation, z-loss."""
+
+import json
+import math
+
+import pytest
+import test_training
+import torch
+
+import data
+import model
+import train_pretrain
+from train_pretrain import mm1_rate
+
+LAW = {  # weights without embeddings -> peak rate
+    9e6: 6.7468e-4, 85e6: 2.6192e-4, 302e6: 1.5351e-4, 1.2e9: 8.5832e-5, 2.9e9: 5.9178e-5,
+    6.4e9: 4.2393e-5, 30e9: 2.2108e-5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", LAW)
+def test_the_law(size):
+    assert mm1_rate(size) == pytest.approx(LAW[size], rel=1e-4)
+    assert 0.1 * mm1_rate(size) == pytest.approx(LAW[size] / 10, rel=1e-4)  # lambda
+
+
+def test_the_law_is_a_line_in_logarithms():
+    assert mm1_rate(1) == pytest.approx(0.57493, rel=1e-5)
+    for a, b in zip(LAW, [*LAW][1:]):
+        slope = math.log(mm1_rate(b) / mm1_rate(a)) / math.log(b / a)
+        assert slope == pytest.approx(-0.4214, rel=1e-9)
+
+
+def test_the_law_sets_the_rate_unless_a_flag_does(tmp_path, small_halves):
+    flags = [*test_training.SMALL, *small_halves, "--steps", "1", "--muon_lr", "0"]
+    for out, more, rate in (("a", ["--lr", "-1"], None), ("b", ["--lr", "0.5"], 0.5)):
+        train_pretrain.main([*flags, *more, "--out", str(tmp_path / out)])
+        saved = json.loads((tmp_path / out / "config.json").read_text())["train"]["lr"]
+        weights = 2 * (32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 32  # two blocks and the last norm
+        assert saved == (rate or mm1_rate(weights))
+
+
+def test_the_schedule():
+    """MM1 at 1.2B: 200k steps, 2,000 of warm-up, cosine to a tenth."""
+    cfg = train_pretrain.RunConfig(steps=200_000, warmup=0.01, final_lr=0.1)
+    peak = mm1_rate(1.2e9)
+    spots = {
+        1000: 4.2916e-5, 2000: 8.5832e-5, 51_500: 7.4519e-5, 101_000: 4.7208e-5, 150_500: 1.9896e-5,
+        200_000: 8.5832e-6,
+    }  # fmt: skip
+    for step, rate in spots.items():  # the first step is number 0 here
+        assert peak * train_pretrain.schedule(step - 1, cfg) == pytest.approx(rate, rel=1e-4)
+
+
+def step_without_gradient(done: int, **flags) -> tuple[dict, dict]:
+    """The weights before and after a step whose gradients are zero."""
+    cfg = train_pretrain.RunConfig(
+        lr=mm1_rate(1.2e9), vit_lr=5e-5, weight_decay=0.1, warmup=0.01, steps=1000,
+        train="vit,connector,decoder", compile="false", dtype="float32", **flags,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    vlm = model.VLM(test_training.small_config())
+    vlm.set_trainable(["vit", "connector", "decoder"], isolator=False)
+    vlm.double()
+    before = {name: p.detach().clone() for name, p in vlm.named_parameters()}
+    run = train_pretrain.Run("pretrain", cfg, 0, 1, torch.device("cpu"))
+    optimizers = train_pretrain.make_optimizers(vlm, cfg)
+    batch = test_training.small_batch([("caption", "full")], vlm.cfg)
+
+    def nothing(logits, teacher, batch) -> dict:
+        return {"loss": 0.0 * logits.sum()}
+
+    train_pretrain.optimizer_step(run, vlm, [batch], optimizers, done, nothing)
+    return before, {name: p.detach() for name, p in vlm.named_parameters()}
+
+
+@pytest.mark.parametrize(("step", "share"), [(9, 1.0), (4, 0.5)])
+def test_decay_takes_a_tenth_of_the_rate(step, share):
+    """lambda = 0.1 eta, decoupled: 8.583e-6 of a weight at the peak, half of it half-way up."""
+    before, after = step_without_gradient(step, decay="all")
+    for name, value in before.items():
+        if "isolator" in name or not value.any() or "post_layernorm" in name:
+            continue
+        rate = 5e-5 if name.startswith("vit.") else mm1_rate(1.2e9)
+        lost = (1 - after[name] / value)[value != 0]
+        torch.testing.assert_close(lost, torch.full_like(lost, 0.1 * rate * share), rtol=1e-6, atol=1e-13)
+    assert 0.1 * mm1_rate(1.2e9) == pytest.approx(8.583e-6, rel=1e-4)
+
+
+def test_by_default_only_matrices_decay():
+    before, after = step_without_gradient(9)
+    kept = {name for name in before if torch.equal(before[name], after[name])}
+    assert {"decoder.norm.weight", "decoder.embed_tokens.weight", "connector.proj.bias"} <= kept
+    assert not kept & {"decoder.layers.0.mlp.up_proj.weight", "vit.embeddings.patch_embedding.weight"}
+
+
+def test_eight_micro_steps_of_one_equal_one_of_eight():
+    picks = [(kind, "full") for kind in ("caption", "text", "interleaved", "chat")] * 2
+    whole = test_training.small_batch(picks, test_training.small_config())
+    parts = [
+        test_training.small_batch([pick], test_training.small_config(), n) for n, pick in enumerate(picks)
+    ]
+    assert len({len(part.student.targets) for part in parts}) > 3  # a mean of means would differ
+    test_training.assert_same(test_training.one_step(0, 1, [whole]), test_training.one_step(0, 1, parts))
+
+
+def test_z_loss_is_the_mean_squared_log_of_the_denominator():
+    torch.manual_seed(0)
+    vlm = model.VLM(test_training.small_config())
+    vlm.set_trainable(["decoder"], isolator=False)
+    batch = test_training.small_batch([("caption", "full"), ("text", "full")], vlm.cfg)
+    logits = vlm(batch)[0].detach().double()
+    cfg = train_pretrain.RunConfig(
+        z_loss=0.5, lr=0.0, steps=10, compile="false", dtype="float32", train="decoder"
+    )
+    run = train_pretrain.Run("pretrain", cfg, 0, 1, torch.device("cpu"))
+    optimizers = train_pretrain.make_optimizers(vlm, cfg)
+    stats = train_pretrain.optimizer_step(run, vlm, [batch], optimizers, 0, train_pretrain.caption_loss)
+    z = logits.exp().sum(-1).log().pow(2).mean()
+    ce = torch.nn.functional.cross_entropy(logits, batch.student.targets)
+    assert stats["z"].item() == pytest.approx(z.item(), rel=1e-5)
+    assert stats["loss"].item() == pytest.approx((ce + 0.5 * z).item(), rel=1e-5)
+
+
+def test_sizes_of_a_batch():
+    """512 rows of 4096: 2,097,152 positions, at most 2,304 of 4,096 for images."""
+    preset = model.PRESETS["3b"]
+    recipe = preset["pretrain"]
+    most = train_pretrain.RunConfig.row_images * preset["model"].visual_tokens()
+    assert recipe["rows"] * recipe["row_length"] == 2_097_152 and most == 2304
+    assert recipe["rows"] * most == 1_179_648 and data.Plan.POOL >= 512

@@ -613,7 +613,8 @@ def show_answers(run: Run, vlm: model.VLM, tokenizer, spec: str, n: int = 4) -> 
         asked, answer = record.parts[0][1], record.parts[1][1][0]
         images = record.images[: sum(isinstance(part, int) for part in asked)]
         pieces = data.chat_pieces([("user", asked), ("assistant", [])], tokenizer, to_answer=True)
-        batch = data.prompt_batch([(pieces, data.load_images(images, vlm.cfg, record.name))], "full", vlm.cfg)
+        sample = data.load_sample(pieces, images, vlm.cfg, record.name)
+        batch = data.prompt_batch([sample], "full", vlm.cfg)
         with run.autocast():
             said = tokenizer.decode(vlm.generate(batch.to(run.device), tokenizer.end, 24)[0])
         question = " ".join(part for part in asked if isinstance(part, str))

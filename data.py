@@ -515,6 +515,11 @@ def picture_slots(cfg: ModelConfig, mode: str, size: tuple[int, int]) -> np.ndar
     return np.concatenate([flat[:V], np.pad(grid, ((0, 0), (0, 1)), constant_values=NEWLINE).ravel()])
 
 
+def square_tokens(cfg: ModelConfig, mode: str = "full") -> int:
+    """Positions that a square picture of twice a view's side takes: what runs and reports tell of a model."""
+    return len(picture_slots(cfg, mode, (2 * cfg.vit.image_size,) * 2))
+
+
 def sample_slots(cfg: ModelConfig, mode: str, sizes: list[tuple[int, int]]) -> list[np.ndarray]:
     """`picture_slots` of each picture, numbered through the sample's visual tokens. mode: full or pruned."""
     slots, first = [], 0

@@ -799,7 +799,7 @@ def make_report(path: Path, vlm, step: Path, summary: dict, examples: list[dict]
                 facts.append((f"loss on stage-1 data at the hand-over ({line['scale']})", told))
         init = config["train"]["init"]
         folder = (Path(init).parent if Path(init).name.startswith("step-") else Path(init)) if init else None
-    size, pruned = vlm.cfg.visual_tokens("full"), vlm.cfg.visual_tokens("pruned")
+    size, pruned = data.square_tokens(vlm.cfg), data.square_tokens(vlm.cfg, "pruned")
     facts = [
         ("checkpoint", summary["model"]),
         ("commit", summary["commit"]),

@@ -44,6 +44,7 @@ class RunConfig:
     init: str = ""  # start from this run or checkpoint instead of the preset's halves
     scale: str = ""  # token scaling applied to --init, see model.SCALINGS
     scale_init: str = "inflate"  # of its new scales; not in the paper: queries (those random) or random (all)
+    resolution: str = ""  # SIDE, SIDE+CUT or +CUT: pixels of a view; CUT split, anyres or unpad into several
     resume: str = ""  # "auto": continue the run in --out where its newest checkpoint left it
     data: str = "scenes"  # scenes, a LLaVA .json or a mixture .json
     val_data: str = ""  # the same for validation; default: --data itself, or unseen scenes
@@ -110,7 +111,7 @@ def main(argv: list[str]) -> None:
     write_config(run, vlm)
     ddp = prepare(run, vlm)
     batches = load_batches(run, vlm.cfg, tokenizer, cfg.data, first, lambda number: mode)
-    tokens = vlm.cfg.visual_tokens("pruned" if cfg.pruner else "full")
+    tokens = data.square_tokens(vlm.cfg, "pruned" if cfg.pruner else "full")
     for step in run.bar(first):
         micro, waited = fetch(batches, run)
         stats = optimizer_step(run, ddp, micro, optimizers, step, caption_loss)
@@ -251,8 +252,10 @@ def read_flags(
         recipe = {"preset": saved["train"]["preset"], **recipe}
         model_cfg = model.from_dict(model.ModelConfig, saved["model"])
     cfg = model.from_dict(config, {**dataclasses.asdict(config()), **recipe})
-    before = model.copy_config(model_cfg)
+    before, resolution = model.copy_config(model_cfg), cfg.resolution
     model.parse_cli(argv, doc, cfg, model_cfg)
+    if begun and cfg.resolution != resolution:
+        raise UserError(f"--resolution {cfg.resolution}: the run in {source} has '{resolution}' and keeps it")
     changed = model.changed_flags(before, model_cfg)
     fixed = [name for name in changed if not name.startswith(("prune.", "lora.") if not begun else "prune.")]
     if source and fixed:
@@ -266,6 +269,11 @@ def read_flags(
     if "lora.alpha" in changed and not model_cfg.lora.rank:
         raise UserError("--lora.alpha has no effect without --lora.rank")
     cfg.check()
+    if source:  # start() takes the model there; what cannot be shows before anything is built
+        grown = model.scaled_config(model_cfg, cfg.scale) if cfg.scale and not begun else model_cfg
+        model.at_resolution(grown, cfg.resolution).check()
+    else:
+        model_cfg = model.at_resolution(model_cfg, cfg.resolution)
     return cfg, model_cfg, model.find_step(source) if source else None
 
 
@@ -304,7 +312,12 @@ def start(stage: str, config: type, argv: list[str], doc: str):
         run.say(f"from {step}: {vlm.cfg.vit.image_size} px, {vlm.cfg.visual_tokens()} visual tokens")
         if cfg.scale and step.parent != run.folder:
             hand_over(run, vlm, tokenizer, model.read_run_config(step)["train"]["data"])
-            settle(vlm, cfg)  # its new scales
+        model.set_resolution(vlm, cfg.resolution)
+        settle(vlm, cfg)  # new scales and position tables
+    if cfg.resolution:
+        run.say(
+            f"--resolution {cfg.resolution}: {data.square_tokens(vlm.cfg)} visual tokens in a large square"
+        )
     return run, vlm, tokenizer, cfg
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import regex  # comes with tiktoken
 import tiktoken
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
@@ -330,45 +330,53 @@ def prompt_pieces(question: str, images: int, tokenizer: Tokenizer, history: lis
     return chat_pieces(turns, tokenizer, to_answer=True)
 
 
-def split(pieces: list[Piece], per_image: int, limit: int, most_images: int = 10**9) -> list[list[Piece]]:
-    """Parts of at most `limit` positions and `most_images` pictures, in order; none cuts into a picture.
+def split(
+    pieces: list[Piece], slots: list[np.ndarray], limit: int, views: list[int] | None = None, most_views=10**9
+) -> list[list[Piece]]:
+    """Parts of at most `limit` positions and `most_views` views, in order; none cuts into a picture.
 
-    A picture that does not fit into any part is left out. The first part is what is left of a cut sample.
+    slots: of each picture, and views: how many it has. The first part is what is left of a cut sample. A
+    picture that fits into no part is left out.
     """
-    parts, room, images = [[]], limit, 0
+    parts, room, free = [[]], limit, most_views
     for piece in pieces:
-        picture = isinstance(piece, int)
-        if picture and (per_image > room or images == most_images):
-            parts, room, images = [*parts, []], limit, 0
-        if picture and per_image <= room:
-            parts[-1].append(piece)
-            room, images = room - per_image, images + 1
-        while not picture and piece[0]:
+        if isinstance(piece, int):
+            length, seen = len(slots[piece]), views[piece] if views else 1
+            if length > room or seen > free:
+                parts, room, free = [*parts, []], limit, most_views
+            if length <= room and seen <= free:
+                parts[-1].append(piece)
+                room, free = room - length, free - seen
+            continue
+        ids, supervised = piece
+        while ids:
             if not room:
-                parts, room, images = [*parts, []], limit, 0
-            parts[-1].append((piece[0][:room], piece[1]))
-            piece, room = (piece[0][room:], piece[1]), max(0, room - len(piece[0]))
+                parts, room, free = [*parts, []], limit, most_views
+            parts[-1].append((ids[:room], supervised))
+            ids, room = ids[room:], max(0, room - len(ids))
     return [part for part in parts if part]
 
 
 @dataclass
 class Laid:
-    """One sample as flat arrays of length T. slot: token number inside the sample's visual tokens, or -1."""
+    """One sample as flat arrays of length T."""
 
     ids: np.ndarray
-    slot: np.ndarray
+    slot: np.ndarray  # token number inside the sample's visual tokens, NEWLINE, or -1 at text
     targets: np.ndarray  # id of the next token where that is supervised, else -1
     images: int
 
 
-def lay_out(pieces: list[Piece], per_image: int) -> Laid:
-    """Pieces to positions: `per_image` slots an image, ids 0 there; targets are shifted by one already."""
+def lay_out(pieces: list[Piece], slots: list[np.ndarray]) -> Laid:
+    """Pieces to positions: image n takes slots[n] (see `sample_slots`), ids 0 there; targets are shifted by
+    one already.
+    """
     ids, slot, supervised, images = [], [], [], 0
     for piece in pieces:
         if isinstance(piece, int):
-            ids += [0] * per_image
-            slot += range(images * per_image, (images + 1) * per_image)
-            supervised += [False] * per_image
+            ids += [0] * len(slots[piece])
+            slot += slots[piece].tolist()
+            supervised += [False] * len(slots[piece])
             images += 1
         else:
             ids += piece[0]
@@ -384,18 +392,21 @@ def lay_out(pieces: list[Piece], per_image: int) -> Laid:
 # Pictures
 
 
+def read_image(image: Image.Image | str | Path, name: str, read):
+    """read(picture) of a file or of a picture at hand."""
+    if isinstance(image, Image.Image):
+        return read(image)
+    try:
+        return read(Image.open(image))
+    except FileNotFoundError:
+        raise UserError(f"{name}: image {image} does not exist") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        raise UserError(f"{name}: image {image} does not decode ({e})") from None
+
+
 def open_image(image: Image.Image | str | Path, name: str = "") -> Image.Image:
     """Decode to RGB: EXIF orientation applied, palette and alpha laid on white."""
-    if not isinstance(image, Image.Image):
-        try:
-            opened = Image.open(image)
-            opened.load()
-        except FileNotFoundError:
-            raise UserError(f"{name}: image {image} does not exist") from None
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-            raise UserError(f"{name}: image {image} does not decode ({e})") from None
-        image = opened
-    image = ImageOps.exif_transpose(image)
+    image = read_image(image, name, ImageOps.exif_transpose)  # which decodes it
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -410,6 +421,148 @@ def to_pixels(image: Image.Image, size: int, resample: int = Image.Resampling.BI
     return np.asarray(image).transpose(2, 0, 1)  # (3, size, size)
 
 
+def load_images(images: list, cfg: ModelConfig, name: str = "") -> np.ndarray:
+    """Scenes, paths or pictures to the uint8 (n, 3, size, size) that the encoder wants: all views of all."""
+    size = cfg.vit.image_size
+    pixels = [np.zeros((0, 3, size, size), np.uint8)]
+    for image in images:
+        if isinstance(image, Scene):
+            picture = render(image, CANVAS if cfg.image.cut else size)
+        else:
+            picture = open_image(image, name)
+        pixels.append(cut_picture(picture, cfg))
+    return np.concatenate(pixels)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pictures cut into views (ImageConfig.cut): the whole picture as a square, then tiles of the encoder's size.
+# Sizes are (width, height) in pixels, tilings (columns, rows).
+
+NEWLINE = -2  # in Laid.slot: the learned vector that ends a row of tokens
+TILINGS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # LLaVA-NeXT's, in its order
+
+
+def picture_size(image, name: str = "") -> tuple[int, int]:
+    """Of a Scene, path or picture as `open_image` would turn it, without decoding it where that is possible
+    (Pillow finds the orientation of a PNG only by decoding).
+    """
+    if isinstance(image, Scene):
+        return CANVAS, CANVAS
+
+    def read(picture: Image.Image) -> tuple[int, int]:
+        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return picture.size[::-1] if turned else picture.size
+
+    return read_image(image, name, read)
+
+
+def picture_sizes(images: list, cfg: ModelConfig, name: str = "") -> list[tuple[int, int]]:
+    """What `sample_slots` wants to know of a sample's pictures; no file is read where all are cut alike."""
+    by_size = cfg.image.cut in ("anyres", "unpad")
+    return [picture_size(image, name) if by_size else (1, 1) for image in images]
+
+
+def inside(size: tuple[int, int], box: tuple[int, int], ceil: bool = False) -> tuple[int, int]:
+    """The largest size of the same aspect in a box, rounded down, or up as LLaVA-NeXT resizes."""
+    (w, h), (W, H) = size, box
+    if W * h < H * w:  # it fills the width
+        return W, (h * W + ceil * (w - 1)) // w
+    return (w * H + ceil * (h - 1)) // h, H
+
+
+def best_tiling(size: tuple[int, int], side: int, tilings=TILINGS) -> tuple[int, int]:
+    """The tiling that keeps most of a picture's pixels, of equals the one with least left over."""
+
+    def fit(tiling: tuple[int, int]) -> tuple[int, int]:
+        area = tiling[0] * tiling[1] * side**2
+        kept = min(math.prod(inside(size, (tiling[0] * side, tiling[1] * side))), math.prod(size))
+        return kept, kept - area
+
+    return max(tilings, key=fit)  # the first of equals
+
+
+def tiling_of(cfg: ModelConfig, size: tuple[int, int]) -> tuple[int, int]:
+    """Columns and rows of tiles beside the whole picture, (0, 0) if it is not cut."""
+    fixed = {"": (0, 0), "split": (2, 2)}  # split: MM1's sub-images (its section 5)
+    return fixed.get(cfg.image.cut) or best_tiling(size, cfg.vit.image_size)
+
+
+def view_count(cfg: ModelConfig, size: tuple[int, int]) -> int:
+    columns, rows = tiling_of(cfg, size)
+    return 1 + columns * rows
+
+
+def cut_picture(picture: Image.Image, cfg: ModelConfig) -> np.ndarray:
+    """An RGB picture's views, uint8 (views, 3, side, side): the whole as a square, then tiles row by row.
+
+    "split" cuts the picture as a square, "anyres" and "unpad" with its aspect, centred on black.
+    """
+    side, resample = cfg.vit.image_size, cfg.image.resample
+    columns, rows = tiling_of(cfg, picture.size)
+    whole = to_pixels(picture, side, resample)[None]
+    if not columns:
+        return whole
+    W, H = canvas = columns * side, rows * side
+    w, h = canvas if cfg.image.cut == "split" else inside(picture.size, canvas, ceil=True)
+    sheet = Image.new("RGB", canvas)
+    sheet.paste(picture.resize((w, h), resample, reducing_gap=3.0), ((W - w) // 2, (H - h) // 2))
+    tiles = np.asarray(sheet).reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3)
+    return np.concatenate([whole, tiles.reshape(-1, 3, side, side)])
+
+
+def picture_slots(cfg: ModelConfig, mode: str, size: tuple[int, int]) -> np.ndarray:
+    """Which visual tokens a picture takes, in order: the one owner of this.
+
+    Token t of view v has the number v * V + t, where V = cfg.visual_tokens(mode). "unpad" lays the tiles'
+    tokens side by side, drops the rows or columns that saw only padding and ends each row with NEWLINE;
+    pruned tokens form no grid and stay flat.
+    """
+    V, g = cfg.visual_tokens(mode), cfg.grid()
+    columns, rows = tiling_of(cfg, size)
+    flat = np.arange(view_count(cfg, size) * V)
+    if cfg.image.cut != "unpad" or mode != "full":
+        return flat
+    grid = flat[V:].reshape(rows, columns, g, g).transpose(0, 2, 1, 3).reshape(rows * g, columns * g)
+    w, h = inside(size, (columns * g, rows * g))
+    left, top = (columns * g - w) // 2, (rows * g - h) // 2  # as much at the other end
+    grid = grid[top : rows * g - top, left : columns * g - left]
+    return np.concatenate([flat[:V], np.pad(grid, ((0, 0), (0, 1)), constant_values=NEWLINE).ravel()])
+
+
+def square_tokens(cfg: ModelConfig, mode: str = "full") -> int:
+    """Positions that a square picture of twice a view's side takes: what runs and reports tell of a model."""
+    return len(picture_slots(cfg, mode, (2 * cfg.vit.image_size,) * 2))
+
+
+def sample_slots(cfg: ModelConfig, mode: str, sizes: list[tuple[int, int]]) -> list[np.ndarray]:
+    """`picture_slots` of each picture, numbered through the sample's visual tokens. mode: full or pruned."""
+    slots, first = [], 0
+    for size in sizes:
+        own = picture_slots(cfg, mode, size)
+        slots.append(np.where(own == NEWLINE, NEWLINE, own + first))
+        first += view_count(cfg, size) * cfg.visual_tokens(mode)
+    return slots
+
+
+class Sample(NamedTuple):
+    """One document, ready to be laid out; a plain (pieces, pixels) will do where pictures are not cut."""
+
+    pieces: list[Piece]
+    pixels: np.ndarray  # (views, 3, size, size) uint8, of all its pictures
+    sizes: list[tuple[int, int]] | None = None  # of its pictures, see `picture_sizes`
+
+    def slots(self, cfg: ModelConfig, mode: str) -> list[np.ndarray]:
+        sizes = [(1, 1)] * len(self.pixels) if self.sizes is None else self.sizes
+        views = sum(view_count(cfg, size) for size in sizes)
+        if views != len(self.pixels):
+            raise RuntimeError(f"{len(self.pixels)} views, but pictures of {sizes} make {views}")
+        return sample_slots(cfg, mode, sizes)
+
+
+def load_sample(pieces: list[Piece], images: list, cfg: ModelConfig, name: str = "") -> Sample:
+    return Sample(pieces, load_images(images, cfg, name), picture_sizes(images, cfg, name))
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Batches: several samples in rows of T positions; attention is masked by doc_ids, positions restart.
 
@@ -420,7 +573,7 @@ class Rows:
     slot_mask: Tensor  # (B, T) True where a visual token goes
     positions: Tensor  # (B, T), from 0 in every document
     doc_ids: Tensor  # (B, T), -1 at padding
-    visual_index: Tensor  # (slots,) which row of the bank of visual tokens fills each slot, see VLM.bank
+    visual_index: Tensor  # (slots,) the row of the bank of visual tokens (VLM.bank) in each slot; -1: newline
     supervised: Tensor  # (R,) flat positions in B*T whose next token is a target
     targets: Tensor  # (R,)
     starts: Tensor | None = None  # (documents + 1,) int32: where each begins in B*T, the end repeated
@@ -428,8 +581,8 @@ class Rows:
 
 @dataclass
 class Batch:
-    pixels: Tensor  # (I, 3, size, size) uint8
-    fast: Tensor  # (I,) True where the image's student tokens are pruned
+    pixels: Tensor  # (I, 3, size, size) uint8, all views of all pictures
+    fast: Tensor  # (I,) True where the view's student tokens are pruned
     student: Rows
     teacher: Rows | None  # the slow samples once more, on pruned tokens, their targets in the same order
     distill: Tensor | None  # (R of teacher,) rows of student's `supervised` that the teacher's rows belong to
@@ -495,7 +648,7 @@ def make_rows(
             length = len(laid[i].ids)
             here = slice(start, start + length)
             ids[b, here], doc_ids[b, here], positions[b, here] = laid[i].ids, i, np.arange(length)
-            index[b, here] = np.where(laid[i].slot >= 0, laid[i].slot + first_slot[i], -1)
+            index[b, here] = np.where(laid[i].slot >= 0, laid[i].slot + first_slot[i], laid[i].slot)
             targets[b, here], owner[b, here] = laid[i].targets, i
             starts.append(b * T + start)
             start = here.stop
@@ -505,40 +658,42 @@ def make_rows(
     supervised = np.flatnonzero(targets.reshape(-1) >= 0)
     owner = owner.reshape(-1)[supervised]
     t = torch.from_numpy
+    slot_mask = index != -1
     batch = Rows(
-        t(ids), t(index >= 0), t(positions), t(doc_ids), t(index[index >= 0]), t(supervised),
+        t(ids), t(slot_mask), t(positions), t(doc_ids), t(index[slot_mask].clip(-1)), t(supervised),
         t(targets.reshape(-1)[supervised]), torch.tensor(starts, dtype=torch.int32),
     )  # fmt: skip
     return batch, [np.flatnonzero(owner == i) for i in range(len(laid))]
 
 
 def make_batch(
-    samples: list[tuple[list[Piece], np.ndarray]], modes: list[str], cfg: ModelConfig,
-    row_length: int, limit: int, next_sample: int = 0, rows: list[list[int]] | None = None, capacity: int = 0,
+    samples: list[Sample], modes: list[str], cfg: ModelConfig, row_length: int, limit: int,
+    next_sample: int = 0, rows: list[list[int]] | None = None, capacity: int = 0,
 ) -> Batch:  # fmt: skip
-    """samples: (pieces, pixels (n, 3, size, size)) each; modes: "full", "fast" or "slow" for each.
+    """modes: "full", "fast" or "slow" for each sample.
 
     A slow sample is one whose student row holds all visual tokens and whose teacher row holds the pruned
-    ones. The bank of visual tokens (VLM.bank) lists all images' full tokens first, then all their pruned
+    ones. The bank of visual tokens (VLM.bank) lists all views' full tokens first, then all their pruned
     ones.
     rows: which samples share a row of row_length positions; None: best-fit, in rows as wide as they need.
     capacity: blank pictures make up the number of images to it, so that compiled code sees one shape.
     """
+    samples = [Sample(*sample) for sample in samples]
     full, pruned = cfg.visual_tokens("full"), cfg.visual_tokens("pruned")
-    first_image = np.cumsum([0] + [len(pixels) for _, pixels in samples])
+    first_view = np.cumsum([0] + [len(sample.pixels) for sample in samples]).tolist()
     size = cfg.vit.image_size
-    blank = np.zeros((max(0, capacity - int(first_image[-1])), 3, size, size), np.uint8)
-    images = int(first_image[-1]) + len(blank)
+    blank = np.zeros((max(0, capacity - first_view[-1]), 3, size, size), np.uint8)
+    views = first_view[-1] + len(blank)
     student, student_slot, teacher, teacher_slot, slow = [], [], [], [], []
-    for i, ((pieces, _), mode) in enumerate(zip(samples, modes)):
-        per_image = pruned if mode == "fast" else full
-        pieces = split(pieces, per_image, limit)[0]
-        student.append(lay_out(pieces, per_image))
-        pruned_slot = images * full + int(first_image[i]) * pruned
-        student_slot.append(pruned_slot if mode == "fast" else int(first_image[i]) * full)
+    for i, (sample, mode) in enumerate(zip(samples, modes)):
+        slots = sample.slots(cfg, "pruned" if mode == "fast" else "full")
+        pieces = split(sample.pieces, slots, limit)[0]
+        student.append(lay_out(pieces, slots))
+        pruned_slot = views * full + first_view[i] * pruned
+        student_slot.append(pruned_slot if mode == "fast" else first_view[i] * full)
         if mode == "slow" and student[-1].images:  # without images teacher and student would be the same
             slow.append(i)
-            teacher.append(lay_out(pieces, pruned))
+            teacher.append(lay_out(pieces, sample.slots(cfg, "pruned")))
             teacher_slot.append(pruned_slot)
     fixed, lengths = rows is not None, [len(s.ids) for s in student]
     T = row_length if fixed else row_width(lengths, row_length)
@@ -550,33 +705,31 @@ def make_batch(
         teacher_rows, theirs = make_rows(teacher, teacher_slot, T, best_fit(lengths, T))
         order = np.argsort(np.concatenate(theirs))
         distill = torch.from_numpy(np.concatenate([entries[i] for i in slow])[order])
-    pixels = np.concatenate([p for _, p in samples] + [blank])
-    fast = np.repeat([m == "fast" for m in modes] + [False], [*np.diff(first_image), len(blank)])
+    pixels = np.concatenate([s.pixels for s in samples] + [blank])
+    fast = np.repeat([m == "fast" for m in modes] + [False], [*np.diff(first_view), len(blank)])
     pruning = any(mode != "full" for mode in modes)
     pixels, fast = torch.from_numpy(pixels), torch.from_numpy(fast)
     return Batch(pixels, fast, student_rows, teacher_rows, distill, pruning, len(samples), next_sample)
 
 
-def prompt_batch(samples: list[tuple[list[Piece], np.ndarray]], mode: str, cfg: ModelConfig) -> Batch:
+def prompt_batch(samples: list[Sample], mode: str, cfg: ModelConfig) -> Batch:
     """Prompts to continue: one a row, padded on the left so that all end together. mode: "full" or
     "pruned".
     """
-    full, pruned = cfg.visual_tokens("full"), cfg.visual_tokens("pruned")
-    per_image = full if mode == "full" else pruned
-    laid = [lay_out(pieces, per_image) for pieces, _ in samples]
+    samples = [Sample(*sample) for sample in samples]
+    laid = [lay_out(sample.pieces, sample.slots(cfg, mode)) for sample in samples]
     T = max(len(s.ids) for s in laid)
     ids, doc_ids, positions, index = (np.full((len(laid), T), fill) for fill in (0, -1, 0, -1))
-    images = sum(s.images for s in laid)
-    slot = 0 if mode == "full" else images * full
+    pixels = torch.from_numpy(np.concatenate([sample.pixels for sample in samples]))
+    slot = 0 if mode == "full" else len(pixels) * cfg.visual_tokens("full")
     for b, s in enumerate(laid):
         here = slice(T - len(s.ids), T)
         ids[b, here], doc_ids[b, here], positions[b, here] = s.ids, 0, np.arange(len(s.ids))
-        index[b, here] = np.where(s.slot >= 0, s.slot + slot, -1)
-        slot += s.images * per_image
-    t, none = torch.from_numpy, torch.zeros(0, dtype=torch.long)
-    rows = Rows(t(ids), t(index >= 0), t(positions), t(doc_ids), t(index[index >= 0]), none, none)
-    pixels = torch.from_numpy(np.concatenate([p for _, p in samples]))
-    fast = torch.full((images,), mode != "full")
+        index[b, here] = np.where(s.slot >= 0, s.slot + slot, s.slot)
+        slot += len(samples[b].pixels) * cfg.visual_tokens(mode)
+    t, none, slot_mask = torch.from_numpy, torch.zeros(0, dtype=torch.long), index != -1
+    rows = Rows(t(ids), t(slot_mask), t(positions), t(doc_ids), t(index[slot_mask].clip(-1)), none, none)
+    fast = torch.full((len(pixels),), mode != "full")
     return Batch(pixels, fast, rows, None, None, mode != "full", len(samples), 0)
 
 
@@ -1025,9 +1178,9 @@ class Planned:
 
 def check_room(cfg: ModelConfig, limit: int) -> None:
     """limit: positions of a sample."""
-    if cfg.visual_tokens() >= limit:
+    if square_tokens(cfg) >= limit:
         raise UserError(
-            f"a picture takes {cfg.visual_tokens()} positions, a sample may take {limit}: "
+            f"a picture takes {square_tokens(cfg)} positions, a sample may take {limit}: "
             "raise --row_limit and --row_length"
         )
 
@@ -1054,7 +1207,7 @@ class Plan(IterableDataset):
     rank: int = 0
     world: int = 1
     row_length: int = 256
-    row_images: int = 16  # most images of a packed row
+    row_images: int = 16  # most images of a packed row, each view of a cut one counted
     limit: int = 2048  # most positions of a sample
     by_kind: bool = False
     pad_images: bool = False  # blank pictures up to the capacity of the micro-batch
@@ -1113,18 +1266,17 @@ class Plan(IterableDataset):
     def rows_of(self, group: int, pool: int, place: int):
         """Endless rows of a group from a place on: (where to go on, row, positions by kind, other counts)."""
         while True:
-            found, lengths, images, kinds, left_out = [], [], [], [], 0
+            found, lengths, views, kinds, left_out = [], [], [], [], 0
             for number in range(pool * self.POOL, (pool + 1) * self.POOL):
                 mode = self.choose_mode(number * len(self.groups) + group)
                 record, parts = self.parts(group, number, mode)
                 left_out += not parts
-                for n, part in enumerate(parts):
+                for n, (_, length, seen) in enumerate(parts):
                     found.append(Place(group, number, n, mode))
-                    images.append(sum(isinstance(piece, int) for piece in part))
-                    text = sum(len(piece[0]) for piece in part if not isinstance(piece, int))
-                    lengths.append(text + images[-1] * self.per_image(mode))
+                    lengths.append(length)
+                    views.append(seen)
                     kinds.append(record.kind)
-            rows = best_fit(lengths, self.row_length, images, self.row_images)
+            rows = best_fit(lengths, self.row_length, views, self.row_images)
             if not rows:
                 raise UserError(f"no answer is left to learn in {record.name}, ...: raise --row_length")
             random.Random(f"{self.seed}-{group}-{pool}").shuffle(rows)
@@ -1132,29 +1284,36 @@ class Plan(IterableDataset):
                 filled = Counter()
                 for i in rows[n]:
                     filled[kinds[i]] += lengths[i]
-                about = {"images": sum(images[i] for i in rows[n]), "left out": left_out * (n == 0)}
+                about = {"images": sum(views[i] for i in rows[n]), "left out": left_out * (n == 0)}
                 on = [pool, n + 1] if n + 1 < len(rows) else [pool + 1, 0]
                 yield on, [found[i] for i in rows[n]], filled, about
             pool, place = pool + 1, 0
-
-    def per_image(self, mode: str) -> int:
-        return self.cfg.visual_tokens("pruned" if mode == "fast" else "full")
 
     def record(self, group: int, number: int) -> Record:
         source, index = self.orders[group][number]
         return self.groups[group][source][0][index]
 
-    def parts(self, group: int, number: int, mode: str) -> tuple[Record, list[list[Piece]]]:
-        """A sample in parts that fit a row and have something to learn. Documents go on in a next part (MM1
-        cuts at the sixteenth image), questions and captions are cut.
+    def parts(self, group: int, number: int, mode: str) -> tuple[Record, list[tuple[list[Piece], int, int]]]:
+        """A sample in parts that fit a row and have something to learn: (pieces, positions, views) each.
+
+        Documents go on in a next part (MM1 cuts at the sixteenth image), questions and captions are cut.
         """
         record = self.record(group, number)
-        pieces = pieces_of(record, self.tokenizer)
-        if self.batch_size:
-            return record, split(pieces, self.per_image(mode), self.limit)[:1]
-        parts = split(pieces, self.per_image(mode), self.limit, self.row_images)
-        parts = parts if record.kind in ("interleaved", "text") else parts[:1]
-        return record, [part for part in parts if any(not isinstance(p, int) and p[1] for p in part)]
+        sizes = picture_sizes(record.images, self.cfg, record.name)
+        slots = sample_slots(self.cfg, "pruned" if mode == "fast" else "full", sizes)
+        views = [view_count(self.cfg, size) for size in sizes]
+        most = 10**9 if self.batch_size else self.row_images
+        parts = split(pieces_of(record, self.tokenizer), slots, self.limit, views, most)
+        if self.batch_size or record.kind not in ("interleaved", "text"):
+            parts = parts[:1]
+        measured = []
+        for part in parts:
+            pictures = [piece for piece in part if isinstance(piece, int)]
+            text = [piece for piece in part if not isinstance(piece, int)]
+            length = sum(len(slots[i]) for i in pictures) + sum(len(ids) for ids, _ in text)
+            if self.batch_size or any(supervised for _, supervised in text):
+                measured.append((part, length, sum(views[i] for i in pictures)))
+        return record, measured
 
 
 @dataclass
@@ -1188,18 +1347,10 @@ class Stream(Dataset):
         batch.plan = planned
         return batch
 
-    def sample(self, place: Place) -> tuple[list[Piece], np.ndarray]:
+    def sample(self, place: Place) -> Sample:
+        """A part of a record, with the pictures of that part alone."""
         record, parts = self.plan.parts(place.group, place.number, place.mode)
-        part = parts[place.part]
-        images = [record.images[piece] for piece in part if isinstance(piece, int)]
-        return part, load_images(images, self.plan.cfg, record.name)
-
-
-def load_images(images: list, cfg: ModelConfig, name: str = "") -> np.ndarray:
-    """Scenes, paths or pictures to uint8 (n, 3, size, size), as the encoder's preprocessor wants them."""
-    size = cfg.vit.image_size
-    pixels = [np.zeros((0, 3, size, size), np.uint8)]
-    for image in images:
-        picture = render(image, size) if isinstance(image, Scene) else open_image(image, name)
-        pixels.append(to_pixels(picture, size, cfg.image.resample)[None])
-    return np.concatenate(pixels)
+        part = parts[place.part][0]
+        own = [piece for piece in part if isinstance(piece, int)]
+        pieces = [own.index(piece) if isinstance(piece, int) else piece for piece in part]
+        return load_sample(pieces, [record.images[i] for i in own], self.plan.cfg, record.name)

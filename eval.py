@@ -254,8 +254,8 @@ def answer_all(vlm, tokenizer, task: Task, images: list, mode: str, cfg: EvalCon
         chosen = order[start : start + cfg.batch_size]
         samples = []
         for i in chosen:
-            pixels = data.load_images([images[i]], vlm.cfg, f"{task.name} question {i}")
-            samples.append((data.prompt_pieces(texts[i], 1, tokenizer), pixels))
+            pieces, name = data.prompt_pieces(texts[i], 1, tokenizer), f"{task.name} question {i}"
+            samples.append(data.load_sample(pieces, [images[i]], vlm.cfg, name))
         batch = data.prompt_batch(samples, mode, vlm.cfg).to(device)
         for i, ids in zip(chosen, vlm.generate(batch, tokenizer.end, task.max_new_tokens)):
             answers[i] = tokenizer.decode(ids).strip()
@@ -296,14 +296,15 @@ def git_commit() -> str:
 
 def chat(vlm, tokenizer, cfg: EvalConfig) -> None:
     """Ask about one picture; earlier questions and answers stay in the context. An empty line ends."""
-    pixels = data.load_images([Path(cfg.chat)], vlm.cfg, "--chat")
+    picture = data.load_sample([], [Path(cfg.chat)], vlm.cfg, "--chat")
     device = next(vlm.parameters()).device
     mode = "pruned" if cfg.tokens == "pruned" else "full"
-    print(f"{cfg.chat}: {vlm.cfg.visual_tokens(mode)} visual tokens. Ask; an empty line ends.")
+    tokens = len(picture.slots(vlm.cfg, mode)[0])
+    print(f"{cfg.chat}: {tokens} visual tokens. Ask; an empty line ends.")
     history = []
     while question := ask_line():
-        pieces = data.prompt_pieces(question, 1, tokenizer, history)
-        batch = data.prompt_batch([(pieces, pixels)], mode, vlm.cfg).to(device)
+        sample = picture._replace(pieces=data.prompt_pieces(question, 1, tokenizer, history))
+        batch = data.prompt_batch([sample], mode, vlm.cfg).to(device)
         ids = vlm.generate(batch, tokenizer.end, 128, cfg.temperature, cfg.seed + len(history))[0]
         history.append((question, tokenizer.decode(ids).strip()))
         print(history[-1][1])
@@ -798,7 +799,7 @@ def make_report(path: Path, vlm, step: Path, summary: dict, examples: list[dict]
                 facts.append((f"loss on stage-1 data at the hand-over ({line['scale']})", told))
         init = config["train"]["init"]
         folder = (Path(init).parent if Path(init).name.startswith("step-") else Path(init)) if init else None
-    size, pruned = vlm.cfg.visual_tokens("full"), vlm.cfg.visual_tokens("pruned")
+    size, pruned = data.square_tokens(vlm.cfg), data.square_tokens(vlm.cfg, "pruned")
     facts = [
         ("checkpoint", summary["model"]),
         ("commit", summary["commit"]),

@@ -135,6 +135,7 @@ class ImageConfig:
     mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
     std: list[float] = field(default_factory=lambda: [0.25, 0.25, 0.25])
     resample: int = 3  # Pillow's number: 2 bilinear, 3 bicubic
+    cut: str = ""  # into views of vit.image_size: split, anyres or unpad (see --resolution); "" for one view
 
 
 @dataclass
@@ -165,7 +166,8 @@ class ModelConfig:
         return math.isqrt(self.connector.tokens) if self.connector.kind in ("avgpool", "cabstractor") else 0
 
     def visual_tokens(self, mode: str = "full") -> int:
-        """How many positions one image takes: the one owner of this number.
+        """How many positions one view of an image takes: the one owner of this number. What all views of
+        a picture take together is in data.picture_slots.
 
         "full": all tokens of the connector; "pruned": what the fast mode keeps, its isolator included.
         """
@@ -216,6 +218,11 @@ class ModelConfig:
             raise UserError(f"connector.levels {c.levels} must lie in 0..{v.layers}, the ViT's hidden states")
         if c.width % c.heads:
             raise UserError(f"connector.width {c.width} is not a multiple of connector.heads {c.heads}")
+        if self.image.cut not in CUTS or (self.image.cut == "unpad" and not self.grid()):
+            raise UserError(
+                f"image.cut '{self.image.cut}': use {', '.join(CUTS[1:])} or nothing; unpad needs a grid of "
+                f"tokens (connector.kind linear, mlp, avgpool or cabstractor), not {c.kind}"
+            )
         if self.prune.name not in prune.PRUNERS:
             raise UserError(
                 f"prune.name '{self.prune.name}' is unknown: use one of {', '.join(prune.PRUNERS)}"
@@ -374,12 +381,15 @@ class ViTEmbeddings(nn.Module):
         first = int(self.cfg.cls_token)
         if len(weight) == side**2 + first:
             return weight
-        stored = math.isqrt(len(weight) - first)
-        grid = weight[first:].reshape(1, stored, stored, -1).permute(0, 3, 1, 2)  # (1, D, S, S)
-        grid = F.interpolate(
-            grid.float(), size=(side, side), mode="bicubic", align_corners=self.cfg.align_corners
-        )
-        return torch.cat([weight[:first], grid.flatten(2)[0].T.to(weight.dtype)])
+        return torch.cat([weight[:first], resize_grid(weight[first:], side, self.cfg.align_corners)])
+
+
+def resize_grid(table: Tensor, side: int, align_corners: bool = False) -> Tensor:
+    """A position table of S x S patches (S*S, D) for side x side patches, bicubic: (side*side, D)"""
+    stored = math.isqrt(len(table))
+    grid = table.float().T.reshape(1, -1, stored, stored)  # (1, D, S, S)
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=align_corners)
+    return grid[0].flatten(1).T.to(table.dtype)
 
 
 class ViT(nn.Module):
@@ -946,9 +956,7 @@ class Scale(nn.Module):
         grid = grid.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
         self.queries.copy_(grid.flatten(0, 1))
         if self.key_positions is not None:  # as a ViT's positions: bicubic from the old window to the new
-            old = source.key_positions.T.reshape(1, -1, source.window, source.window)
-            new = F.interpolate(old, size=(self.window, self.window), mode="bicubic")
-            self.key_positions.copy_(new[0].flatten(1).T)
+            self.key_positions.copy_(resize_grid(source.key_positions, self.window))
 
 
 def cut_windows(x: Tensor, window: int) -> Tensor:
@@ -1206,6 +1214,54 @@ def scale_up(vlm: "VLM", name: str, init: str = "inflate") -> None:
     vlm.connector, vlm.cfg = new, cfg
 
 
+# Resolution: how large a view is and into how many a picture is cut. "split": MM1's sub-images, a 2x2 crop
+# beside the whole (its section 5); "anyres": LLaVA-NeXT's tilings; "unpad": those without their padding.
+CUTS = ("", "split", "anyres", "unpad")
+
+
+def at_resolution(cfg: ModelConfig, resolution: str) -> ModelConfig:
+    """The config after --resolution SIDE, SIDE+CUT or +CUT; not checked yet. "" changes nothing."""
+    asked = re.fullmatch(r"([1-9]\d*)?(?:\+(split|anyres|unpad))?", resolution)
+    if not asked:
+        raise UserError(
+            f"--resolution '{resolution}': use SIDE in pixels, SIDE+CUT or +CUT, CUT {' or '.join(CUTS[1:])}"
+        )
+    if not resolution:
+        return cfg
+    side = cfg.vit.image_size
+    if cfg.connector.kind == "chain" and int(asked[1] or side) != side:
+        raise UserError(
+            f"--resolution {resolution}: this chain connector sees {side} px, which --scale changes (a new "
+            "model: --vit.image_size); without a SIDE it cuts pictures, as +split"
+        )
+    vit = dataclasses.replace(cfg.vit, image_size=int(asked[1] or side))
+    return dataclasses.replace(cfg, vit=vit, image=dataclasses.replace(cfg.image, cut=asked[2] or ""))
+
+
+def set_resolution(vlm: "VLM", resolution: str) -> None:
+    """Take a model to another resolution in place; all position tables are resized, once and for all."""
+    cfg = at_resolution(vlm.cfg, resolution).check()
+    if cfg.side != vlm.cfg.side:
+        vlm.vit.resize(cfg.vit.image_size)
+        weights = vlm.connector.state_dict()
+        for name in weights:
+            if name.endswith("positions"):  # the C-Abstractor's, (1, P, C); a resampler's, (P, C)
+                table = resize_grid(weights[name].flatten(0, -2), cfg.side)
+                weights[name] = table.view(*weights[name].shape[:-2], *table.shape)
+        with torch.device("meta"):
+            vlm.connector = CONNECTORS[cfg.connector.kind](cfg)
+        vlm.connector.load_state_dict(weights, assign=True)
+    if cfg.image.cut != vlm.cfg.image.cut:
+        vlm.newline = make_newline(cfg, vlm.pixel_mean.device)
+    vlm.cfg = cfg
+
+
+def make_newline(cfg: ModelConfig, device: torch.device | None = None) -> nn.Parameter | None:
+    """LLaVA-NeXT's learned vector at the end of each row of tokens, (D,); only "unpad" has one."""
+    D = cfg.decoder.width
+    return nn.Parameter(torch.randn(D, device=device) / math.sqrt(D)) if cfg.image.cut == "unpad" else None
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The VLM
 
@@ -1222,6 +1278,7 @@ class VLM(nn.Module):
         if cfg.lora.rank:
             add_lora(self.decoder, cfg.lora)
         self.isolator = prune.ModeIsolator(cfg.prune.isolator, cfg.decoder.width)
+        self.newline = make_newline(cfg)
         mean, std = (
             torch.tensor(x, device="cpu").view(3, 1, 1) * 255 for x in (cfg.image.mean, cfg.image.std)
         )
@@ -1236,7 +1293,8 @@ class VLM(nn.Module):
         """
         vit, decoder = None, None
         if cfg.encoder_from:
-            cfg.image, size = read_preprocessor(find_half(cfg.encoder_from))
+            image, size = read_preprocessor(find_half(cfg.encoder_from))
+            cfg.image = dataclasses.replace(image, cut=cfg.image.cut)
             vit = ViT.from_pretrained(cfg.encoder_from, dtype)
             vit.cfg.align_corners = cfg.vit.align_corners
             cfg.vit = dataclasses.replace(vit.cfg, image_size=cfg.vit.image_size or size)
@@ -1273,16 +1331,18 @@ class VLM(nn.Module):
         return tokens
 
     def bank(self, batch) -> Tensor | None:
-        """All visual tokens that slots may refer to: (I*V, D), then the pruned ones (I*(l+K), D)."""
+        """All visual tokens that slots may refer to: (I*V, D), the pruned ones (I*(l+K), D), the newline."""
         if not len(batch.pixels):
             return None
         full = self.encode(batch.pixels)  # (I, V, D)
-        if not batch.pruned:
-            return full.flatten(0, 1)
-        keep = prune.kept_tokens(full.shape[1], self.cfg.prune.keep)
-        chosen = prune.select(self.cfg.prune.name, full, keep, grid=self.cfg.grid(), seed=batch.next_sample)
-        kept = prune.gather(full, chosen)  # (I, K, D)
-        return torch.cat([full.flatten(0, 1), self.isolator(kept).flatten(0, 1)])
+        bank = [full.flatten(0, 1)]
+        if batch.pruned:
+            keep, pruner = prune.kept_tokens(full.shape[1], self.cfg.prune.keep), self.cfg.prune.name
+            chosen = prune.select(pruner, full, keep, grid=self.cfg.grid(), seed=batch.next_sample)
+            bank.append(self.isolator(prune.gather(full, chosen)).flatten(0, 1))  # (I*(l+K), D)
+        if self.newline is not None:
+            bank.append(self.newline[None].to(full.dtype))
+        return torch.cat(bank)
 
     def splice(self, rows, bank: Tensor | None) -> Tensor:
         """Text embeddings with visual tokens in the slots: (B, T, D)"""
@@ -1309,10 +1369,10 @@ class VLM(nn.Module):
                 teacher = self.logits(batch.teacher, self.splice(batch.teacher, bank.detach()))
         x = self.splice(batch.student, bank)
         # What this batch leaves out (of text: all but the decoder) is touched, or DDP misses its gradients.
-        unused = [] if batch.pruned else [self.isolator]
+        unused = [] if batch.pruned else [*self.isolator.parameters()]
         if not len(batch.student.visual_index):
-            unused = [self.vit, self.connector, self.isolator]
-        touched = [p.sum() for part in unused for p in part.parameters() if p.requires_grad]
+            unused = [p for name, p in self.named_parameters() if not name.startswith("decoder.")]
+        touched = [p.sum() for p in unused if p.requires_grad]
         if touched:
             x = x + 0.0 * sum(touched)
         return self.logits(batch.student, x), teacher
@@ -1331,6 +1391,8 @@ class VLM(nn.Module):
                 if name != "lora" or ".lora_" in key:
                     p.requires_grad_(True)
         self.isolator.requires_grad_(isolator)
+        if self.newline is not None:
+            self.newline.requires_grad_("connector" in parts)
         self.vit.encoder["layers"][max(self.cfg.connector.levels) :].requires_grad_(False)  # never run
         self.vit.post_layernorm.requires_grad_(False)
 
@@ -1763,8 +1825,10 @@ def gala(width: int, layers: int, heads: int, mlp_width: int) -> DecoderConfig:
     )  # fmt: skip
 
 
-def mm1(vit: ViTConfig, decoder: DecoderConfig, z_loss: float = 0.0) -> dict:
-    """MM1 (2403.09611): nothing frozen, C-Abstractor with 144 tokens, the rate from its law (section 3.3)."""
+def mm1(vit: ViTConfig, decoder: DecoderConfig, resolution: str = "672+split", z_loss: float = 0.0) -> dict:
+    """MM1 (2403.09611): nothing frozen, C-Abstractor with 144 tokens, the rate from its law (section 3.3);
+    fine-tuned on 1344 px: the whole and four crops, each of 672 (section 5).
+    """
     connector = ConnectorConfig("cabstractor", [vit.layers], 1024, 16, tokens=144)
     train = {
         "train": "vit,connector,decoder", "weight_decay": 0.1, "decay": "all", "final_lr": 0.1,
@@ -1782,7 +1846,7 @@ def mm1(vit: ViTConfig, decoder: DecoderConfig, z_loss: float = 0.0) -> dict:
         },
         "sft": {
             **train, "lr": 1e-5, "vit_lr": 1e-5, "batch_size": 256, "row_length": 2048, "row_limit": 2048,
-            "steps": 10_000, "slow_share": 1.0, "distill_weight": 0.0,
+            "steps": 10_000, "slow_share": 1.0, "distill_weight": 0.0, "resolution": resolution,
         },
     }  # fmt: skip
 
@@ -1820,8 +1884,9 @@ def chain_of_sight(decoder: DecoderConfig, decoder_from: str, plan_only: str = "
     }  # fmt: skip
 
 
-def llava(decoder: DecoderConfig, decoder_from: str, tiles: int, plan_only: str = "") -> dict:
+def llava(decoder: DecoderConfig, decoder_from: str, resolution: str = "", plan_only: str = "") -> dict:
     """LLaVA as DualSpeed (2602.03815) trains it: fast on a tenth of the tokens, one step of ten on all."""
+    tiles, row = (5, 4096) if resolution else (1, 2048)
     return {
         "source": f"DualSpeed, arXiv 2602.03815, on LLaVA's recipe; {tiles} x 576 tokens a picture",
         "ours": "packed rows, one mode a step (the code: a micro-batch), 58 tokens kept (57), AdamW's 0.95"
@@ -1835,14 +1900,14 @@ def llava(decoder: DecoderConfig, decoder_from: str, tiles: int, plan_only: str 
             encoder_from="openai/clip-vit-large-patch14-336",
             decoder_from=decoder_from,
         ),
-        "tiles": tiles,
         "pretrain": {
             "train": "connector", "lr": 1e-3, "batch_size": 256, "steps": 2180, "row_length": 1024,
             "final_lr": 0.0, "pruner": "divprune", "frozen": "bfloat16", "micro_steps": 2,
         },
         "sft": {
-            "train": "connector,decoder", "lr": 2e-5, "batch_size": 128, "steps": 5198, "row_length": 2048,
-            "final_lr": 0.0, "mode": "batch", "frozen": "bfloat16", "micro_steps": 8,
+            "train": "connector,decoder", "lr": 2e-5, "batch_size": 128, "steps": 5198, "row_length": row,
+            "row_limit": row, "final_lr": 0.0, "mode": "batch", "frozen": "bfloat16", "micro_steps": 8,
+            "resolution": resolution,
         },
     }  # fmt: skip
 
@@ -1892,14 +1957,12 @@ PRESETS = {
     "clip-smollm2-360m": tonight(VIT_L, CLIP_L, [16, 23], SMOLLM2_360M, "HuggingFaceTB/SmolLM2-360M"),
     "siglip2-qwen2.5-0.5b": tonight(SIGLIP2_B, SIGLIP2, [8, 11], QWEN_HALF_B, "Qwen/Qwen2.5-0.5B"),
     "siglip2-qwen2.5-1.5b": tonight(SIGLIP2_B, SIGLIP2, [8, 11], QWEN_1B, "Qwen/Qwen2.5-1.5B"),
-    "llava-1.5": llava(QWEN_7B, "Qwen/Qwen2.5-7B", 1),
-    "llava-next": llava(
-        LLAMA3_8B, "meta-llama/Meta-Llama-3-8B", 5, "for planning only: pictures are not cut yet"
-    ),
-    "llava-1.5-vicuna": llava(VICUNA_7B, "lmsys/vicuna-7b-v1.5", 1, SPM),
+    "llava-1.5": llava(QWEN_7B, "Qwen/Qwen2.5-7B"),
+    "llava-next": llava(LLAMA3_8B, "meta-llama/Meta-Llama-3-8B", "336+unpad"),
+    "llava-1.5-vicuna": llava(VICUNA_7B, "lmsys/vicuna-7b-v1.5", plan_only=SPM),
     "cos-7b": chain_of_sight(VICUNA_7B, "lmsys/vicuna-7b-v1.5", SPM),
     "cos-8b": chain_of_sight(LLAMA3_8B, "meta-llama/Meta-Llama-3-8B-Instruct"),
-    "1.2b": mm1(dataclasses.replace(VIT_L, image_size=336), gala(2048, 24, 32, 5632)),
+    "1.2b": mm1(dataclasses.replace(VIT_L, image_size=336), gala(2048, 24, 32, 5632), ""),
     "3b": mm1(VIT_H, gala(2560, 36, 20, 6912)),
     "7b": mm1(VIT_H, gala(4096, 32, 32, 11008)),
     "30b": mm1(VIT_H, gala(7168, 48, 56, 19200), z_loss=1e-4),
@@ -2004,11 +2067,16 @@ class Stage:
     samples: dict[str, float]  # mode -> share of the samples
     micro: int  # samples of a micro-batch, over all GPUs
 
-    def cost(self, text: int, images: int) -> tuple[dict, float]:
-        """FLOPs by part of a mean sample, and the most bytes that a sample keeps."""
+    @property
+    def views(self) -> int:
+        """Of one picture: the whole and 2x2 tiles, the most that there are, where pictures are cut."""
+        return 5 if self.cfg.image.cut else 1
+
+    def cost(self, text: int) -> tuple[dict, float]:
+        """FLOPs by part of a mean sample of one picture, and the most bytes that a sample keeps."""
         parts, kept = {}, 0.0
         for mode, share in self.samples.items():
-            costs, bytes_kept = sample_cost(self.cfg, self.train, text, mode, images)
+            costs, bytes_kept = sample_cost(self.cfg, self.train, text, mode, self.views)
             kept = max(kept, bytes_kept)
             for part, flops in costs.items():
                 parts[part] = parts.get(part, 0.0) + share * flops
@@ -2038,13 +2106,15 @@ def stages_of(row: dict, cfg: ModelConfig) -> list[Stage]:
     for name, recipe in (("1", "pretrain"), ("1b", "pretrain_b"), ("2", "sft")):
         if recipe not in row:
             continue
-        flags = row[recipe]
+        flags, mine = row[recipe], cfg if recipe == "pretrain" else later
+        if mine.connector.kind == row["model"].connector.kind:  # else the recipe's resolution may not fit
+            mine = at_resolution(mine, flags.get("resolution", ""))
         slow, taught = flags.get("slow_share", 0.1), flags.get("distill_weight", 1.0) > 0
         samples = {"fast": 1 - slow, "slow" if taught else "full": slow}
         if name != "2":
             samples = {"fast" if flags.get("pruner") else "full": 1.0}
         stages.append(Stage(
-            name, cfg if name == "1" else later, trainable_parts(flags["train"]),
+            name, mine, trainable_parts(flags["train"]),
             2 if flags.get("frozen") == "bfloat16" else 4, {mode: n for mode, n in samples.items() if n},
             samples_of(flags, cfg) // flags.get("micro_steps", 1),
         ))  # fmt: skip
@@ -2118,7 +2188,7 @@ def savings(stage1: Stage, stage2: Stage) -> list[str]:
 def print_plan(name: str, cfg: ModelConfig, tools: "ToolConfig") -> None:
     """What a preset trains, sees, computes, keeps and takes, and what the papers' ideas are worth in it."""
     row = preset(name)
-    images, stages = row.get("tiles", 1), stages_of(row, cfg)
+    stages = stages_of(row, cfg)
     print(f"preset {name}: {row['source']}\nnot from there, ours: {row['ours']}\n{row.get('plan_only', '')}")
 
     if "scale" in row and not grows(row, cfg):
@@ -2135,19 +2205,19 @@ def print_plan(name: str, cfg: ModelConfig, tools: "ToolConfig") -> None:
         cells = (f"{size[part][0] / 1e6:,.1f}, {size[part][1] / 1e6:,.1f}".rjust(22) for size in sizes)
         print(f"  {part}".ljust(30) + "".join(cells))
 
-    print("\nvisual tokens an image" + f", {images} images a sample" * (images > 1))
+    print("\nvisual tokens a view")
     for stage in stages:
         c = stage.cfg
         seen = ", ".join(f"{share:.0%} {mode}" for mode, share in stage.samples.items())
         print(f"  stage {stage.name}: {c.vit.image_size} px, {c.side**2} patches; full {c.visual_tokens()}, "
-              f"fast {c.visual_tokens('pruned')}; samples {seen}")  # fmt: skip
+              f"fast {c.visual_tokens('pruned')}; samples {seen}; views a picture {stage.views}")  # fmt: skip
 
     parts = ("vit", "connector", "decoder", "head", "teacher")
     print("\nTFLOP a sample".ljust(31) + "".join(part.rjust(11) for part in (*parts, "all")))
     kept = []
     for stage in stages:
         text = 200 if stage.name == "2" else 23
-        flops, bytes_kept = stage.cost(text, images)
+        flops, bytes_kept = stage.cost(text)
         kept.append(bytes_kept)
         cells = [flops.get(part, 0.0) for part in parts] + [sum(flops.values())]
         print(f"  stage {stage.name}, {text} of text".ljust(30) + "".join(f"{c / 1e12:11.3f}" for c in cells))
@@ -2170,7 +2240,7 @@ def print_plan(name: str, cfg: ModelConfig, tools: "ToolConfig") -> None:
         flops = 0.0
         for name, samples in counts.items():  # a preset without stage 1b sees all pairs in stage 1
             stage = next((stage for stage in stages if stage.name == name), stages[0])
-            flops += samples * sum(stage.cost(text, images)[0].values())
+            flops += samples * sum(stage.cost(text)[0].values())
         seconds = flops / (tools.gpus * tools.peak_tflops * 1e12 * tools.mfu)
         print(f"  {work}".ljust(44) + f"{sum(counts.values()) / seconds:11,.0f}{seconds / 3600:11,.1f}")
 

@@ -44,6 +44,7 @@ class RunConfig:
     init: str = ""  # start from this run or checkpoint instead of the preset's halves
     scale: str = ""  # token scaling applied to --init, see model.SCALINGS
     scale_init: str = "inflate"  # of its new scales; not in the paper: queries (those random) or random (all)
+    resolution: str = ""  # SIDE, SIDE+CUT or +CUT: pixels of a view; CUT split, anyres or unpad into several
     resume: str = ""  # "auto": continue the run in --out where its newest checkpoint left it
     data: str = "scenes"  # scenes, a LLaVA .json or a mixture .json
     val_data: str = ""  # the same for validation; default: --data itself, or unseen scenes
@@ -120,7 +121,7 @@ def main(argv: list[str]) -> None:
     write_config(run, vlm)
     ddp = prepare(run, vlm)
     batches = load_batches(run, vlm.cfg, tokenizer, first, lambda number: mode)
-    tokens = vlm.cfg.visual_tokens("pruned" if cfg.pruner else "full")
+    tokens = data.square_tokens(vlm.cfg, "pruned" if cfg.pruner else "full")
     for step in run.bar(first):
         micro, waited = fetch(batches, run)
         stats = optimizer_step(run, ddp, micro, optimizers, step, caption_loss)
@@ -280,8 +281,10 @@ def read_flags(
         recipe = {"preset": saved["train"]["preset"], **recipe}
         model_cfg = model.from_dict(model.ModelConfig, saved["model"])
     cfg = model.from_dict(config, {**dataclasses.asdict(config()), **recipe})
-    before = model.copy_config(model_cfg)
+    before, resolution = model.copy_config(model_cfg), cfg.resolution
     model.parse_cli(argv, doc, cfg, model_cfg)
+    if begun and cfg.resolution != resolution:
+        raise UserError(f"--resolution {cfg.resolution}: the run in {source} has '{resolution}' and keeps it")
     changed = model.changed_flags(before, model_cfg)
     fixed = [name for name in changed if not name.startswith(("prune.", "lora.") if not begun else "prune.")]
     if source and fixed:
@@ -298,6 +301,11 @@ def read_flags(
         if cfg.batch_size and any(word.split("=")[0] == name for word in argv):
             raise UserError(f"{name} is for packed rows: add --batch_size 0, which is {cfg.batch_size} now")
     cfg.check()
+    if source:  # start() takes the model there; what cannot be shows before anything is built
+        grown = model.scaled_config(model_cfg, cfg.scale) if cfg.scale and not begun else model_cfg
+        model.at_resolution(grown, cfg.resolution).check()
+    else:
+        model_cfg = model.at_resolution(model_cfg, cfg.resolution)
     return cfg, model_cfg, model.find_step(source) if source else None
 
 
@@ -334,6 +342,7 @@ def start(stage: str, config: type, argv: list[str], doc: str):
         )
     data.open_sources(cfg.data, stage)  # a wrong --data shows before a folder is made
     later = model.scaled_config(vlm.cfg, cfg.scale) if cfg.scale and step.parent != run.folder else vlm.cfg
+    later = model.at_resolution(later, cfg.resolution)
     data.check_room(later, cfg.row_limit if cfg.batch_size else min(cfg.row_limit, cfg.row_length))
     if run.main and not (run.folder / "latest").is_file():  # what a run left that never came to a checkpoint
         for name in ("metrics.jsonl", "best"):
@@ -342,7 +351,12 @@ def start(stage: str, config: type, argv: list[str], doc: str):
         run.say(f"from {step}: {vlm.cfg.vit.image_size} px, {vlm.cfg.visual_tokens()} visual tokens")
         if cfg.scale and step.parent != run.folder:
             hand_over(run, vlm, tokenizer, model.read_run_config(step)["train"]["data"])
-            settle(vlm, cfg)  # its new scales
+        model.set_resolution(vlm, cfg.resolution)
+        settle(vlm, cfg)  # new scales and position tables
+    if cfg.resolution:
+        run.say(
+            f"--resolution {cfg.resolution}: {data.square_tokens(vlm.cfg)} visual tokens in a large square"
+        )
     return run, vlm, tokenizer, cfg
 
 
@@ -663,7 +677,8 @@ def show_answers(run: Run, vlm: model.VLM, tokenizer, spec: str, n: int = 4) -> 
         asked, answer = record.parts[0][1], record.parts[1][1][0]
         images = record.images[: sum(isinstance(part, int) for part in asked)]
         pieces = data.chat_pieces([("user", asked), ("assistant", [])], tokenizer, to_answer=True)
-        batch = data.prompt_batch([(pieces, data.load_images(images, vlm.cfg, record.name))], "full", vlm.cfg)
+        sample = data.load_sample(pieces, images, vlm.cfg, record.name)
+        batch = data.prompt_batch([sample], "full", vlm.cfg)
         with run.autocast():
             said = tokenizer.decode(vlm.generate(batch.to(run.device), tokenizer.end, 24)[0])
         question = " ".join(part for part in asked if isinstance(part, str))

@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
         return {"loss": ce + cfg.distill_weight * kl, "ce": ce, "kl": kl}
 
     batches = load_batches(run, vlm.cfg, tokenizer, first, choose_mode)
-    full, pruned = vlm.cfg.visual_tokens("full"), vlm.cfg.visual_tokens("pruned")
+    full, pruned = data.square_tokens(vlm.cfg), data.square_tokens(vlm.cfg, "pruned")
     mean_tokens = round(cfg.slow_share * full + (1 - cfg.slow_share) * pruned)
     run.say(f"{1 - cfg.slow_share:.0%} fast on {pruned} visual tokens ({vlm.cfg.prune.name}), slow on {full}")
     for step in run.bar(first):

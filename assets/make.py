@@ -280,8 +280,10 @@ def text_batch(first: int, n: int, tokenizer: data.Tokenizer, split: str = "trai
         pieces = data.pieces_of(text_record(i, split), tokenizer)
         if i % 4 == 0:  # plain language modelling: descriptions and questions, too
             pieces = [(ids, True) for ids, _ in pieces]
-        told.append(data.lay_out(data.cut(pieces, 0, 256), 0))
-    return data.make_rows(told, [0] * n, 256)[0]
+        told.append(data.lay_out(data.split(pieces, [], 256)[0], []))
+    lengths = [len(laid.ids) for laid in told]
+    width = data.row_width(lengths, 256)
+    return data.make_rows(told, [0] * n, width, data.best_fit(lengths, width))[0]
 
 
 def make_lm(minutes: float, seed: int = 0) -> None:
@@ -330,8 +332,8 @@ def score_text(lm: model.Decoder, tokenizer: data.Tokenizer, n: int) -> str:
         for kind, question, answer, _ in data.ask_many(scene, data.SCENE_QUESTIONS, 8, rng, "test"):
             told = data.say(scene, None, kind == "ref") + "\n"
             pieces = data.chat_pieces([("user", [told, question]), ("assistant", [answer])], tokenizer)
-            laid = data.lay_out(pieces, 0)
-            rows, _ = data.make_rows([laid], [0], 64)
+            laid = data.lay_out(pieces, [])
+            rows, _ = data.make_rows([laid], [0], data.row_width([len(laid.ids)], 64), [[0]])
             _, logits = text_step(lm, rows)
             asked[kind] += 1
             right[kind] += bool((logits.argmax(-1) == rows.targets).all())

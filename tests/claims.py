@@ -173,7 +173,7 @@ def right_answers(vlm, tokenizer, questions, pixels, pictures: list[int], batch:
     for i, (question, picture) in enumerate(zip(questions, pictures)):
         pieces = data.prompt_pieces(question.text, 1, tokenizer)
         pieces.append(([*tokenizer.encode(question.answers[0]), tokenizer.end], True))
-        x = data.lay_out(pieces, vlm.cfg.visual_tokens())
+        x = data.lay_out(pieces, [np.arange(vlm.cfg.visual_tokens())])
         who, positions = np.full(len(x.ids), i), np.arange(len(x.ids))
         laid.append(torch.from_numpy(np.stack([who, x.ids, x.slot, x.targets, positions], 1)))  # (T, 5)
         asked[picture].append(i)

@@ -74,11 +74,12 @@ def test_rows_hold_every_sample_once_and_slots_point_at_their_own_image():
 
 
 def test_an_image_is_never_cut():
-    pieces = [([5] * 10, True), 0, ([6] * 10, True)]
-    assert data.split(pieces, 32, 52) == [pieces]
-    assert data.split(pieces, 32, 50) == [pieces[:2] + [([6] * 8, True)], [([6] * 2, True)]]
-    assert data.split(pieces, 32, 41) == [[([5] * 10, True)], [0, ([6] * 9, True)], [([6], True)]]
-    assert data.split(pieces * 2, 8, 999, 1) == [pieces + [([5] * 10, True)], [0, ([6] * 10, True)]]
+    pieces, slots = [([5] * 10, True), 0, ([6] * 10, True)], [data.np.arange(32)]
+    assert data.split(pieces, slots, 52) == [pieces]
+    assert data.split(pieces, slots, 50) == [pieces[:2] + [([6] * 8, True)], [([6] * 2, True)]]
+    assert data.split(pieces, slots, 41) == [[([5] * 10, True)], [0, ([6] * 9, True)], [([6], True)]]
+    once = [pieces + [([5] * 10, True)], [0, ([6] * 10, True)]]
+    assert data.split(pieces * 2, slots, 999, [1], 1) == once
 
 
 def test_best_fit_never_overfills_and_wastes_little():
@@ -201,7 +202,7 @@ def test_llava_json_turns_images_and_labels(tmp_path):
     assert source[0].parts[0] == ("user", [0, "What?"])  # the image moves to the front of its turn
     assert source[1].parts[0] == ("user", ["Say <image> or <|end|>."]) and source[1].images == []
     assert source[2].parts[0] == ("user", [0, " vs ", 1, "?"])
-    laid = data.lay_out(data.pieces_of(source[1], TOKENIZER), 32)
+    laid = data.lay_out(data.pieces_of(source[1], TOKENIZER), [])
     assert TOKENIZER.decode(laid.targets[laid.targets >= 0].tolist()) == "<image>"
     assert laid.images == 0 and (laid.slot == -1).all()
 

@@ -173,6 +173,7 @@ def test_the_encoders_preprocessing_travels_with_the_model(family, asked, side, 
     told = json.loads((tmp_path / "saved" / "preprocessor.json").read_text())
     assert told == {
         "image_size": 7 * side, "mean": DINO["image_mean"], "std": DINO["image_std"], "resample": 2,
+        "cut": "",
     }  # fmt: skip
     pixels = torch.randint(0, 256, (2, 3, 7 * side, 7 * side), dtype=torch.uint8)
     mean, std = (torch.tensor(DINO[f"image_{x}"]).view(3, 1, 1) for x in ("mean", "std"))

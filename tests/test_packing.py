@@ -111,7 +111,7 @@ def test_positions_restart_and_images_are_where_they_were():
     _, samples, batch = packed_batch()
     rows = batch.student
     for i, (pieces, _) in enumerate(samples):
-        alone = data.lay_out(pieces, 8)
+        alone = data.lay_out(pieces, [np.arange(8)] * 9)
         here = rows.doc_ids == i
         assert rows.positions[here].tolist() == [*range(len(alone.ids))]
         assert rows.ids[here].tolist() == alone.ids.tolist()
@@ -176,7 +176,7 @@ def test_rows_hold_one_kind_and_no_more_images_than_allowed():
     for planned in plan:
         for row in planned.rows:
             kinds = {plan.record(place.group, place.number).kind for place in row}
-            parts = [plan.parts(*place[:2], place.mode)[1][place.part] for place in row]
+            parts = [plan.parts(*place[:2], place.mode)[1][place.part][0] for place in row]
             assert len(kinds) == 1 and sum(isinstance(p, int) for part in parts for p in part) <= 3
         assert abs(sum(planned.kinds.values()) - 1) < 1e-9 and 0 < planned.images <= 1
     mixed = small_plan(range(20), by_kind=False)
@@ -201,6 +201,7 @@ def test_long_documents_go_on_in_the_next_part_and_lose_nothing():
     plan = small_plan(row_length=64, row_images=2)
     for number in range(30):
         record, parts = plan.parts(1, number, "full")  # interleaved
+        parts = [part for part, _, _ in parts]
         whole = data.pieces_of(record, TOKENIZER)
         assert record.kind == "interleaved"
 
@@ -212,7 +213,7 @@ def test_long_documents_go_on_in_the_next_part_and_lose_nothing():
             p for part in parts for p in part if isinstance(p, int)
         ]
         for part in parts:
-            assert len(data.lay_out(part, 8).ids) <= 64
+            assert len(data.lay_out(part, [np.arange(8)] * 9).ids) <= 64
     sizes = [{len(plan.parts(group, n, "full")[1]) for n in range(30)} for group in (0, 1)]
     assert sizes[0] == {1} and max(sizes[1]) > 1  # a caption is cut, a document goes on
 

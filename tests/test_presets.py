@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 import model
 import train_pretrain
 import train_sft
@@ -135,7 +136,8 @@ def test_recipes_are_flags_of_their_stage(name):
             kind = type(getattr(stages[stage](), key))
             assert type(value) is kind or (kind, type(value)) == (float, int), (stage, key)
         vlm.set_trainable(model.trainable_parts(cfg.train), isolator=True)
-        assert vlm.cfg.visual_tokens() < cfg.row_limit
+        seen = model.at_resolution(vlm.cfg, cfg.resolution).check()
+        assert data.square_tokens(seen) < cfg.row_limit
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -207,7 +209,12 @@ def test_flags_over_recipe_over_defaults_and_the_recipe_goes_on(tmp_path, small_
     "flags, words",
     [
         ("--preset cos-7b", "cos-7b is for planning only: Vicuna"),
-        ("--preset llava-next", "for planning only: pictures are not cut"),
+        ("--preset llava-next", "is no folder and not downloaded: fetch it"),
+        ("--resolution 64x2", "--resolution '64x2': use SIDE in pixels"),
+        ("--resolution +crop", "CUT split or anyres or unpad"),
+        ("--resolution 128", "this chain connector sees 64 px, which --scale changes"),
+        ("--resolution +unpad", "unpad needs a grid of tokens .* not chain"),
+        ("--connector.kind mlp --resolution 60", "60 is no multiple of vit.patch_size 8"),
         ("--preset cos-8b", "is no folder and not downloaded: fetch it"),
         ("--decoder.width 64", "--decoder.width: that half comes from"),
         ("--image.mean 0,0,0", "--image.mean: that half comes from"),

@@ -862,6 +862,8 @@ class FileSource:
     def __init__(self, path: Path, kind: str = "", images: str = ""):
         self.path, self.name, self.folder = path, path.stem, path.parent / images
         self.file, self.process = None, 0
+        if path.suffix not in (".json", ".jsonl", ".txt") or not path.is_file():
+            raise UserError(f"{path}: no such file of records: use a .json, .jsonl or .txt file")
         if path.suffix == ".json":
             self.rows = read_json(path)
         else:
@@ -876,7 +878,7 @@ class FileSource:
 
     def raw(self, i: int) -> tuple[object, str]:
         """Record i as the file has it, and its place for error messages."""
-        if self.path.suffix == ".json":
+        if isinstance(self.rows, list):
             return self.rows[i], f"{self.path} record {i}"
         name = f"{self.path} line {self.rows[i]}"
         if self.process != os.getpid():  # a forked worker would share the file position of its parent
@@ -884,13 +886,11 @@ class FileSource:
         self.file.seek(self.starts[i])
         try:
             text = self.file.read(self.starts[i + 1] - self.starts[i]).decode("utf-8-sig").strip()
-            return {"text": text.replace("\r\n", "\n")} if self.path.suffix == ".txt" else json.loads(
-                text
-            ), name
-        except UnicodeDecodeError as e:
-            raise UserError(f"{name}: not UTF-8 text ({e})") from None
-        except (json.JSONDecodeError, RecursionError) as e:
-            raise UserError(f"{name}: not a JSON object on one line ({e})") from None
+            raw = {"text": text.replace("\r\n", "\n")} if self.path.suffix == ".txt" else json.loads(text)
+        except (ValueError, RecursionError) as e:  # ValueError: neither UTF-8 nor JSON
+            why = getattr(e, "msg", e)
+            raise UserError(f"{name}: not UTF-8 text or, in .jsonl, not JSON on one line ({why})") from None
+        return raw, name
 
     def __getitem__(self, i: int) -> Record:
         raw, name = self.raw(i)
@@ -915,8 +915,8 @@ def fits(kind: str, raw: object) -> bool:
 def index_lines(path: Path, size: int, changed: int) -> tuple[np.ndarray, np.ndarray]:
     """Where records begin, and the file's end: int64 (n + 1,); their line numbers: int64 (n,).
 
-    size, changed: of the file, which is scanned once as long as these stay the same. A record reaches up to the
-    next one, with the white space between them.
+    A file is scanned once, as long as its size and time of change stay. A record reaches up to the next one,
+    with the white space between them.
     """
     starts, numbers, at, inside = array("q"), array("q"), 0, False
     with open(path, "rb") as file:
@@ -936,9 +936,7 @@ def local_paths(images: list, folder: Path, name: str) -> list[Path]:
         if not isinstance(image, str):
             raise UserError(f"{name}: an image must be the path of a file, got {image!r}")
         if "://" in image:
-            raise UserError(
-                f"{name}: image {image} is a URL: download the images first and write their paths"
-            )
+            raise UserError(f"{name}: image {image} is a URL: download it first and write the file's path")
     return [folder / image for image in images]
 
 
@@ -958,11 +956,8 @@ def read_obelics(raw: dict, folder: Path, name: str) -> list[str | Path]:
 def read_mmc4(raw: dict, folder: Path, name: str) -> list[str | Path]:
     """Sentences with images in front of those they were matched with; bad matches are left out."""
     texts, infos = raw["text_list"], raw["image_info"]
-    if (
-        not isinstance(infos, list)
-        or not isinstance(texts, list)
-        or not all(isinstance(t, str) for t in texts)
-    ):
+    lists = isinstance(texts, list) and isinstance(infos, list)
+    if not lists or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{name}: 'text_list' must be a list of texts and 'image_info' one of objects")
     before = [[] for _ in texts]
     for info in infos:
@@ -991,7 +986,7 @@ def read_llava(raw: dict, kind: str, folder: Path, name: str) -> Record:
     if not isinstance(raw["conversations"], list):
         raise UserError(f"{name}: expected an object with a list of 'conversations'")
     paths = raw.get("image") or []
-    paths = [paths] if isinstance(paths, str) else paths
+    paths = paths if isinstance(paths, list) else [paths]
     turns, seen = [], 0
     for turn in raw["conversations"]:
         turn = turn if isinstance(turn, dict) else {}
@@ -1036,32 +1031,28 @@ def open_sources(spec: str, stage: str) -> list[tuple[Dataset, float]]:
     """--data: "scenes", one file of records (see FileSource) or a mixture; gives (source, weight) pairs.
 
     A mixture is a .json list of {"kind", "path", "images", "weight", "name", "note"}, the last four optional.
-    path is "scenes" or that of a file of records, relative to the mixture. A kind's share is what the weights of
-    its sources sum to; where no entry has a weight, SHARES hold. Every source has `kind` and `name`, which
-    is the entry's or the file's without suffix.
+    path is "scenes" or that of a file of records, relative to the mixture. What the weights of a kind's sources
+    sum to is its share; where no entry has a weight, SHARES hold. Every source has `kind` and `name`: the
+    entry's, or the file's without suffix.
     """
     path = Path(spec)
     if spec == "scenes":
         entries = [{"kind": kind, "path": "scenes", "weight": weight} for kind, weight in SCENES_MIX[stage]]
-    elif path.suffix not in (".json", ".jsonl", ".txt") or not path.is_file():
-        raise UserError(
-            f"--data {spec}: no such file; use 'scenes', a .json, .jsonl or .txt file or a mixture .json file"
-        )
+    elif not path.is_file():
+        raise UserError(f"--data {spec}: no such file; use 'scenes', a file of records or a mixture file")
     else:
         source = FileSource(path)
         entries, first = source.rows, source.raw(0)[0]
-        mixture = path.suffix == ".json" and isinstance(first, dict) and first.keys() & {"kind", "path"}
-        if not mixture or fits("chat", first):
+        known = not isinstance(first, dict) or any(fits(kind, first) for kind in KEYS)
+        if known or path.suffix != ".json" or not first.keys() & {"kind", "path"}:
             check_kind(source.kind, stage, spec)
             return [(source, 1.0)]
     for n, entry in enumerate(entries):
         check_entry(entry, stage, f"{spec} entry {n}")
     files = [path.parent / entry["path"] for entry in entries]
-    missing = [str(f) for f, entry in zip(files, entries) if entry["path"] != "scenes" and not f.is_file()]
+    missing = [str(file) for file in dict.fromkeys(files) if file.name != "scenes" and not file.is_file()]
     if missing:
-        raise UserError(
-            f"{spec}: these of its files do not exist: {', '.join(missing)}; put them there or change 'path'"
-        )
+        raise UserError(f"{spec}: put these of its files there or change 'path': {', '.join(missing)}")
     sources = []
     for entry, file, weight in zip(entries, files, weights_of(entries, spec)):
         kind, builtin = entry["kind"], entry["path"] == "scenes"
@@ -1073,12 +1064,10 @@ def open_sources(spec: str, stage: str) -> list[tuple[Dataset, float]]:
 
 
 def check_kind(kind: object, stage: str, place: str) -> None:
-    if kind not in KEYS:
+    if kind not in list(KEYS):
         raise UserError(f"{place}: kind '{kind}' is not known, use {', '.join(KEYS)}")
     if kind == "interleaved" and stage == "sft":
-        raise UserError(
-            f"{place}: interleaved documents are for stage 1, stage 2 takes chat, caption and text"
-        )
+        raise UserError(f"{place}: interleaved data is for stage 1, stage 2 takes chat, caption and text")
 
 
 def check_entry(entry: object, stage: str, place: str) -> None:

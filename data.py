@@ -1031,9 +1031,9 @@ def open_sources(spec: str, stage: str) -> list[tuple[Dataset, float]]:
     """--data: "scenes", one file of records (see FileSource) or a mixture; gives (source, weight) pairs.
 
     A mixture is a .json list of {"kind", "path", "images", "weight", "name", "note"}, the last four optional.
-    path is "scenes" or that of a file of records, relative to the mixture. What the weights of a kind's sources
-    sum to is its share; where no entry has a weight, SHARES hold. Every source has `kind` and `name`: the
-    entry's, or the file's without suffix.
+    path is "scenes" or that of a file of records, relative to the mixture. What the weights of a kind's
+    sources sum to is its share; where no entry has a weight, SHARES hold. Every source has `kind` and `name`:
+    the entry's, or the file's without suffix.
     """
     path = Path(spec)
     if spec == "scenes":
@@ -1050,9 +1050,10 @@ def open_sources(spec: str, stage: str) -> list[tuple[Dataset, float]]:
     for n, entry in enumerate(entries):
         check_entry(entry, stage, f"{spec} entry {n}")
     files = [path.parent / entry["path"] for entry in entries]
-    missing = [str(file) for file in dict.fromkeys(files) if file.name != "scenes" and not file.is_file()]
+    missing = [e["path"] for e, f in zip(entries, files) if e["path"] != "scenes" and not f.is_file()]
     if missing:
-        raise UserError(f"{spec}: put these of its files there or change 'path': {', '.join(missing)}")
+        names = ", ".join(dict.fromkeys(missing))
+        raise UserError(f"{spec}: these files are missing in {path.parent}: {names}; put them there")
     sources = []
     for entry, file, weight in zip(entries, files, weights_of(entries, spec)):
         kind, builtin = entry["kind"], entry["path"] == "scenes"

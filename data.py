@@ -9,12 +9,16 @@ splits, so the supervised tokens are the answers by construction.
 
 import base64
 import dataclasses
+import difflib
 import functools
+import itertools
+import json
 import math
 import os
 import random
 import re
 import unicodedata
+from array import array
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -1015,51 +1019,173 @@ def told_in_words(scene: Scene, rng: random.Random) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Files: LLaVA's JSON, and mixtures of sources
+# Files: the three kinds of MM1's pre-training data and LLaVA's conversations, and mixtures of sources
+
+# A record's kind shows in its keys: LLaVA's; OBELICS' or MMC4's; plain text.
+KEYS = {
+    "chat": [{"conversations"}],
+    "caption": [{"conversations"}],
+    "interleaved": [{"images", "texts"}, {"text_list", "image_info"}],
+    "text": [{"text"}],
+}
+LAYOUTS = "chat, caption: conversations; interleaved: images, texts or text_list, image_info; text: text"
+MMC4_LEAST_SIMILARITY = 0.24  # of an image to its sentence; the usual choice, MM1 does not say
+ROLE_OF = {"human": "user", "gpt": "assistant"}  # LLaVA's names
 
 
-class LlavaJson:
-    """A list of {"image": path, "conversations": [{"from": "human"|"gpt", "value": ...}]} (LLaVA's
-    format).
+class FileSource:
+    """The records of one file; record i is a pure function of the file and i.
+
+    .json is a list of records, held in memory. .jsonl has one record a line, .txt documents with blank lines
+    between them: of these only the offsets are held. Without a kind the first record's layout tells it.
+    Image paths are relative to the file, or to the folder `images` beside it.
     """
 
-    ROLES = {"human": "user", "gpt": "assistant"}
-
-    def __init__(self, path: Path, images: str | None = None, kind: str = "chat"):
-        self.path, self.kind = path, kind
-        self.folder = path.parent / images if images else path.parent
-        self.records = read_json(path)
-        if not isinstance(self.records, list) or not self.records:
-            raise UserError(f"{path}: expected a JSON list of records with 'conversations'")
+    def __init__(self, path: Path, kind: str = "", images: str = ""):
+        self.path, self.name, self.folder = path, path.stem, path.parent / images
+        self.file, self.process = None, 0
+        if path.suffix not in (".json", ".jsonl", ".txt") or not path.is_file():
+            raise UserError(f"{path}: no such file of records: use a .json, .jsonl or .txt file")
+        if path.suffix == ".json":
+            self.rows = read_json(path)
+        else:
+            stat = path.stat()
+            self.starts, self.rows = index_lines(path, stat.st_size, stat.st_mtime_ns)
+        if not isinstance(self.rows, list | np.ndarray) or not len(self.rows):
+            raise UserError(f"{path}: expected at least one record, in a .json file a list of them")
+        self.kind = kind or next((kind for kind in KEYS if fits(kind, self.raw(0)[0])), "chat")
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.rows)
+
+    def raw(self, i: int) -> tuple[object, str]:
+        """Record i as the file has it, and its place for error messages."""
+        if isinstance(self.rows, list):
+            return self.rows[i], f"{self.path} record {i}"
+        name = f"{self.path} line {self.rows[i]}"
+        if self.process != os.getpid():  # a forked worker would share the file position of its parent
+            self.file, self.process = open(self.path, "rb"), os.getpid()
+        self.file.seek(self.starts[i])
+        try:
+            text = self.file.read(self.starts[i + 1] - self.starts[i]).decode("utf-8-sig").strip()
+            raw = {"text": text.replace("\r\n", "\n")} if self.path.suffix == ".txt" else json.loads(text)
+        except (ValueError, RecursionError) as e:  # ValueError: neither UTF-8 nor JSON
+            why = getattr(e, "msg", e)
+            raise UserError(f"{name}: not UTF-8 text or, in .jsonl, not JSON on one line ({why})") from None
+        return raw, name
 
     def __getitem__(self, i: int) -> Record:
-        raw, name = self.records[i], f"{self.path} record {i}"
-        if not isinstance(raw, dict) or not isinstance(raw.get("conversations"), list):
-            raise UserError(f"{name}: expected an object with a list of 'conversations'")
-        paths = raw.get("image") or []
-        paths = [paths] if isinstance(paths, str) else paths
-        turns, seen = [], 0
-        for turn in raw["conversations"]:
-            turn = turn if isinstance(turn, dict) else {}
-            if turn.get("from") not in self.ROLES or not isinstance(turn.get("value"), str):
-                raise UserError(
-                    f"{name}: a turn must have 'from' (human or gpt) and a text 'value', got {turn}"
-                )
-            role, parts = self.ROLES[turn["from"]], [turn["value"]]
-            if role == "user" and paths:  # without images "<image>" is plain text
-                parts, seen = split_at_images(turn["value"], seen)
-            turns.append((role, parts))
-        if seen != len(paths):
-            raise UserError(f"{name}: {len(paths)} images but {seen} <image> marks in its human turns")
-        if len(turns) < 2 or turns[0][0] != "user":
-            raise UserError(f"{name}: 'conversations' must start with a human turn and an answer")
-        images = [self.folder / path for path in paths]
-        if self.kind == "caption":  # stage 1 of LLaVA: the bare image and its caption, no instruction
-            return Record("caption", [*range(len(paths)), turns[1][1][0]], images, name)
-        return Record("chat", turns, images, name)
+        raw, name = self.raw(i)
+        if not fits(self.kind, raw):
+            has = ", ".join([*raw][:8]) if isinstance(raw, dict) else "no keys"
+            raise UserError(f"{name}: expected an object of kind {self.kind}, but it has {has} ({LAYOUTS})")
+        if self.kind == "text":
+            if not isinstance(raw["text"], str) or raw.keys() & {"image", "images"}:
+                raise UserError(f"{name}: 'text' must be a text without an image beside it")
+            return Record("text", [raw["text"]], [], name)
+        if self.kind == "interleaved":
+            read, joint = (read_obelics, "\n\n") if "texts" in raw else (read_mmc4, " ")
+            return interleave(read(raw, self.folder, name), joint, name)
+        return read_llava(raw, self.kind, self.folder, name)
+
+
+def fits(kind: str, raw: object) -> bool:
+    return isinstance(raw, dict) and any(keys <= raw.keys() for keys in KEYS[kind])
+
+
+@functools.lru_cache
+def index_lines(path: Path, size: int, changed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where records begin, and the file's end: int64 (n + 1,); their line numbers: int64 (n,).
+
+    A file is scanned once, as long as its size and time of change stay. A record reaches up to the next one,
+    with the white space between them.
+    """
+    starts, numbers, at, inside = array("q"), array("q"), 0, False
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            blank = line.isspace()
+            if not blank and not inside:
+                starts.append(at)
+                numbers.append(number)
+            inside = path.suffix == ".txt" and not blank
+            at += len(line)
+    starts.append(at)
+    return np.array(starts), np.array(numbers)
+
+
+def local_paths(images: list, folder: Path, name: str) -> list[Path]:
+    for image in images:
+        if not isinstance(image, str):
+            raise UserError(f"{name}: an image must be the path of a file, got {image!r}")
+        if "://" in image:
+            raise UserError(f"{name}: image {image} is a URL: download it first and write the file's path")
+    return [folder / image for image in images]
+
+
+def read_obelics(raw: dict, folder: Path, name: str) -> list[str | Path]:
+    """'images' and 'texts' of equal length with a null wherever the other one has something: in order."""
+    images, texts = raw["images"], raw["texts"]
+    if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
+        raise UserError(f"{name}: 'images' and 'texts' must be lists of equal length")
+    items = []
+    for n, (image, text) in enumerate(zip(images, texts)):
+        if (image is None) == (text is None) or not isinstance(text, str | None):
+            raise UserError(f"{name}: place {n} must have an image or a text, and null in the other list")
+        items += local_paths([image], folder, name) if text is None else [text]
+    return items
+
+
+def read_mmc4(raw: dict, folder: Path, name: str) -> list[str | Path]:
+    """Sentences with images in front of those they were matched with; bad matches are left out."""
+    texts, infos = raw["text_list"], raw["image_info"]
+    lists = isinstance(texts, list) and isinstance(infos, list)
+    if not lists or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{name}: 'text_list' must be a list of texts and 'image_info' one of objects")
+    before = [[] for _ in texts]
+    for info in infos:
+        info = info if isinstance(info, dict) else {}
+        at, similarity = info.get("matched_text_index"), info.get("matched_sim", 1.0)
+        if not isinstance(at, int) or not 0 <= at < len(texts) or not isinstance(similarity, int | float):
+            needed = f"'image_name' and a 'matched_text_index' below {len(texts)}"
+            raise UserError(f"{name}: an image needs {needed}, got {info}")
+        if similarity >= MMC4_LEAST_SIMILARITY:
+            before[at] += local_paths([info.get("image_name")], folder, name)
+    return [item for text, images in zip(texts, before) for item in (*images, text)]
+
+
+def interleave(items: list[str | Path], joint: str, name: str) -> Record:
+    """Images (paths) stay where they are; texts that follow each other become one, with `joint` between."""
+    parts, images = [], []
+    for is_text, run in itertools.groupby(items, lambda item: isinstance(item, str)):
+        run = list(run)
+        parts += [joint.join(run)] if is_text else range(len(images), len(images) + len(run))
+        images += [] if is_text else run
+    return Record("interleaved", parts, images, name)
+
+
+def read_llava(raw: dict, kind: str, folder: Path, name: str) -> Record:
+    """{"image": path, paths or none, "conversations": [{"from": "human" or "gpt", "value": text}, ...]}"""
+    if not isinstance(raw["conversations"], list):
+        raise UserError(f"{name}: expected an object with a list of 'conversations'")
+    paths = raw.get("image") or []
+    paths = paths if isinstance(paths, list) else [paths]
+    turns, seen = [], 0
+    for turn in raw["conversations"]:
+        turn = turn if isinstance(turn, dict) else {}
+        if turn.get("from") not in ROLE_OF or not isinstance(turn.get("value"), str):
+            raise UserError(f"{name}: a turn must have 'from' (human or gpt) and a text 'value', got {turn}")
+        role, parts = ROLE_OF[turn["from"]], [turn["value"]]
+        if role == "user" and paths:  # without images "<image>" is plain text
+            parts, seen = split_at_images(turn["value"], seen)
+        turns.append((role, parts))
+    if seen != len(paths):
+        raise UserError(f"{name}: {len(paths)} images but {seen} <image> marks in its human turns")
+    if [role for role, _ in turns[:2]] != ["user", "assistant"]:
+        raise UserError(f"{name}: 'conversations' must start with a human turn and an answer")
+    images = local_paths(paths, folder, name)
+    if kind == "caption":  # stage 1 of LLaVA: the bare image and its caption, no instruction
+        return Record("caption", [*range(len(paths)), turns[1][1][0]], images, name)
+    return Record("chat", turns, images, name)
 
 
 def split_at_images(text: str, seen: int) -> tuple[list, int]:
@@ -1078,35 +1204,86 @@ SCENES_MIX = {
     "pretrain": [("caption", 0.22), ("chat", 0.60), ("interleaved", 0.12), ("text", 0.06)],
     "sft": [("chat", 1.0)],
 }
+# Shares of the kinds in a mixture without weights: MM1's in pre-training, which has no chat.
+SHARES = {"interleaved": 45, "caption": 45, "text": 10, "chat": 45}
+ENTRY_KEYS = ("kind", "path", "images", "weight", "name", "note")
 
 
 def open_sources(spec: str, stage: str) -> list[tuple[Dataset, float]]:
-    """--data: "scenes", a LLaVA JSON file, or a mixture file [{"kind", "path", "images", "weight"}]."""
-    if spec == "scenes":
-        return [(Scenes(kind), weight) for kind, weight in SCENES_MIX[stage]]
+    """--data: "scenes", one file of records (see FileSource) or a mixture; gives (source, weight) pairs.
+
+    A mixture is a .json list of {"kind", "path", "images", "weight", "name", "note"}, the last four optional.
+    path is "scenes" or that of a file of records, relative to the mixture. What the weights of a kind's
+    sources sum to is its share; where no entry has a weight, SHARES hold. Every source has `kind` and `name`:
+    the entry's, or the file's without suffix.
+    """
     path = Path(spec)
-    if path.suffix != ".json" or not path.is_file():
-        raise UserError(
-            f"--data {spec}: no such file; use 'scenes', a LLaVA .json file or a mixture .json file"
-        )
-    entries = read_json(path)
-    if not (isinstance(entries, list) and entries and isinstance(entries[0], dict) and "path" in entries[0]):
-        return [(LlavaJson(path), 1.0)]
-    sources = []
+    if spec == "scenes":
+        entries = [{"kind": kind, "path": "scenes", "weight": weight} for kind, weight in SCENES_MIX[stage]]
+    elif not path.is_file():
+        raise UserError(f"--data {spec}: no such file; use 'scenes', a file of records or a mixture file")
+    else:
+        source = FileSource(path)
+        entries, first = source.rows, source.raw(0)[0]
+        known = not isinstance(first, dict) or any(fits(kind, first) for kind in KEYS)
+        if known or path.suffix != ".json" or not first.keys() & {"kind", "path"}:
+            check_kind(source.kind, stage, spec)
+            return [(source, 1.0)]
     for n, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-            raise UserError(f"{path} entry {n}: expected an object with kind and path")
-        if entry.get("kind") not in ("chat", "caption"):
-            raise UserError(
-                f"{path} entry {n}: kind '{entry.get('kind')}' is not supported, use chat or caption"
-            )
-        if not isinstance(entry.get("weight", 1.0), int | float) or entry.get("weight", 1.0) < 0:
-            raise UserError(f"{path} entry {n}: weight {entry['weight']!r} is not a number of at least 0")
-        target = path.parent / entry["path"]
-        if not target.is_file():
-            raise UserError(f"{path} entry {n}: {target} does not exist")
-        sources.append((LlavaJson(target, entry.get("images"), entry["kind"]), entry.get("weight", 1.0)))
+        check_entry(entry, stage, f"{spec} entry {n}")
+    files = [path.parent / entry["path"] for entry in entries]
+    missing = [e["path"] for e, f in zip(entries, files) if e["path"] != "scenes" and not f.is_file()]
+    if missing:
+        names = ", ".join(dict.fromkeys(missing))
+        raise UserError(f"{spec}: these files are missing in {path.parent}: {names}; put them there")
+    sources = []
+    for entry, file, weight in zip(entries, files, weights_of(entries, spec)):
+        kind, builtin = entry["kind"], entry["path"] == "scenes"
+        source = Scenes(kind) if builtin else FileSource(file, kind, entry.get("images", ""))
+        source.name = entry.get("name", file.stem)
+        source[0]  # a kind that does not fit its file shows before a run begins
+        sources.append((source, weight))
     return sources
+
+
+def check_kind(kind: object, stage: str, place: str) -> None:
+    if kind not in list(KEYS):
+        raise UserError(f"{place}: kind '{kind}' is not known, use {', '.join(KEYS)}")
+    if kind == "interleaved" and stage == "sft":
+        raise UserError(f"{place}: interleaved data is for stage 1, stage 2 takes chat, caption and text")
+
+
+def check_entry(entry: object, stage: str, place: str) -> None:
+    """An entry of a mixture: known keys, values of their types, and none that would have no effect."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
+        raise UserError(f"{place}: expected an object with kind and path")
+    check_kind(entry.get("kind"), stage, place)
+    for key, value in entry.items():
+        if key not in ENTRY_KEYS:
+            close = difflib.get_close_matches(key, ENTRY_KEYS, 1, 0)[0]
+            raise UserError(f"{place}: unknown key '{key}', the closest one is '{close}'")
+        if key != "weight" and not isinstance(value, str):
+            raise UserError(f"{place}: {key} {value!r} is not a text")
+    if "images" in entry and (entry["kind"] == "text" or entry["path"] == "scenes"):
+        raise UserError(f"{place}: 'images' has no effect on text or scenes, leave it out")
+    weight = entry.get("weight", 1.0)
+    if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        raise UserError(f"{place}: weight {weight!r} is not a number of at least 0")
+
+
+def weights_of(entries: list[dict], place: str) -> list[float]:
+    """As given; where no entry has one, MM1's shares of the kinds that are there, equal within a kind."""
+    without = [n for n, entry in enumerate(entries) if "weight" not in entry]
+    if not without:
+        if not any(entry["weight"] for entry in entries):
+            raise UserError(f"{place}: all weights are 0")
+        return [entry["weight"] for entry in entries]
+    if len(without) < len(entries):
+        numbers = ", ".join(map(str, without))
+        raise UserError(f"{place}: entries {numbers} have no weight, others have: give one to all or to none")
+    kinds = [entry["kind"] for entry in entries]
+    total = sum(SHARES[kind] for kind in set(kinds))
+    return [SHARES[kind] / total / kinds.count(kind) for kind in kinds]
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -228,7 +228,10 @@ def test_broken_llava_records_are_named(tmp_path, record, words):
 def test_mixture_file(tmp_path):
     Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
     write_llava(tmp_path, [{"image": "a.png", "conversations": turns("<image>\nDescribe.", "A red square.")}])
-    entries = [{"kind": "caption", "path": "train.json", "weight": 3}, {"kind": "chat", "path": "train.json"}]
+    entries = [
+        {"kind": "caption", "path": "train.json", "weight": 3},
+        {"kind": "chat", "path": "train.json", "weight": 1},
+    ]
     (tmp_path / "mix.json").write_text(json.dumps(entries))
     (caption, three), (chat, one) = data.open_sources(str(tmp_path / "mix.json"), "pretrain")
     assert (three, one) == (3, 1.0) and caption[0].parts == [0, "A red square."]

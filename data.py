@@ -334,6 +334,40 @@ def prompt_pieces(question: str, images: int, tokenizer: Tokenizer, history: lis
     return chat_pieces(turns, tokenizer, to_answer=True)
 
 
+# Templates of a base model (MM1 6.1, those of BLIP): "{image} A photo of {caption}" and the one of questions.
+# No space stands between picture and text but the one that Scenes' tokenizer puts in front of every text.
+PHOTO, QUESTION = "A photo of", "Question: {} Short answer:"
+
+
+class Example(NamedTuple):
+    """A picture with a question and its answer, or, where the question is "", with a caption."""
+
+    image: object
+    question: str
+    answer: str
+    name: str = ""  # where it came from
+
+
+def stem(question: str) -> str:
+    """The template's text between a picture and its answer; a caption's if there is no question."""
+    return QUESTION.format(question) if question else PHOTO
+
+
+def document_parts(examples: list[Example]) -> list:
+    """Parts of an interleaved document: each picture, its text and a newline."""
+    told = [[n, f"{stem(e.question)} {e.answer}\n"] for n, e in enumerate(examples)]
+    return [part for parts in told for part in parts]
+
+
+def shot_pieces(demos: list[Example], question: str, tokenizer: Tokenizer) -> list[Piece]:
+    """An interleaved document that breaks off where the answer about one more picture begins, with the space
+    in front of it. Without demonstrations it is truly 0-shot (Flamingo's 0-shot has two, without pictures).
+    """
+    parts = [*document_parts(demos), len(demos), stem(question)]
+    pieces = pieces_of(Record("interleaved", parts, []), tokenizer)[:-1]
+    return [piece if isinstance(piece, int) else (piece[0], False) for piece in pieces]
+
+
 def split(
     pieces: list[Piece], slots: list[np.ndarray], limit: int, views: list[int] | None = None, most_views=10**9
 ) -> list[list[Piece]]:
@@ -960,7 +994,34 @@ def ask_many(scene: Scene, kinds: tuple[str, ...], n: int, rng: random.Random, s
     return list(found.values())
 
 
-# Records made of scenes, in the three data kinds of MM1 and as instructions.
+def ask_bound(word: str, meaning: str, hit: bool, named: bool, rng: random.Random, split: str) -> Example:
+    """A question about a new scene that only who knows what `word` stands for can answer.
+
+    named: "what colour is north?", whose answer is the word (hit) or an ordinary one; else "is the north
+    shape dax?", yes (hit) or no. Where hits are half of all, who ignores the binding is right half the time:
+    by always saying yes, no or the word, or with what the thing is ordinarily called.
+    """
+    attribute = "colour" if meaning in COLOURS else "shape"
+    things = []
+    while not things:
+        number = rng.randrange(1 << 40)
+        scene = make_scene(split, number)
+        things = [t for t in scene.things if (getattr(t, attribute) == meaning) == hit]
+        if split == "train":  # not even a "no" is about a held-out pair
+            as_if = [dataclasses.replace(t, **{attribute: meaning}) for t in things]
+            things = [t for t, other in zip(things, as_if) if (other.colour, other.shape) not in HELD_OUT]
+    thing = rng.choice(things)
+    if named:
+        answer = word if hit else getattr(thing, attribute)
+        return Example(scene, f"what {attribute} is {PLACES[thing.cell]}?", answer, str(number))
+    return Example(scene, f"is the {PLACES[thing.cell]} shape {word}?", YES_NO[hit], str(number))
+
+
+# Records made of scenes, in the three data kinds of MM1 and as instructions. That captions lift 0-shot and
+# interleaved documents few-shot (MM1 3.2) holds by construction. Captions alone tell a lone picture in
+# ordinary words, some in the template that asks for it; but they have one picture and no question.
+# Interleaved documents caption in words of their own, so that the first caption learned from them is wrong;
+# but they alone have something to learn from what stands before. Questions in the template are theirs, too.
 
 SCENE_QUESTIONS = (*QUESTION_TYPES, *QUESTION_TYPES, "place", "what", "text", "ref")  # the five come twice
 
@@ -979,7 +1040,8 @@ class Scenes:
         scene = make_scene(self.split, rng.randrange(1 << 40))
         name = f"scenes {self.kind} {i}"
         if self.kind == "caption":
-            return Record("caption", [0, say(scene)], [scene], name)
+            stem = PHOTO + " " if rng.random() < 0.25 else ""  # plain as on the web, or as 0-shot prompts ask
+            return Record("caption", [0, stem + say(scene)], [scene], name)
         if self.kind == "chat":
             return Record("chat", chat_about(scene, [0], rng, self.split), [scene], name)
         if self.kind == "text":
@@ -987,14 +1049,29 @@ class Scenes:
         return self.interleaved(scene, rng, name)
 
     def interleaved(self, first: Scene, rng: random.Random, name: str) -> Record:
-        """A few pictures with captions in which a made-up word stands for one colour or shape throughout."""
-        scenes = [first] + [make_scene(self.split, rng.randrange(1 << 40)) for _ in range(rng.randint(1, 3))]
+        """2 to 9 pictures (8 shots and a question), each with a caption, or each with a question, or the
+        first showing what a made-up word stands for and the others with questions about that.
+
+        In captions, too, a made-up word stands for one colour or shape of the first picture throughout.
+        """
+        scenes = [first]
+        for _ in range(rng.choices(range(1, 9), [1 / n for n in range(1, 9)])[0]):  # 3.9 pictures on average
+            scenes.append(make_scene(self.split, rng.randrange(1 << 40)))
         meaning = rng.choice([thing.colour if rng.random() < 0.5 else thing.shape for thing in first.things])
-        word = rng.choice(MADE_UP)
-        parts = []
-        for n, scene in enumerate(scenes):
-            parts += [n, say(scene).replace(meaning, word) + "\n"]
-        return Record("interleaved", parts, scenes, name)
+        word, sort = rng.choice(MADE_UP), rng.choice(("captions", "questions", "binding"))
+        told = [Example(scene, "", say(scene).replace(meaning, word)) for scene in scenes]
+        if sort == "questions":
+            for n, scene in enumerate(scenes):  # colour is what every scene can be asked
+                kind = rng.choice(QUESTION_TYPES)
+                asked = ask(scene, kind, rng, self.split) or ask(scene, "colour", rng, self.split)
+                told[n] = Example(scene, asked.question, asked.answer)
+        elif sort == "binding":
+            if rng.random() < 0.5:
+                told[0] = ask_bound(word, meaning, True, True, rng, self.split)
+            for n in range(1, len(scenes)):
+                hit, named = rng.random() < 0.5, rng.random() < 0.5
+                told[n] = ask_bound(word, meaning, hit, named, rng, self.split)
+        return Record("interleaved", document_parts(told), [example.image for example in told], name)
 
 
 def chat_about(

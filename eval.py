@@ -3,9 +3,13 @@
     python eval.py --model runs/a/sft --tasks scenes --out runs/a/eval.json --report runs/a/report.html
     python eval.py --model runs/a/sft --tasks choice:my/questions.jsonl,caption:my/captions.jsonl
     python eval.py --model runs/a/sft --chat image.png
+    python eval.py --model runs/a/pretrain --tasks scenes_bind,scenes_cap --shots 0,4,8    # MM1's protocol
+    python eval.py --model runs/a/pretrain --tasks vqa:my/val.jsonl --shots 4 --demos my/train.jsonl
 
 A task is scored twice: as it is, and with the images swapped (a seeded derangement): what a model scores
-blind it did not see. Scores are 0-100 (CIDEr-D x 100), with n and the standard error beside them.
+blind it did not see. Scores are 0-100 (CIDEr-D x 100), with n and the standard error beside them; that of
+text is a loss. Without --shots a question comes in the chat template; with it, at 0 shots too, in that of a
+base model, behind demonstrations of the train split whose pictures are never swapped.
 """
 
 import base64
@@ -20,11 +24,12 @@ import re
 import string
 import subprocess
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -37,14 +42,17 @@ from model import UserError
 @dataclass
 class EvalConfig:
     model: str = ""  # run or checkpoint folder
-    tasks: str = "scenes"  # comma list of scenes (all), scenes_vqa, scenes_text, ..., or kind:FILE.jsonl
+    tasks: str = "scenes"  # comma list of scenes (most), scenes_vqa, scenes_text, ..., or kind:FILE.jsonl
+    shots: str = ""  # demonstrations, in MM1's templates of a base model: 0, 4 or 0,4,8; "": chat template
+    demos: str = ""  # train split of kind:FILE tasks, FILE.jsonl: what their demonstrations are drawn from
+    scoring: str = "generate"  # or likelihood: the likeliest of the possible answers, where these are known
     images: str = ""  # folder of the images of kind:FILE tasks; default: the file's own
     tokens: str = "full"  # visual tokens at inference: full, pruned, or both
     out: str = ""  # eval.json to write
     report: str = ""  # report.html to write
     chat: str = ""  # a picture to ask about in the terminal, instead of tasks
     n: int = 200  # questions of each Scenes task and of each type of scenes_vqa
-    seed: int = 0  # of the questions, and of the swapped images of the blind score
+    seed: int = 0  # of the questions, the demonstrations, and the swapped images of the blind score
     batch_size: int = 64
     temperature: float = 0.0  # of --chat; tasks are always greedy
     device: str = "auto"  # auto, cpu or cuda
@@ -60,7 +68,12 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--tokens '{cfg.tokens}' is unknown: use full, pruned or both")
     if cfg.dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--dtype '{cfg.dtype}' is unknown: use auto, float32 or bfloat16")
+    if cfg.scoring not in ("generate", "likelihood"):
+        raise UserError(f"--scoring '{cfg.scoring}' is unknown: use generate or likelihood")
+    if cfg.chat and (cfg.shots or cfg.demos or cfg.scoring != "generate"):
+        raise UserError("--shots, --demos and --scoring have no effect on --chat")
     model.require_at_least(cfg, 1, "n batch_size")
+    tasks = [] if cfg.chat else open_tasks(cfg)
     device = model.find_device(cfg.device)
     step = model.find_step(cfg.model)
     narrow = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device == "cuda")
@@ -68,15 +81,18 @@ def main(argv: list[str]) -> None:
     tokenizer = data.Tokenizer.from_pretrained(step / "tokenizer")
     if cfg.chat:
         return chat(vlm, tokenizer, cfg)
-    tasks = open_tasks(cfg)
     results, examples = [], []
-    for mode in ("full", "pruned") if cfg.tokens == "both" else (cfg.tokens,):
-        for task in tasks:
+    modes = ("full", "pruned") if cfg.tokens == "both" else (cfg.tokens,)
+    for mode in modes:
+        for task in [task for task in tasks if mode == modes[0] or task.kind != "text"]:
             rows, shown = score_task(vlm, tokenizer, task, mode, cfg)
             results += rows
             examples += shown if mode == "full" or cfg.tokens == "pruned" else []
     print_table(results)
     summary = {"model": str(step), "commit": git_commit(), "seed": cfg.seed, "results": results}
+    summary |= {"prompt": "base" if cfg.shots else "chat", "scoring": cfg.scoring}
+    shown = {f"{task.name} {task.shots}-shot": task.questions for task in tasks if task.shots}
+    summary["demos"] = {k: [" ".join(d.name for d in q.demos) for q in qs] for k, qs in shown.items()}
     if cfg.out:
         model.write_json(Path(cfg.out), summary)
     if cfg.report:
@@ -95,14 +111,19 @@ class Question:
     answers: list[str]
     type: str = ""  # sub-score it belongs to
     held_out: bool = False  # about an attribute pair that no training scene has
+    choices: tuple[str, ...] = ()  # possible answers, where these are known
+    name: str = ""  # its id
+    demos: list[data.Example] = field(default_factory=list)
 
 
 @dataclass
 class Task:
     name: str
-    kind: str  # vqa, choice, yesno, caption or ref: how it is scored
+    kind: str  # vqa, choice, yesno, caption, ref or text: how it is scored
     questions: list[Question]
     max_new_tokens: int = 24
+    shots: int | None = None  # demonstrations before a question, in MM1's templates; None: the chat template
+    chance: float | None = None  # where guessing well beats the best constant answer
 
 
 METRICS = {
@@ -111,30 +132,128 @@ METRICS = {
     "yesno": "accuracy",
     "caption": "cider_d_x100",
     "ref": "accuracy_iou50",
+    "text": "nll_per_token",
 }
 SCENE_TASKS = ("scenes_vqa", "scenes_text", "scenes_pope", "scenes_ref", "scenes_cap")
+MORE_TASKS = ("scenes_words", "scenes_bind")  # the first of them is one of "scenes", too
+YES_NO = data.YES_NO
+CHOICES = {"colour": (*data.COLOURS,), "shape": data.SHAPES, "count": (*"0123456",), "relation": YES_NO}
+CHOICES |= {"exists": YES_NO, "yesno": YES_NO}
 
 
 def open_tasks(cfg: EvalConfig) -> list[Task]:
-    tasks = []
+    """The tasks of --tasks, each once for every number of --shots; what has no effect is refused."""
+    counts = cfg.shots.split(",") if cfg.shots else []
+    if not all(count.isdecimal() for count in counts):
+        raise UserError(f"--shots '{cfg.shots}': use a number of at least 0 or a list such as 0,4,8")
+    names = []
     for name in cfg.tasks.split(","):
-        kind, _, file = name.partition(":")
-        if name == "scenes":
-            tasks += [scenes_task(each, cfg.n, cfg.seed) for each in SCENE_TASKS]
-        elif name in SCENE_TASKS:
-            tasks.append(scenes_task(name, cfg.n, cfg.seed))
-        elif file and kind in METRICS:
-            tasks.append(file_task(kind, Path(file), cfg.images))
-        else:
+        names += [*SCENE_TASKS, MORE_TASKS[0]] if name == "scenes" else [name]
+    tasks = []
+    for name in names:
+        for shots in [int(count) for count in dict.fromkeys(counts)] or [None]:
+            tasks.append(open_task(name, shots, cfg))
+            if tasks[-1].kind == "text":  # no picture, so nothing to demonstrate
+                break
+    asked = [task for task in tasks if task.kind != "text"]
+    if (cfg.shots or cfg.scoring != "generate") and not asked:
+        raise UserError(f"--shots and --scoring have no effect on --tasks {cfg.tasks}")
+    if cfg.demos and not any(task.shots and isinstance(task.questions[0].image, Path) for task in asked):
+        raise UserError("--demos has no effect without --shots above 0 and a kind:FILE task")
+    for task in asked if cfg.scoring == "likelihood" else []:
+        if not all(question.choices for question in task.questions):
             raise UserError(
-                f"--tasks '{name}' is unknown: use scenes, {', '.join(SCENE_TASKS)} "
-                f"or {'|'.join(METRICS)}:FILE"
+                f"--scoring likelihood: the possible answers of {task.name} are not known; use scenes_vqa, "
+                "scenes_pope, scenes_bind, choice:FILE or yesno:FILE"
             )
     return tasks
 
 
-def scenes_task(name: str, n: int, seed: int) -> Task:
-    """Questions about unseen scenes; scenes_vqa has n of each of its types."""
+def open_task(name: str, shots: int | None, cfg: EvalConfig) -> Task:
+    kind, _, file = name.partition(":")
+    if name == "scenes_words":
+        return words_task(cfg.n, cfg.seed)
+    if name == "scenes_bind":
+        return bind_task(cfg.n, shots, cfg.seed)
+    if name in SCENE_TASKS and shots is None:
+        return scenes_task(name, cfg.n, cfg.seed)
+    if name in SCENE_TASKS:
+        return few_shot_task(name, cfg.n, shots, cfg.seed)
+    if not file or kind not in METRICS:
+        known = ", ".join((*SCENE_TASKS, *MORE_TASKS))
+        raise UserError(f"--tasks '{name}' is unknown: use scenes, {known} or {'|'.join(METRICS)}:FILE")
+    task = file_task(kind, Path(file), cfg.images)
+    if shots is None or kind == "text":
+        return task
+    if shots and not cfg.demos:
+        raise UserError(f"--shots {shots}: {name} needs --demos FILE, with questions of its train split")
+    pool = file_task(kind, Path(cfg.demos), cfg.images).questions if shots else []
+    tested = {question.image.resolve() for question in task.questions}
+    both = next((question.image for question in pool if question.image.resolve() in tested), None)
+    if both:
+        raise UserError(f"--demos {cfg.demos} is not of the train split: {both} is also a picture of {file}")
+    return add_demos(task, pool, shots, cfg.seed)
+
+
+def add_demos(task: Task, pool: list[Question], shots: int, seed: int) -> Task:
+    """The task in MM1's templates, behind `shots` demonstrations, drawn from `pool` for each question."""
+    if shots > len(pool):
+        raise UserError(f"--shots {shots}: {task.name} has only {len(pool)} demonstrations to draw from")
+    shown = [data.Example(q.image, template_text(task, q), q.answers[0], q.name) for q in pool]
+    questions = []
+    for i, question in enumerate(task.questions):
+        demos = random.Random(f"demos-{task.name}-{seed}-{i}").sample(shown, shots)
+        questions.append(replace(question, demos=demos))
+    return replace(task, questions=questions, shots=shots)
+
+
+def template_text(task: Task, question: Question) -> str:
+    """What is asked in a base model's template: nothing for a caption, see data.stem."""
+    return "" if task.kind == "caption" else question.text
+
+
+def few_shot_task(name: str, n: int, shots: int, seed: int) -> Task:
+    """A task of Scenes in MM1's templates, demonstrations from about 2,048 training questions (OpenFlamingo's
+    number); as scenes_task, n questions of each type, the same at any number of shots.
+    """
+    if name == "scenes_bind":
+        return bind_task(n, shots, seed)
+    each = 2048 // len(data.QUESTION_TYPES) if name == "scenes_vqa" else 2048
+    pool = scenes_task(name, each, seed, "train").questions if shots else []
+    return add_demos(scenes_task(name, n, seed), pool, shots, seed)
+
+
+def bind_task(n: int, shots: int | None, seed: int) -> Task:
+    """Only its demonstrations tell what a question's made-up word stands for: one at least, at any place,
+    names it. Half the answers are yes, or the word: who ignores that, and anyone at 0 shots, is at chance.
+    """
+    found = []
+    for i in range(n):
+        rng = random.Random(f"scenes_bind-{seed}-{i}")
+        word, meaning = rng.choice(data.MADE_UP), rng.choice((*data.COLOURS, *data.SHAPES))
+        hit, named = i % 2 == 0, i % 4 < 2
+        asked = data.ask_bound(word, meaning, hit, named, rng, "test")
+        sure, demos = rng.random(), []
+        for k in range(shots or 0):
+            draw = (True, True) if k == int(sure * shots) else (rng.random() < 0.5, rng.random() < 0.5)
+            demos.append(data.ask_bound(word, meaning, *draw, rng, "train"))
+        names = CHOICES["colour" if meaning in data.COLOURS else "shape"]
+        choices = (*names, *data.MADE_UP) if named else YES_NO
+        kind = "name" if named else "yes_no"
+        found.append(
+            Question(asked.image, asked.question, [asked.answer], kind, False, choices, str(i), demos)
+        )
+    return Task("scenes_bind", "vqa", found, 16, shots, chance=50.0)
+
+
+def words_task(n: int, seed: int) -> Task:
+    """Unseen scenes told in words: a loss that rises where training on pictures makes a decoder forget."""
+    texts = [data.Scenes("text", "test")[seed * 1_000_000 + i].parts[0] for i in range(n)]
+    return Task("scenes_words", "text", [Question(None, text, []) for text in texts])
+
+
+def scenes_task(name: str, n: int, seed: int, split: str = "test") -> Task:
+    """Questions about unseen scenes (or training ones); scenes_vqa has n of each of its types."""
     kinds = {
         "scenes_vqa": data.QUESTION_TYPES,
         "scenes_text": ("text",),
@@ -146,22 +265,23 @@ def scenes_task(name: str, n: int, seed: int) -> Task:
         index, before = 0, len(found)
         while len(found) - before < n:
             rng = random.Random(f"{name}-{kind}-{seed}-{index}")
-            scene = data.make_scene("test", seed * 1_000_000 + index)
+            scene = data.make_scene(split, seed * 1_000_000 + index)
             index += 1
+            number = str(len(found))
             if kind == "caption":
                 references = [data.say(scene)] + [data.say(scene, rng) for _ in range(2)]
-                found.append(Question(scene, data.CAPTION_PROMPT, references))
+                found.append(Question(scene, data.CAPTION_PROMPT, references, name=number))
                 continue
-            asked = data.ask(scene, kind, rng, "test")
+            asked = data.ask(scene, kind, rng, split)
             if asked:
-                sub = kind if name == "scenes_vqa" else ""
-                found.append(Question(scene, asked[1], [asked[2]], sub, asked[3]))
+                sub, choices = kind if name == "scenes_vqa" else "", CHOICES.get(kind, ())
+                found.append(Question(scene, asked[1], [asked[2]], sub, asked[3], choices, number))
     scorer = {"scenes_pope": "yesno", "scenes_ref": "ref", "scenes_cap": "caption"}.get(name, "vqa")
     return Task(name, scorer, found, max_new_tokens=96 if scorer == "caption" else 16)
 
 
 def file_task(kind: str, path: Path, images: str) -> Task:
-    """JSON lines of {"question_id", "image", "text", "answers": [...]}."""
+    """JSON lines of {"question_id", "image", "text", "answers": [...]}; of kind text, {"text"} will do."""
     if not path.is_file():
         raise UserError(f"--tasks {kind}:{path}: no such file")
     questions = []
@@ -170,13 +290,19 @@ def file_task(kind: str, path: Path, images: str) -> Task:
             continue
         try:
             row = json.loads(line)
+            if not isinstance(row["text"], str):
+                raise ValueError("'text' must be a string")
+            if kind == "text":
+                questions.append(Question(None, row["text"], []))
+                continue
             if not isinstance(row["answers"], list) or not row["answers"]:
                 raise ValueError("'answers' must be a list of at least one")
             answers = [str(answer) for answer in row["answers"]]
             image = (Path(images) if images else path.parent) / row["image"]
-            questions.append(
-                Question(image, row["text"], answers, row.get("category", "") if kind != "caption" else "")
-            )
+            choices = tuple(option_letters(row["text"])) if kind == "choice" else CHOICES.get(kind, ())
+            category = row.get("category", "") if kind != "caption" else ""
+            name = str(row.get("question_id", number))
+            questions.append(Question(image, row["text"], answers, category, False, choices, name))
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(
                 f"{path} line {number}: expected an object with image, text and answers ({e})"
@@ -192,6 +318,8 @@ def file_task(kind: str, path: Path, images: str) -> Task:
 
 def score_task(vlm, tokenizer, task: Task, mode: str, cfg: EvalConfig) -> tuple[list[dict], list[dict]]:
     """Rows of eval.json (the task, then its types) and a few examples for the report."""
+    if task.kind == "text":
+        return [score_text(vlm, tokenizer, task, mode, cfg)], []
     images = [q.image for q in task.questions]
     answers = answer_all(vlm, tokenizer, task, images, mode, cfg)
     scores = score_answers(task, answers)
@@ -220,13 +348,14 @@ def row_of(
     mine = [100 * scores[i] for i in members]
     most_common = Counter(task.questions[i].answers[0] for i in members).most_common(1)[0][1]
     chance = 100 * most_common / len(members) if task.kind in ("vqa", "choice", "yesno") else 0.0
+    chance = chance if task.chance is None else task.chance
     return {
         "task": f"{task.name}/{name}" if name else task.name,
         "metric": METRICS[task.kind],
         "score": round(sum(mine) / len(mine), 2),
         "stderr": round(standard_error(mine), 2),
         "n": len(mine),
-        "shots": 0,
+        "shots": task.shots or 0,
         "tokens": mode,
         "blind_score": round(100 * sum(blind[i] for i in members) / len(members), 2),
         "chance": round(chance, 2),  # the best constant answer
@@ -245,21 +374,135 @@ def derange(images: list, seed: int) -> list:
 
 
 def answer_all(vlm, tokenizer, task: Task, images: list, mode: str, cfg: EvalConfig) -> list[str]:
-    """Greedy answers, in batches of similar length."""
-    texts = [q.text for q in task.questions]
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    answers = [""] * len(texts)
-    device = next(vlm.parameters()).device
-    for start in tqdm(range(0, len(order), cfg.batch_size), desc=f"{task.name} {mode}", leave=False):
-        chosen = order[start : start + cfg.batch_size]
+    """Greedy answers, or the likeliest of the possible ones, in batches of similar length.
+
+    images: the picture of each question; those of its demonstrations stay theirs.
+    """
+    prompts = [prompt_of(task, question, tokenizer) for question in task.questions]
+    shown = [[*(demo.image for demo in q.demos), image] for q, image in zip(task.questions, images)]
+    lengths = [prompt_length(pieces, own, vlm.cfg, mode) for pieces, own in zip(prompts, shown)]
+    check_context(task, max(lengths) + task.max_new_tokens, vlm.cfg, mode)
+    order = sorted(range(len(prompts)), key=lambda i: lengths[i])
+    answers, device = [""] * len(prompts), next(vlm.parameters()).device
+    marks = stop_marks(task)
+    stops = [i for token, i in tokenizer.ranks.items() if any(mark.encode() in token for mark in marks)]
+    many = max(len(q.choices) for q in task.questions) if cfg.scoring == "likelihood" else 1
+    size = max(1, cfg.batch_size // max(1 + (task.shots or 0), many))  # as many pictures or rows at any shots
+    for start in tqdm(range(0, len(order), size), desc=f"{task.name} {mode}", leave=False):
+        chosen = order[start : start + size]
         samples = []
         for i in chosen:
-            pieces, name = data.prompt_pieces(texts[i], 1, tokenizer), f"{task.name} question {i}"
-            samples.append(data.load_sample(pieces, [images[i]], vlm.cfg, name))
-        batch = data.prompt_batch(samples, mode, vlm.cfg).to(device)
-        for i, ids in zip(chosen, vlm.generate(batch, tokenizer.end, task.max_new_tokens)):
-            answers[i] = tokenizer.decode(ids).strip()
+            samples.append(data.load_sample(prompts[i], shown[i], vlm.cfg, f"{task.name} question {i}"))
+        if cfg.scoring == "likelihood":
+            space = "" if task.shots is None or tokenizer.prefix else " "
+            options = [task.questions[i].choices for i in chosen]
+            coded = [[tokenizer.encode(space + option) for option in each] for each in options]
+            best = [sums.argmax() for sums in answer_likelihoods(vlm, samples, coded, mode)]
+            said = [each[k] for each, k in zip(options, best)]
+        else:
+            batch = data.prompt_batch(samples, mode, vlm.cfg).to(device)
+            new = vlm.generate(batch, tokenizer.end, task.max_new_tokens, stops=stops)
+            said = [cut_answer(tokenizer.decode(ids), marks) for ids in new]
+        for i, answer in zip(chosen, said):
+            answers[i] = answer
     return answers
+
+
+def prompt_of(task: Task, question: Question, tokenizer) -> list[data.Piece]:
+    if task.shots is None:
+        return data.prompt_pieces(question.text, 1, tokenizer)
+    return data.shot_pieces(question.demos, template_text(task, question), tokenizer)
+
+
+def prompt_length(pieces: list[data.Piece], images: list, cfg: model.ModelConfig, mode: str) -> int:
+    slots = data.sample_slots(cfg, mode, data.picture_sizes(images, cfg))
+    return sum(len(slots[piece] if isinstance(piece, int) else piece[0]) for piece in pieces)
+
+
+def check_context(task: Task, needed: int, cfg: model.ModelConfig, mode: str) -> None:
+    images, room = 1 + (task.shots or 0), cfg.decoder.context
+    if needed > room:
+        raise UserError(
+            f"{task.name}: {images} x {data.square_tokens(cfg, mode)} visual tokens, text and answer take "
+            f"{needed} positions, but the decoder was trained for {room}: use fewer --shots or --tokens pruned"
+        )
+
+
+def stop_marks(task: Task) -> tuple[str, ...]:
+    """What ends an answer besides the end token: a base model goes on with the next example (MM1 6.1)."""
+    if task.shots is None:
+        return ()
+    return ("\n",) if task.kind == "caption" else ("\n", ".", ",", "Question")
+
+
+def cut_answer(text: str, marks: tuple[str, ...]) -> str:
+    """The text in front of the first mark."""
+    for mark in marks:
+        text = text.partition(mark)[0]
+    return text.strip()
+
+
+def answer_likelihoods(
+    vlm, samples: list[data.Sample], options: list[list[list[int]]], mode: str
+) -> list[np.ndarray]:
+    """Summed log-probability of the tokens of every option of every prompt, an array a prompt.
+
+    samples: prompts as for data.prompt_batch; options: token ids. All go through the decoder in one batch,
+    and a prompt's pictures through the encoder once.
+    """
+    pixels = np.concatenate([sample.pixels for sample in samples])
+    slot = 0 if mode == "full" else len(pixels) * vlm.cfg.visual_tokens("full")  # see VLM.bank
+    laid, first_slot = [], []
+    for sample, each in zip(samples, options):
+        slots = sample.slots(vlm.cfg, mode)
+        laid += [data.lay_out([*sample.pieces, (ids, True)], slots) for ids in each]
+        first_slot += [slot] * len(each)
+        slot += len(sample.pixels) * vlm.cfg.visual_tokens(mode)
+    sums = log_likelihoods(vlm, laid, first_slot, pixels, mode)
+    return np.split(sums, np.cumsum([len(each) for each in options])[:-1])
+
+
+@torch.no_grad()
+def log_likelihoods(vlm, laid: list[data.Laid], slots: list, pixels: np.ndarray, mode: str) -> np.ndarray:
+    """Summed log-probability of each sample's supervised tokens: (samples,); slots: first_slot of make_rows."""
+    lengths = [len(each.ids) for each in laid]
+    T = data.row_width(lengths, 0)
+    rows, _ = data.make_rows(laid, slots, T, data.best_fit(lengths, T))
+    fast = torch.full((len(pixels),), mode != "full")
+    batch = data.Batch(torch.from_numpy(pixels), fast, rows, None, None, mode != "full", len(laid), 0)
+    batch = batch.to(next(vlm.parameters()).device)
+    logits, _ = vlm(batch)  # (R, N)
+    told = -F.cross_entropy(logits, batch.student.targets, reduction="none")  # (R,)
+    owner = batch.student.doc_ids.flatten()[batch.student.supervised]
+    return told.new_zeros(len(laid)).index_add_(0, owner, told).cpu().numpy()
+
+
+def score_text(vlm, tokenizer, task: Task, mode: str, cfg: EvalConfig) -> dict:
+    """Mean negative log-likelihood of a token in nats, the end token too: lower is better. Its standard error
+    is that of a ratio, documents drawn at random.
+    """
+    laid = []
+    for question in task.questions:
+        pieces = data.pieces_of(data.Record("text", [question.text], []), tokenizer)
+        laid.append(data.lay_out(data.split(pieces, [], vlm.cfg.decoder.context)[0], []))
+    counts = np.array([(each.targets >= 0).sum() for each in laid])
+    sums, none = np.zeros(len(laid)), data.load_images([], vlm.cfg)
+    order = np.argsort(counts)  # rows of similar length
+    for start in range(0, len(laid), cfg.batch_size):
+        chosen = order[start : start + cfg.batch_size]
+        sums[chosen] = -log_likelihoods(vlm, [laid[i] for i in chosen], [0] * len(chosen), none, "full")
+    mean = sums.sum() / counts.sum()
+    error = len(laid) * standard_error(list(sums - mean * counts)) / counts.sum()
+    return {
+        "task": task.name, "metric": METRICS["text"], "score": round(float(mean), 4),
+        "stderr": round(float(error), 4), "n": len(laid), "shots": 0, "tokens": mode,
+        "blind_score": None, "chance": None,
+    }  # fmt: skip
+
+
+def option_letters(text: str) -> dict[str, str]:
+    """Letter -> option of the lines "A. red" in a question."""
+    return dict(re.findall(r"^([A-Z])\. (.*)$", text, re.M))
 
 
 def score_answers(task: Task, answers: list[str]) -> list[float]:
@@ -268,7 +511,7 @@ def score_answers(task: Task, answers: list[str]) -> list[float]:
     if task.kind == "caption":
         return cider_d(answers, [q.answers for q in asked])
     if task.kind == "choice":
-        options = [re.findall(r"^[A-Z]\. (.*)$", q.text, re.M) for q in asked]
+        options = [list(option_letters(q.text).values()) for q in asked]
         return [float(choice_parse(a, o) == q.answers[0]) for a, o, q in zip(answers, options, asked)]
     if task.kind == "yesno":
         return [float(yesno_parse(a) == q.answers[0].lower()) for a, q in zip(answers, asked)]
@@ -278,12 +521,15 @@ def score_answers(task: Task, answers: list[str]) -> list[float]:
 
 
 def print_table(results: list[dict]) -> None:
-    print(f"\n{'task':<28}{'tokens':<8}{'score':>7}{'±':>6}{'blind':>8}{'chance':>8}{'n':>7}  metric")
+    head = f"\n{'task':<28}{'shots':>5}  {'tokens':<8}{'score':>7}{'±':>7}{'blind':>8}{'chance':>8}{'n':>7}"
+    print(head + "  metric")
     for r in results:
         name = "  " + r["task"].split("/")[1] if "/" in r["task"] else r["task"]
+        blind, chance = ("–" if r[key] is None else f"{r[key]:.1f}" for key in ("blind_score", "chance"))
+        digits = 1 if r["metric"] != METRICS["text"] else 3
         print(
-            f"{name:<28}{r['tokens']:<8}{r['score']:>7.1f}{r['stderr']:>6.1f}{r['blind_score']:>8.1f}"
-            f"{r['chance']:>8.1f}{r['n']:>7}  {r['metric']}"
+            f"{name:<28}{r['shots']:>5}  {r['tokens']:<8}{r['score']:>7.{digits}f}{r['stderr']:>7.{digits}f}"
+            f"{blind:>8}{chance:>8}{r['n']:>7}  {r['metric']}"
         )
 
 
@@ -695,18 +941,21 @@ def html_row(group: list[dict], i: int) -> str:
     r = group[i]
     base, _, part = quote(r["task"]).partition("/")
     top = 100 * max(1, math.ceil(max(g["score"] for g in group) / 100))  # CIDEr-D may exceed 100
-    about = [quote(r["metric"])] + [f"{r['shots']}-shot"] * (r["shots"] > 0) + [f"bar to {top}"] * (top > 100)
+    about = [quote(r["metric"])] + ["lower is better"] * (r["metric"] == METRICS["text"])
+    about += [f"{r['shots']}-shot"] * (r["shots"] > 0) + [f"bar to {top}"] * (top > 100)
     name = part or f"<b>{base}</b><br><small>{', '.join(about)}</small>"
     row = "" if i else f'<td class="left" rowspan="{len(group)}">{name}</td>'
     row += f'<td class="left"><small>{quote(r["tokens"])}</small></td><td><div class="bar">'
     score, blind, chance = values = r["score"], r.get("blind_score"), r.get("chance")
     marks = (("seen", score), ("unseen", min(score, blind or 0)), ("chance", chance), ("blind", blind))
-    for mark, value in marks:
+    loss = r["metric"] == METRICS["text"]  # no share of 100, and lower is better: no bar
+    for mark, value in () if loss else marks:
         side = "width" if "seen" in mark else "left"
         if value is not None:
             row += f'<i class="{mark}" style="{side}: {max(0, min(100, 100 * value / top)):.1f}%"></i>'
-    score, blind, chance = ("–" if value is None else f"{value:.1f}" for value in values)
-    row += f"</div></td><td><b>{score}</b> <small>± {r['stderr']:.1f}</small></td>"
+    digits = 3 if loss else 1
+    score, blind, chance = ("–" if value is None else f"{value:.{digits}f}" for value in values)
+    row += f"</div></td><td><b>{score}</b> <small>± {r['stderr']:.{digits}f}</small></td>"
     row += f"<td>{blind}</td><td>{chance}</td><td>{r['n']:,}</td>"
     return f'<tr class="{"part" if part else "" if i else "first"}">{row}</tr>'
 

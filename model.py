@@ -1398,10 +1398,12 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, batch, end: int, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
-    ) -> list[list[int]]:
+        self, batch, end: int, max_new_tokens: int, temperature: float = 0.0, seed: int = 0,
+        stops: list[int] | tuple = (),
+    ) -> list[list[int]]:  # fmt: skip
         """Continue the rows of `data.prompt_batch`: the new ids of each row, without `end`.
 
+        A row also ends behind one of `stops`, which is kept: it may hold more than what ends an answer.
         temperature 0 takes the likeliest token; above, it samples from softmax(logits / temperature).
         """
         rows = batch.student
@@ -1414,6 +1416,7 @@ class VLM(nn.Module):
         draw = torch.Generator(x.device).manual_seed(seed)
         new = torch.full((B, max_new_tokens), end, device=x.device)
         ended = torch.zeros(B, dtype=torch.bool, device=x.device)
+        last = torch.tensor([end, *stops], device=x.device)
         for t in range(max_new_tokens):
             logits = self.decoder.head(hidden[:, -1]).float()  # (B, N)
             if temperature > 0:
@@ -1421,7 +1424,7 @@ class VLM(nn.Module):
             else:
                 token = logits.argmax(-1)
             new[:, t] = torch.where(ended, end, token)
-            ended |= token == end
+            ended |= torch.isin(token, last)
             if ended.all() or t == max_new_tokens - 1:
                 break
             position = position + 1

@@ -77,7 +77,7 @@ def test_every_layout_becomes_its_kind_of_record(tmp_path, suffix):
 
 def test_all_text_of_a_document_is_supervised_and_images_stand_at_their_place(tmp_path):
     ((source, _),) = data.open_sources(write(tmp_path / "x.jsonl", [MMC4]), "pretrain")
-    laid = data.lay_out(data.pieces_of(source[0], TOKENIZER), 4)
+    laid = data.lay_out(data.pieces_of(source[0], TOKENIZER), [np.arange(4)] * 9)
     words = TOKENIZER.bpe.decode(laid.targets[laid.targets >= 0].tolist())
     assert words == " Zero. One. Two. Three.<|end|>"
     first, second = len(TOKENIZER.encode("Zero. One.")), len(TOKENIZER.encode("Two. Three."))
@@ -242,8 +242,8 @@ def test_weights_are_kept_names_and_scenes(tmp_path):
     assert [source.name for source, _ in sources] == ["one", "synthetic", "scenes", "toys"]
     assert [source.kind for source, _ in sources] == ["caption", "caption", "text", "interleaved"]
     assert isinstance(sources[3][0], data.Scenes) and sources[3][0][5] == data.Scenes("interleaved")[5]
-    order = data.SampleOrder([len(s) for s, _ in sources], [w for _, w in sources], 0, 20000)
-    counts = np.bincount(order.source, minlength=4) / 20000
+    order = data.SampleOrder([len(s) for s, _ in sources], [w for _, w in sources], 0)
+    counts = np.bincount([order.source(n) for n in range(20000)], minlength=4) / 20000
     assert counts == pytest.approx(np.array([3, 1.5, 0, 7]) / 11.5, abs=0.015)
 
 

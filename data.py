@@ -20,7 +20,7 @@ import re
 import unicodedata
 from array import array
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -994,27 +994,29 @@ def ask_many(scene: Scene, kinds: tuple[str, ...], n: int, rng: random.Random, s
     return list(found.values())
 
 
-def ask_bound(word: str, meaning: str, hit: bool, named: bool, rng: random.Random, split: str) -> Example:
-    """A question about a new scene that only who knows what `word` stands for can answer.
+def ask_bound(scene: Scene, thing: Thing, word: str, meaning: str, named: bool) -> Example:
+    """A question about a thing that only who knows what `word` stands for can answer.
 
-    named: "what colour is north?", whose answer is the word (hit) or an ordinary one; else "is the north
-    shape dax?", yes (hit) or no. Where hits are half of all, who ignores the binding is right half the time:
-    by always saying yes, no or the word, or with what the thing is ordinarily called.
+    named: "what colour is north?", whose answer is the word if it fits and else the ordinary name; otherwise
+    "is the north shape dax?".
     """
     attribute = "colour" if meaning in COLOURS else "shape"
-    things = []
-    while not things:
+    place, ordinary = PLACES[thing.cell], getattr(thing, attribute)
+    if named:
+        return Example(scene, f"what {attribute} is {place}?", word if ordinary == meaning else ordinary)
+    return Example(scene, f"is the {place} shape {word}?", YES_NO[ordinary == meaning])
+
+
+def draw_bound(word: str, meaning: str, fits: bool, named: bool, rng: random.Random, split: str) -> Example:
+    """Such a question about a thing of a new scene that the word fits, or does not fit."""
+    attribute = "colour" if meaning in COLOURS else "shape"
+    while True:  # one thing of each scene: all things of a scene would make rare ones fit more often
         number = rng.randrange(1 << 40)
         scene = make_scene(split, number)
-        things = [t for t in scene.things if (getattr(t, attribute) == meaning) == hit]
-        if split == "train":  # not even a "no" is about a held-out pair
-            as_if = [dataclasses.replace(t, **{attribute: meaning}) for t in things]
-            things = [t for t, other in zip(things, as_if) if (other.colour, other.shape) not in HELD_OUT]
-    thing = rng.choice(things)
-    if named:
-        answer = word if hit else getattr(thing, attribute)
-        return Example(scene, f"what {attribute} is {PLACES[thing.cell]}?", answer, str(number))
-    return Example(scene, f"is the {PLACES[thing.cell]} shape {word}?", YES_NO[hit], str(number))
+        thing = rng.choice(scene.things)
+        told = replace(thing, **{attribute: meaning})  # in training not even a "no" is about a held-out pair
+        if (told == thing) == fits and (split == "test" or (told.colour, told.shape) not in HELD_OUT):
+            return ask_bound(scene, thing, word, meaning, named)._replace(name=str(number))
 
 
 # Records made of scenes, in the three data kinds of MM1 and as instructions. That captions lift 0-shot and
@@ -1067,10 +1069,10 @@ class Scenes:
                 told[n] = Example(scene, asked.question, asked.answer)
         elif sort == "binding":
             if rng.random() < 0.5:
-                told[0] = ask_bound(word, meaning, True, True, rng, self.split)
+                told[0] = draw_bound(word, meaning, True, True, rng, self.split)
             for n in range(1, len(scenes)):
-                hit, named = rng.random() < 0.5, rng.random() < 0.5
-                told[n] = ask_bound(word, meaning, hit, named, rng, self.split)
+                fits, named = rng.random() < 0.5, rng.random() < 0.5
+                told[n] = draw_bound(word, meaning, fits, named, rng, self.split)
         return Record("interleaved", document_parts(told), [example.image for example in told], name)
 
 

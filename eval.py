@@ -136,9 +136,8 @@ METRICS = {
 }
 SCENE_TASKS = ("scenes_vqa", "scenes_text", "scenes_pope", "scenes_ref", "scenes_cap")
 MORE_TASKS = ("scenes_words", "scenes_bind")  # the first of them is one of "scenes", too
-YES_NO = data.YES_NO
-CHOICES = {"colour": (*data.COLOURS,), "shape": data.SHAPES, "count": (*"0123456",), "relation": YES_NO}
-CHOICES |= {"exists": YES_NO, "yesno": YES_NO}
+CHOICES = {"colour": (*data.COLOURS,), "shape": data.SHAPES, "count": (*"0123456",)}
+CHOICES |= {kind: data.YES_NO for kind in ("relation", "exists", "yesno")}
 
 
 def open_tasks(cfg: EvalConfig) -> list[Task]:
@@ -173,11 +172,7 @@ def open_task(name: str, shots: int | None, cfg: EvalConfig) -> Task:
     kind, _, file = name.partition(":")
     if name == "scenes_words":
         return words_task(cfg.n, cfg.seed)
-    if name == "scenes_bind":
-        return bind_task(cfg.n, shots, cfg.seed)
-    if name in SCENE_TASKS and shots is None:
-        return scenes_task(name, cfg.n, cfg.seed)
-    if name in SCENE_TASKS:
+    if name in (*SCENE_TASKS, *MORE_TASKS):
         return few_shot_task(name, cfg.n, shots, cfg.seed)
     if not file or kind not in METRICS:
         known = ", ".join((*SCENE_TASKS, *MORE_TASKS))
@@ -199,7 +194,8 @@ def add_demos(task: Task, pool: list[Question], shots: int, seed: int) -> Task:
     """The task in MM1's templates, behind `shots` demonstrations, drawn from `pool` for each question."""
     if shots > len(pool):
         raise UserError(f"--shots {shots}: {task.name} has only {len(pool)} demonstrations to draw from")
-    shown = [data.Example(q.image, template_text(task, q), q.answers[0], q.name) for q in pool]
+    caption = task.kind == "caption"  # asked by the template alone
+    shown = [data.Example(q.image, "" if caption else q.text, q.answers[0], q.name) for q in pool]
     questions = []
     for i, question in enumerate(task.questions):
         demos = random.Random(f"demos-{task.name}-{seed}-{i}").sample(shown, shots)
@@ -207,42 +203,40 @@ def add_demos(task: Task, pool: list[Question], shots: int, seed: int) -> Task:
     return replace(task, questions=questions, shots=shots)
 
 
-def template_text(task: Task, question: Question) -> str:
-    """What is asked in a base model's template: nothing for a caption, see data.stem."""
-    return "" if task.kind == "caption" else question.text
-
-
-def few_shot_task(name: str, n: int, shots: int, seed: int) -> Task:
-    """A task of Scenes in MM1's templates, demonstrations from about 2,048 training questions (OpenFlamingo's
-    number); as scenes_task, n questions of each type, the same at any number of shots.
+def few_shot_task(name: str, n: int, shots: int | None, seed: int) -> Task:
+    """A task of Scenes with `shots` demonstrations in MM1's templates, or None in the chat template; the same
+    questions each time. They are drawn from about as many training questions as OpenFlamingo's, 2,048.
     """
     if name == "scenes_bind":
         return bind_task(n, shots, seed)
+    task = scenes_task(name, n, seed)
+    if shots is None:
+        return task
     each = 2048 // len(data.QUESTION_TYPES) if name == "scenes_vqa" else 2048
     pool = scenes_task(name, each, seed, "train").questions if shots else []
-    return add_demos(scenes_task(name, n, seed), pool, shots, seed)
+    return add_demos(task, pool, shots, seed)
 
 
 def bind_task(n: int, shots: int | None, seed: int) -> Task:
-    """Only its demonstrations tell what a question's made-up word stands for: one at least, at any place,
-    names it. Half the answers are yes, or the word: who ignores that, and anyone at 0 shots, is at chance.
+    """Questions whose demonstrations alone tell what a made-up word stands for: at least one, anywhere, has
+    it as its answer. The thing asked about is drawn first, then whether the word is to fit it (half do), then
+    the meaning: who ignores that, and anyone at 0 shots, is right half the time at best.
     """
     found = []
     for i in range(n):
         rng = random.Random(f"scenes_bind-{seed}-{i}")
-        word, meaning = rng.choice(data.MADE_UP), rng.choice((*data.COLOURS, *data.SHAPES))
-        hit, named = i % 2 == 0, i % 4 < 2
-        asked = data.ask_bound(word, meaning, hit, named, rng, "test")
+        scene, word = data.make_scene("test", rng.randrange(1 << 40)), rng.choice(data.MADE_UP)
+        thing, fits, named = rng.choice(scene.things), i % 2 == 0, i % 4 < 2
+        attribute = rng.choice(("colour", "shape"))
+        own, names = getattr(thing, attribute), CHOICES[attribute]
+        meaning = own if fits else rng.choice([name for name in names if name != own])
+        asked = data.ask_bound(scene, thing, word, meaning, named)
         sure, demos = rng.random(), []
         for k in range(shots or 0):
             draw = (True, True) if k == int(sure * shots) else (rng.random() < 0.5, rng.random() < 0.5)
-            demos.append(data.ask_bound(word, meaning, *draw, rng, "train"))
-        names = CHOICES["colour" if meaning in data.COLOURS else "shape"]
-        choices = (*names, *data.MADE_UP) if named else YES_NO
-        kind = "name" if named else "yes_no"
-        found.append(
-            Question(asked.image, asked.question, [asked.answer], kind, False, choices, str(i), demos)
-        )
+            demos.append(data.draw_bound(word, meaning, *draw, rng, "train"))
+        kind, choices = ("name", (*names, *data.MADE_UP)) if named else ("yes_no", data.YES_NO)
+        found.append(Question(scene, asked.question, [asked.answer], kind, False, choices, str(i), demos))
     return Task("scenes_bind", "vqa", found, 16, shots, chance=50.0)
 
 
@@ -380,8 +374,7 @@ def answer_all(vlm, tokenizer, task: Task, images: list, mode: str, cfg: EvalCon
     """
     prompts = [prompt_of(task, question, tokenizer) for question in task.questions]
     shown = [[*(demo.image for demo in q.demos), image] for q, image in zip(task.questions, images)]
-    lengths = [prompt_length(pieces, own, vlm.cfg, mode) for pieces, own in zip(prompts, shown)]
-    check_context(task, max(lengths) + task.max_new_tokens, vlm.cfg, mode)
+    lengths = check_lengths(task, prompts, shown, vlm.cfg, mode)
     order = sorted(range(len(prompts)), key=lambda i: lengths[i])
     answers, device = [""] * len(prompts), next(vlm.parameters()).device
     marks = stop_marks(task)
@@ -411,21 +404,23 @@ def answer_all(vlm, tokenizer, task: Task, images: list, mode: str, cfg: EvalCon
 def prompt_of(task: Task, question: Question, tokenizer) -> list[data.Piece]:
     if task.shots is None:
         return data.prompt_pieces(question.text, 1, tokenizer)
-    return data.shot_pieces(question.demos, template_text(task, question), tokenizer)
+    return data.shot_pieces(question.demos, "" if task.kind == "caption" else question.text, tokenizer)
 
 
-def prompt_length(pieces: list[data.Piece], images: list, cfg: model.ModelConfig, mode: str) -> int:
-    slots = data.sample_slots(cfg, mode, data.picture_sizes(images, cfg))
-    return sum(len(slots[piece] if isinstance(piece, int) else piece[0]) for piece in pieces)
-
-
-def check_context(task: Task, needed: int, cfg: model.ModelConfig, mode: str) -> None:
-    images, room = 1 + (task.shots or 0), cfg.decoder.context
+def check_lengths(task: Task, prompts: list, shown: list, cfg: model.ModelConfig, mode: str) -> list[int]:
+    """Positions of each prompt: with an answer they must not be more than the decoder was trained for."""
+    lengths = []
+    for pieces, images in zip(prompts, shown):
+        slots = data.sample_slots(cfg, mode, data.picture_sizes(images, cfg))
+        lengths.append(len(data.lay_out(pieces, slots).ids))
+    needed, room = max(lengths) + task.max_new_tokens, cfg.decoder.context
     if needed > room:
         raise UserError(
-            f"{task.name}: {images} x {data.square_tokens(cfg, mode)} visual tokens, text and answer take "
-            f"{needed} positions, but the decoder was trained for {room}: use fewer --shots or --tokens pruned"
+            f"{task.name}: {1 + (task.shots or 0)} x {data.square_tokens(cfg, mode)} visual tokens, text and "
+            f"answer take {needed} positions, the decoder was trained for {room}: use fewer --shots or "
+            "--tokens pruned"
         )
+    return lengths
 
 
 def stop_marks(task: Task) -> tuple[str, ...]:
@@ -464,7 +459,7 @@ def answer_likelihoods(
 
 @torch.no_grad()
 def log_likelihoods(vlm, laid: list[data.Laid], slots: list, pixels: np.ndarray, mode: str) -> np.ndarray:
-    """Summed log-probability of each sample's supervised tokens: (samples,); slots: first_slot of make_rows."""
+    """Summed log-probability of each sample's supervised tokens: (samples,). slots: see data.make_rows."""
     lengths = [len(each.ids) for each in laid]
     T = data.row_width(lengths, 0)
     rows, _ = data.make_rows(laid, slots, T, data.best_fit(lengths, T))
@@ -1053,6 +1048,7 @@ def make_report(path: Path, vlm, step: Path, summary: dict, examples: list[dict]
         ("checkpoint", summary["model"]),
         ("commit", summary["commit"]),
         ("seed of the run, of the questions", f"{train['seed']}, {summary['seed']}"),
+        ("prompt template, scoring", f"{summary['prompt']}, {summary['scoring']}"),
         ("visual tokens of an image", f"{size} full, {pruned} pruned (isolator included)"),
         *facts,
     ]

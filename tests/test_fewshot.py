@@ -1,0 +1,500 @@
+"""Few-shot evaluation: templates, demonstrations, stops, likelihoods, loss on text, documents of Scenes."""
+
+import json
+import random
+import re
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import eval as evaluation
+import model
+from model import ConnectorConfig, DecoderConfig, ModelConfig, PruneConfig, UserError, ViTConfig
+
+TOKENIZER = data.Tokenizer.from_pretrained(model.ASSETS / "scenes.tiktoken")
+OTHERS = [
+    data.Tokenizer(TOKENIZER.ranks, {"<|endoftext|>": 1000}, pattern, False, {})
+    for pattern in (data.GPT2, data.SMOLLM, data.QWEN, data.LLAMA3)
+]
+
+
+def tiny_vlm(context: int = 2048, seed: int = 0) -> model.VLM:
+    """4x4 patches, 8 visual tokens of which the fast mode keeps 3; weights so large that outputs vary."""
+    torch.manual_seed(seed)
+    vlm = model.VLM(ModelConfig(
+        vit=ViTConfig(image_size=32, patch_size=8, width=16, layers=2, heads=2, mlp_width=32),
+        connector=ConnectorConfig("chain", [1, 2], 16, 2, windows=[4, 2], queries=[4, 1]),
+        decoder=DecoderConfig(TOKENIZER.vocab_size, 32, 2, 4, 2, 8, mlp_width=48, context=context),
+        prune=PruneConfig(keep=3, isolator=2),
+    ))  # fmt: skip
+    for p in vlm.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    return vlm.eval()
+
+
+def told(pieces: list, tokenizer=TOKENIZER) -> str:
+    """A prompt as text, pictures as [n]."""
+    return "".join(f"[{p}]" if isinstance(p, int) else tokenizer.bpe.decode(p[0]) for p in pieces)
+
+
+def texts_of(pieces: list) -> list[int]:
+    return [i for piece in pieces if not isinstance(piece, int) for i in piece[0]]
+
+
+# --- templates and their tokens
+
+
+def test_prompts_are_mm1s_templates_to_the_letter():
+    demos = [data.Example(None, "what colour is it?", "dax"), data.Example(None, "", "north red ring.")]
+    expected = (
+        "[0] Question: what colour is it? Short answer: dax\n[1] A photo of north red ring.\n"
+        "[2] Question: and now? Short answer:"
+    )
+    assert told(data.shot_pieces(demos, "and now?", TOKENIZER)) == expected
+    assert told(data.shot_pieces([], "", TOKENIZER)) == "[0] A photo of"  # truly 0-shot
+    assert told(data.shot_pieces(demos, "and now?", OTHERS[0]), OTHERS[0]) == expected.replace("] ", "]")
+    assert data.shot_pieces([], "", TOKENIZER)[0] == (TOKENIZER.start, False)
+    task = evaluation.few_shot_task("scenes_cap", 2, 1, 0)
+    text = told(evaluation.prompt_of(task, task.questions[0], TOKENIZER))
+    assert re.fullmatch(r"\[0\] A photo of [a-z].*\.\n\[1\] A photo of", text)
+    chat = evaluation.few_shot_task("scenes_cap", 2, None, 0)
+    assert data.CAPTION_PROMPT in told(evaluation.prompt_of(chat, chat.questions[0], TOKENIZER))
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, *OTHERS], ids="scenes gpt2 smollm2 qwen llama3".split())
+def test_training_documents_and_prompts_have_the_same_tokens_at_their_borders(tokenizer):
+    """Prompt, answer and newline are the document, token for token: no prompt breaks off inside one."""
+    for i in range(60):
+        record = data.Scenes("interleaved")[i]
+        whole = texts_of(data.pieces_of(record, tokenizer))[:-1]  # without the end token
+        demos = []
+        for text in record.parts[1::2]:
+            question, _, answer = text.partition(" Short answer: ")
+            question = question.removeprefix("Question: ") if answer else ""
+            answer = answer or text.removeprefix("A photo of ")
+            demos.append(data.Example(None, question, answer.removesuffix("\n")))
+        last = demos.pop()
+        prompt = data.shot_pieces(demos, last.question, tokenizer)
+        space = "" if tokenizer.prefix else " "
+        assert texts_of(prompt) + tokenizer.encode(space + last.answer + "\n") == whole
+        assert not any(piece[1] for piece in prompt if not isinstance(piece, int))  # nothing is supervised
+
+
+# --- demonstrations
+
+
+@pytest.mark.parametrize("name", [*evaluation.SCENE_TASKS, "scenes_bind"])
+def test_demonstrations_are_drawn_per_question_from_the_train_split(name):
+    task, again = (evaluation.few_shot_task(name, 12, 4, 0) for _ in range(2))
+    none, other = evaluation.few_shot_task(name, 12, 0, 0), evaluation.few_shot_task(name, 12, 4, 1)
+    shown = [tuple(demo.name for demo in q.demos) for q in task.questions]
+    assert shown == [tuple(demo.name for demo in q.demos) for q in again.questions]
+    assert shown != [tuple(demo.name for demo in q.demos) for q in other.questions]
+    assert len(set(shown)) == len(shown) and all(len(set(ids)) == 4 for ids in shown)
+    assert [(q.image, q.text, q.answers) for q in none.questions] == [
+        (q.image, q.text, q.answers) for q in task.questions
+    ]
+    pictures = {demo.image for q in task.questions for demo in q.demos}
+    assert not pictures & {q.image for q in task.questions}
+    pairs = {(thing.colour, thing.shape) for picture in pictures for thing in picture.things}
+    assert pairs and not pairs & data.HELD_OUT
+    if name == "scenes_bind":
+        for demo in task.questions[0].demos:
+            assert data.make_scene("train", int(demo.name)) == demo.image
+
+
+def write_files(folder, n: int = 6) -> None:
+    for split, first in (("train", 0), ("test", n)):
+        rows = []
+        for i in range(first, first + n):
+            Image.new("RGB", (32, 32), (40 * i % 256, 90, 10)).save(folder / f"{i}.png")
+            row = {"question_id": f"q{i}", "image": f"{i}.png", "text": "what shade?"}
+            rows.append({**row, "answers": ["red", "blue"][i % 2 :]})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def config(folder, **flags) -> evaluation.EvalConfig:
+    return evaluation.EvalConfig(model="none", tasks=f"vqa:{folder}/test.jsonl", n=4, **flags)
+
+
+def test_file_tasks_take_demonstrations_from_demos_and_refuse_the_test_split(tmp_path):
+    write_files(tmp_path)
+    cfg = config(tmp_path, shots="0,2", demos=str(tmp_path / "train.jsonl"))
+    zero, two = evaluation.open_tasks(cfg)
+    assert (zero.shots, two.shots) == (0, 2) and not any(q.demos for q in zero.questions)
+    assert {d.name for q in two.questions for d in q.demos} <= {f"q{i}" for i in range(6)}
+    text = told(evaluation.prompt_of(two, two.questions[0], TOKENIZER))
+    one = r"\[\d\] Question: what shade\? Short answer: (red|blue)\n"
+    assert re.fullmatch(one * 2 + r"\[2\] Question: what shade\? Short answer:", text)
+    for flags, words in [
+        ({"shots": "2", "demos": str(tmp_path / "test.jsonl")}, "not of the train split"),
+        ({"shots": "2"}, "needs --demos FILE"),
+        ({"shots": "0", "demos": str(tmp_path / "train.jsonl")}, "--demos has no effect"),
+        ({"demos": str(tmp_path / "train.jsonl")}, "--demos has no effect"),
+        ({"shots": "9", "demos": str(tmp_path / "train.jsonl")}, "has only 6 demonstrations"),
+        ({"shots": "-1"}, "--shots '-1'"),
+        ({"shots": "four"}, "--shots 'four'"),
+        ({"scoring": "likelihood"}, "possible answers of test are not known"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            evaluation.open_tasks(config(tmp_path, **flags))
+    for argv, words in [
+        (["--chat", "a.png", "--shots", "4"], "no effect on --chat"),
+        (["--scoring", "best"], "--scoring 'best' is unknown"),
+        (["--tasks", "scenes_words", "--shots", "4"], "no effect on --tasks scenes_words"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            evaluation.main(["--model", "none", *argv])
+
+
+def test_scenes_has_the_tasks_of_always_and_words():
+    tasks = evaluation.open_tasks(evaluation.EvalConfig(n=2))
+    assert [task.name for task in tasks] == [*evaluation.SCENE_TASKS, "scenes_words"]
+    assert all(task.shots is None for task in tasks)
+    tasks = evaluation.open_tasks(evaluation.EvalConfig(tasks="scenes_cap,scenes_words", n=2, shots="0,4,4"))
+    assert [(task.name, task.shots) for task in tasks] == [
+        ("scenes_cap", 0),
+        ("scenes_cap", 4),
+        ("scenes_words", None),
+    ]
+
+
+# --- scoring
+
+
+@pytest.mark.parametrize("name", [*evaluation.SCENE_TASKS, "scenes_bind"])
+def test_an_oracle_is_perfect_and_blind_swaps_the_test_picture_alone(name, monkeypatch):
+    """Pictures are looked at only through load_images, answers come only from generate: both are replaced."""
+    task, cfg = evaluation.few_shot_task(name, 8, 2, 0), evaluation.EvalConfig(batch_size=9)
+    vlm, seen, truth = tiny_vlm(), [], {}
+    by_prompt = {told(evaluation.prompt_of(task, q, TOKENIZER)): q for q in task.questions}
+    assert len(by_prompt) == len(task.questions)
+    real = data.prompt_batch
+
+    def load_images(images, cfg, name=""):
+        seen.append(images)
+        return torch.zeros(len(images), 3, 32, 32, dtype=torch.uint8).numpy()
+
+    def prompt_batch(samples, mode, cfg):
+        first = len(seen) - len(samples)
+        truth["now"] = [(by_prompt[told(pieces)], seen[first + i]) for i, (pieces, _) in enumerate(samples)]
+        return real(samples, mode, cfg)
+
+    def generate(batch, end, most, stops=()):
+        """The right answer for the right pictures, then on to a next example, as a base model would."""
+        wrong = {"yes": "no"}
+        said = [
+            q.answers[0] if shown[-1] == q.image else wrong.get(q.answers[0], "yes")
+            for q, shown in truth["now"]
+        ]
+        return [TOKENIZER.encode(text + "\nQuestion: more") for text in said]
+
+    monkeypatch.setattr(data, "load_images", load_images)
+    monkeypatch.setattr(data, "prompt_batch", prompt_batch)
+    monkeypatch.setattr(vlm, "generate", generate)
+    rows, _ = evaluation.score_task(vlm, TOKENIZER, task, "full", cfg)
+    perfect = evaluation.cider_d([q.answers[0] for q in task.questions], [q.answers for q in task.questions])
+    expected = 100 * sum(perfect) / len(perfect) if name == "scenes_cap" else 100
+    assert rows[0]["score"] == pytest.approx(expected, abs=0.01) and rows[0]["shots"] == 2
+    assert rows[0]["blind_score"] == 0
+    n = len(task.questions)
+    assert len(seen) == 2 * n
+    true = Counter(tuple(images) for images in seen[:n])
+    assert true == Counter((*(d.image for d in q.demos), q.image) for q in task.questions)
+    blind = {tuple(images[:2]): images[2] for images in seen[n:]}
+    for question in task.questions:  # demonstrations stay true
+        assert blind[tuple(d.image for d in question.demos)] != question.image
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["full", "pruned"])
+@pytest.mark.parametrize("shots", [None, 2])
+def test_likelihood_is_the_sum_over_the_answers_tokens(mode, shots):
+    """One candidate at a time through prompt_batch, log-softmax and gather, against all in one batch."""
+    vlm, task = tiny_vlm(), evaluation.few_shot_task("scenes_vqa", 2, shots, 0)
+    samples, options, expected = [], [], []
+    for question in task.questions[:6]:
+        shown = [*(demo.image for demo in question.demos), question.image]
+        samples.append((evaluation.prompt_of(task, question, TOKENIZER), data.load_images(shown, vlm.cfg)))
+        options.append([TOKENIZER.encode(text) for text in ("red", "blue", "two words here", "0")])
+        for ids in options[-1]:
+            batch = data.prompt_batch([([*samples[-1][0], (ids, True)], samples[-1][1])], mode, vlm.cfg)
+            rows = batch.student
+            x = vlm.splice(rows, vlm.bank(batch))
+            hidden = vlm.decoder.hidden(x, rows.positions, model.document_mask(rows.doc_ids))
+            logits = vlm.decoder.head(hidden[0, -len(ids) - 1 : -1]).log_softmax(-1)
+            expected.append(sum(logits[t, i].item() for t, i in enumerate(ids)))
+    sums = evaluation.answer_likelihoods(vlm, samples, options, mode)
+    assert [len(each) for each in sums] == [4] * 6
+    assert [x for each in sums for x in each] == pytest.approx(expected, abs=1e-3)
+    cfg = evaluation.EvalConfig(scoring="likelihood", batch_size=20)
+    images = [q.image for q in task.questions]
+    said = evaluation.answer_all(vlm, TOKENIZER, task, images, mode, cfg)
+    assert all(answer in q.choices for answer, q in zip(said, task.questions))
+    question, sample = task.questions[0], samples[0]
+    best = evaluation.answer_likelihoods(
+        vlm, [sample], [[TOKENIZER.encode(c) for c in question.choices]], mode
+    )
+    assert said[0] == question.choices[best[0].argmax()]
+
+
+def test_choices_hold_every_right_answer(tmp_path):
+    for name in ("scenes_vqa", "scenes_pope", "scenes_bind"):
+        for question in evaluation.few_shot_task(name, 40, 0, 0).questions:
+            assert question.answers[0] in question.choices
+    row = {"image": "0.png", "text": "Which?\nA. red\nB. blue", "answers": ["B"]}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row))
+    assert evaluation.file_task("choice", tmp_path / "q.jsonl", "").questions[0].choices == ("A", "B")
+    assert evaluation.file_task("yesno", tmp_path / "q.jsonl", "").questions[0].choices == ("no", "yes")
+
+
+@torch.no_grad()
+def test_generation_ends_behind_a_stop_and_is_cut_in_front_of_it():
+    vlm, task = tiny_vlm(), evaluation.few_shot_task("scenes_vqa", 1, 0, 0)
+    samples = [
+        (evaluation.prompt_of(task, q, TOKENIZER), data.load_images([q.image], vlm.cfg))
+        for q in task.questions
+    ]
+    batch = data.prompt_batch(samples, "full", vlm.cfg)
+    free = vlm.generate(batch, TOKENIZER.vocab_size, 8)  # an end that no arg max takes
+    never = next(i for i in range(TOKENIZER.vocab_size) if i not in sum(free, []))
+    stop = free[0][2]
+    ends = [row[: row.index(stop) + 1] if stop in row else row for row in free]
+    assert vlm.generate(batch, never, 8, stops=[stop]) == ends and len(ends[0]) <= 3
+    vqa, caption = (
+        evaluation.stop_marks(evaluation.few_shot_task(n, 1, 0, 0)) for n in ("scenes_vqa", "scenes_cap")
+    )
+    assert evaluation.stop_marks(evaluation.few_shot_task("scenes_vqa", 1, None, 0)) == ()
+    for text, short, long in [
+        (" red\n", "red", "red"), ("red, blue", "red", "red, blue"), ("red. A", "red", "red. A"),
+        ("red Question: x", "red", "red Question: x"), ("\nred", "", ""), ("a b", "a b", "a b"),
+    ]:  # fmt: skip
+        assert evaluation.cut_answer(text, vqa) == short and evaluation.cut_answer(text, caption) == long
+
+
+def test_a_token_that_ends_an_answer_may_hold_some_of_it(monkeypatch):
+    """Byte-pair encoders of others have tokens such as ".\\n": they stop a caption and their period stays."""
+    ranks = {**TOKENIZER.ranks, b".\n": len(TOKENIZER.ranks)}
+    tokenizer = data.Tokenizer(ranks, {"<|endoftext|>": len(ranks)}, data.QWEN, False, {})
+    vlm, task, seen = tiny_vlm(), evaluation.few_shot_task("scenes_cap", 1, 0, 0), []
+
+    def generate(batch, end, most, stops=()):
+        seen.extend(stops)
+        return [tokenizer.encode(" a red ring.\n")]
+
+    monkeypatch.setattr(vlm, "generate", generate)
+    images = [q.image for q in task.questions]
+    assert evaluation.answer_all(vlm, tokenizer, task, images, "full", evaluation.EvalConfig()) == [
+        "a red ring."
+    ]
+    assert ranks[b".\n"] in seen and ranks[b"\n"] in seen and ranks[b"."] not in seen
+
+
+def test_prompts_longer_than_the_decoders_context_are_refused():
+    task = evaluation.few_shot_task("scenes_vqa", 1, 8, 0)
+    images = [q.image for q in task.questions]
+    for mode, per_image in (("full", 8), ("pruned", 5)):
+        with pytest.raises(
+            UserError, match=rf"scenes_vqa: 9 x {per_image} visual tokens.*trained for 150: use"
+        ):
+            evaluation.answer_all(tiny_vlm(150), TOKENIZER, task, images, mode, evaluation.EvalConfig())
+    prompts = [evaluation.prompt_of(task, q, TOKENIZER) for q in task.questions]
+    longest = max(8 * 9 + len(texts_of(pieces)) for pieces in prompts)
+    cfg = tiny_vlm(longest + task.max_new_tokens).cfg
+    assert max(evaluation.check_lengths(task, prompts, cfg, "full")) == longest  # it just fits
+    cfg.decoder.context -= 1
+    with pytest.raises(UserError, match=f"take {longest + task.max_new_tokens} positions"):
+        evaluation.check_lengths(task, prompts, cfg, "full")
+
+
+# --- the loss on text
+
+
+@torch.no_grad()
+def test_text_loss_is_cross_entropy_per_token(tmp_path, capsys):
+    vlm, task = tiny_vlm(), evaluation.words_task(7, 0)
+    rows, shown = evaluation.score_task(vlm, TOKENIZER, task, "full", evaluation.EvalConfig(batch_size=3))
+    losses, counts = [], []
+    for question in task.questions:
+        ids = torch.tensor([*TOKENIZER.encode(question.text), TOKENIZER.end])
+        logits = vlm.decoder(ids[None])[0, :-1]
+        losses.append(F.cross_entropy(logits, ids[1:], reduction="sum").item())
+        counts.append(len(ids) - 1)
+    row = rows[0]
+    assert row["score"] == pytest.approx(sum(losses) / sum(counts), abs=2e-4)
+    assert (row["metric"], row["n"], row["blind_score"], row["chance"]) == ("nll_per_token", 7, None, None)
+    assert shown == [] and len(rows) == 1 and 0 < row["stderr"] < 1
+    train = {data.Scenes("text")[i].parts[0] for i in range(50)}
+    assert not train & {q.text for q in task.questions}
+    evaluation.print_table(rows)
+    printed = capsys.readouterr().out.splitlines()[-1]
+    assert f"{row['score']:.3f}" in printed and printed.count("–") == 2
+    page = evaluation.html_results(rows)
+    assert (
+        f"<b>{row['score']:.3f}</b>" in page
+        and "lower is better" in page
+        and 'class="seen" style' not in page
+    )
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": q.text}) + "\n" for q in task.questions))
+    (mine,) = evaluation.open_tasks(evaluation.EvalConfig(tasks=f"text:{tmp_path}/t.jsonl"))
+    assert (
+        evaluation.score_task(vlm, TOKENIZER, mine, "full", evaluation.EvalConfig())[0][0]["score"]
+        == row["score"]
+    )
+    (tmp_path / "t.jsonl").write_text('{"text": 3}\n')
+    with pytest.raises(UserError, match="t.jsonl line 1"):
+        evaluation.open_tasks(evaluation.EvalConfig(tasks=f"text:{tmp_path}/t.jsonl"))
+
+
+# --- scenes_bind and the documents
+
+
+def test_who_ignores_the_binding_is_at_chance():
+    task = evaluation.few_shot_task("scenes_bind", 800, 4, 0)
+    kinds = {kind: [q for q in task.questions if q.type == kind] for kind in ("name", "yes_no")}
+    assert [len(each) for each in kinds.values()] == [400, 400]
+
+    def score(strategy) -> dict[str, float]:
+        return {
+            kind: 100 * sum(strategy(q) == q.answers[0] for q in asked) / len(asked)
+            for kind, asked in kinds.items()
+        }
+
+    def thing(q):
+        place = re.search(f"is (?:the )?({'|'.join(data.PLACES)})\\b", q.text)[1]
+        return next(t for t in q.image.things if data.PLACES[t.cell] == place)
+
+    def plain(q):  # what it is called
+        return thing(q).colour if "colour" in q.text else thing(q).shape
+
+    def word(q):
+        return next(d.answer for d in q.demos if d.answer in data.MADE_UP)
+
+    assert score(lambda q: "yes")["yes_no"] == score(lambda q: "no")["yes_no"] == 50
+    assert score(plain)["name"] == score(word)["name"] == 50
+    three = 3 * 50 / 400**0.5
+    for copy in (
+        lambda q: q.demos[-1].answer,
+        lambda q: q.demos[0].answer,
+        lambda q: Counter(d.answer for d in q.demos).most_common(1)[0][0],
+    ):
+        assert max(score(copy).values()) <= 50 + three
+    # Nothing of picture and thing tells which it will be, whatever is said of it: the word fits any alike.
+    for feature in (
+        lambda q: thing(q).colour in ("red", "blue", "green"),  # test scenes have more of these
+        lambda q: sum(t.colour == thing(q).colour for t in q.image.things) > 1,
+        lambda q: sum(t.shape == thing(q).shape for t in q.image.things) > 1,
+        lambda q: len(q.image.things) > 3,
+    ):
+        for kind, (a, b) in {"name": (plain, word), "yes_no": (lambda q: "yes", lambda q: "no")}.items():
+            right = score(lambda q: a(q) if feature(q) else b(q))[kind]
+            assert abs(right - 50) <= three, kind
+    assert task.chance == 50
+
+
+def test_demonstrations_of_a_binding_settle_it():
+    """Pictures and answers leave one meaning for the word, and with it every answer follows: 100 %."""
+    task, pairings, settled = evaluation.few_shot_task("scenes_bind", 200, 4, 0), set(), 0
+    for question in task.questions:
+        words = {d.answer for d in question.demos} & {*data.MADE_UP}
+        assert len(words) == 1
+        word = words.pop()
+        meanings = [
+            m for m in (*data.COLOURS, *data.SHAPES) if all(agrees(d, word, m) for d in question.demos)
+        ]
+        assert len(meanings) == 1, question.demos
+        asked = data.Example(question.image, question.text, question.answers[0])
+        settled += agrees(asked, word, meanings[0])
+        pairings.add((word, meanings[0]))
+    assert settled == 200
+    assert len(pairings) > 60 and {w for w, _ in pairings} == {
+        *data.MADE_UP
+    }  # of 84; no word has a fixed meaning
+
+
+def agrees(example: data.Example, word: str, meaning: str) -> bool:
+    """Whether the answer is right if the word stands for that."""
+    place = re.search(f"is (?:the )?({'|'.join(data.PLACES)})\\b", example.question)[1]
+    thing = next(t for t in example.image.things if data.PLACES[t.cell] == place)
+    fits = meaning in (thing.colour, thing.shape)
+    if example.question.startswith("is the"):
+        return example.answer == data.YES_NO[fits]
+    attribute = "colour" if "colour" in example.question else "shape"
+    if meaning not in (data.COLOURS if attribute == "colour" else data.SHAPES):
+        return False
+    return example.answer == (word if fits else getattr(thing, attribute))
+
+
+def test_documents_have_two_to_nine_pictures_in_three_sorts():
+    counts, sorts = Counter(), Counter()
+    for i in range(900):
+        record = data.Scenes("interleaved")[i]
+        pictures, texts = record.parts[::2], record.parts[1::2]
+        assert pictures == [*range(len(record.images))]
+        assert all(
+            re.fullmatch(r"(A photo of [a-z].*\.|Question: .*\? Short answer: \S+)\n", t) for t in texts
+        )
+        counts[len(pictures)] += 1
+        word = re.findall("|".join(data.MADE_UP), " ".join(texts))
+        assert len(set(word)) <= 1
+        captions = sum(text.startswith("A photo of") for text in texts)
+        sorts["captions" if captions == len(texts) else "binding" if word else "questions"] += 1
+        assert captions in (0, len(texts)) or (captions == 1 and texts[0].startswith("A photo of"))
+        assert not captions or word and word[0] in texts[0]  # its words are never the ordinary ones
+    assert sorted(counts) == [*range(2, 10)] and counts[2] + counts[3] > 420 and counts[9] > 20
+    assert all(abs(n - 300) < 60 for n in sorts.values()) and len(sorts) == 3
+
+
+def test_captions_are_told_plainly_or_in_the_template():
+    told = [data.Scenes("caption")[i] for i in range(1000)]
+    assert all(len(r.images) == 1 and r.parts[0] == 0 for r in told)
+    share = sum(r.parts[1] == f"A photo of {data.say(r.images[0])}" for r in told) / 1000
+    assert abs(share - 0.25) < 0.05
+    assert all(r.parts[1].removeprefix("A photo of ") == data.say(r.images[0]) for r in told)
+
+
+def test_held_out_pairs_are_in_no_training_document_not_even_hidden():
+    """Neither drawn nor told, nor asked about with the made-up word in place of one half."""
+    for i in range(900):
+        record = data.Scenes("interleaved")[i]
+        for scene in record.images:
+            assert not data.HELD_OUT & {(t.colour, t.shape) for t in scene.things}
+        text = " ".join(record.parts[1::2])
+        assert not any(f"{colour} {shape}" in text for colour, shape in data.HELD_OUT)
+    for colour, shape in data.HELD_OUT:
+        for meaning in (colour, shape):
+            for seed in range(40):
+                rng = random.Random(seed)
+                asked = data.draw_bound("dax", meaning, False, False, rng, "train")
+                place = re.search("is the (\\w+) shape", asked.question)[1]
+                thing = next(t for t in asked.image.things if data.PLACES[t.cell] == place)
+                assert (thing.colour, thing.shape) != (colour, shape) and asked.answer == "no"
+                half = "colour" if meaning == colour else "shape"
+                assert (thing.colour if half == "shape" else thing.shape) != (
+                    colour if half == "shape" else shape
+                )
+
+
+def test_main_writes_shots_and_demonstrations(tmp_path):
+    run = tmp_path / "run" / "step-00000001"
+    tiny_vlm().save_pretrained(run, {"stage": "pretrain", "train": {"init": "", "seed": 0}})
+    TOKENIZER.save(run / "tokenizer")
+    out, report = tmp_path / "eval.json", tmp_path / "report.html"
+    tasks = ["--tasks", "scenes_bind,scenes_words", "--n", "4", "--shots", "0,4", "--tokens", "both"]
+    flags = ["--model", str(run), "--scoring", "likelihood", "--out", str(out), "--report", str(report)]
+    evaluation.main([*flags, *tasks])
+    summary = json.loads(out.read_text())
+    rows = {(r["task"], r["shots"], r["tokens"]): r for r in summary["results"]}
+    assert len(rows) == len(summary["results"]) == 2 * 2 * 3 + 1
+    assert rows["scenes_bind", 4, "pruned"]["chance"] == rows["scenes_bind/name", 0, "full"]["chance"] == 50
+    assert rows["scenes_words", 0, "full"]["blind_score"] is None
+    assert (summary["prompt"], summary["scoring"]) == ("base", "likelihood")
+    ids = summary["demos"]["scenes_bind 4-shot"]
+    assert list(summary["demos"]) == ["scenes_bind 4-shot"] and len(ids) == 4
+    assert all(len(each.split()) == 4 for each in ids)
+    assert "4-shot" in report.read_text() and "nll_per_token" in report.read_text()

@@ -431,11 +431,12 @@ def lay_out(pieces: list[Piece], slots: list[np.ndarray]) -> Laid:
 
 
 def read_image(image: Image.Image | str | Path, name: str, read):
-    """read(picture) of a file or of a picture at hand."""
+    """read(picture) of a file, whose errors are the user's, or of a picture at hand."""
     if isinstance(image, Image.Image):
         return read(image)
     try:
-        return read(Image.open(image))
+        with Image.open(image) as opened:
+            return read(opened)
     except FileNotFoundError:
         raise UserError(f"{name}: image {image} does not exist") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:

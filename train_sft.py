@@ -3,6 +3,7 @@
     one CPU      python train_sft.py --init runs/a/pretrain --scale 32to144 --data scenes --out runs/a/sft
     one GPU      the same; one node: torchrun --nproc_per_node=8 train_sft.py ...; many: add --nnodes=N
     go on        the same command with --resume auto
+    sharper      --resolution 672+split cuts a picture in four beside the whole, +unpad as LLaVA-NeXT does
     plain        --slow_share 1 --distill_weight 0 is fine-tuning on all tokens, --slow_share 0 naive pruning
 
 A fast sample is trained on K pruned visual tokens behind the mode isolator, a slow one on all V; for the slow

@@ -445,6 +445,7 @@ def answer_likelihoods(
     samples: prompts as for data.prompt_batch; options: token ids. All go through the decoder in one batch,
     and a prompt's pictures through the encoder once.
     """
+    samples = [data.Sample(*sample) for sample in samples]
     pixels = np.concatenate([sample.pixels for sample in samples])
     slot = 0 if mode == "full" else len(pixels) * vlm.cfg.visual_tokens("full")  # see VLM.bank
     laid, first_slot = [], []

@@ -182,7 +182,7 @@ def test_an_oracle_is_perfect_and_blind_swaps_the_test_picture_alone(name, monke
 
     def prompt_batch(samples, mode, cfg):
         first = len(seen) - len(samples)
-        truth["now"] = [(by_prompt[told(pieces)], seen[first + i]) for i, (pieces, _) in enumerate(samples)]
+        truth["now"] = [(by_prompt[told(pieces)], seen[first + i]) for i, (pieces, *_) in enumerate(samples)]
         return real(samples, mode, cfg)
 
     def generate(batch, end, most, stops=()):
@@ -304,12 +304,13 @@ def test_prompts_longer_than_the_decoders_context_are_refused():
         ):
             evaluation.answer_all(tiny_vlm(150), TOKENIZER, task, images, mode, evaluation.EvalConfig())
     prompts = [evaluation.prompt_of(task, q, TOKENIZER) for q in task.questions]
+    shown = [[*(d.image for d in q.demos), q.image] for q in task.questions]
     longest = max(8 * 9 + len(texts_of(pieces)) for pieces in prompts)
     cfg = tiny_vlm(longest + task.max_new_tokens).cfg
-    assert max(evaluation.check_lengths(task, prompts, cfg, "full")) == longest  # it just fits
+    assert max(evaluation.check_lengths(task, prompts, shown, cfg, "full")) == longest  # it just fits
     cfg.decoder.context -= 1
     with pytest.raises(UserError, match=f"take {longest + task.max_new_tokens} positions"):
-        evaluation.check_lengths(task, prompts, cfg, "full")
+        evaluation.check_lengths(task, prompts, shown, cfg, "full")
 
 
 # --- the loss on text

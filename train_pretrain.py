@@ -63,6 +63,8 @@ class RunConfig:
     final_lr: float = 0.1  # share of the peak at the last step (cosine)
     weight_decay: float = 0.0  # on matrices
     clip: float = 1.0  # largest gradient norm
+    balance: float = 0.01  # weight of the load-balance loss of --decoder.experts (MM1's)
+    router_z: float = 0.001  # weight of their router's z-loss (MM1's)
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # autocast: float32 or bfloat16; auto: bfloat16 on cuda and where the CPU has it
     compile: str = "auto"  # true or false: torch.compile of every block; auto: on cuda only
@@ -76,6 +78,7 @@ class RunConfig:
         model.trainable_parts(self.train)
         model.require_at_least(self, 1, "steps batch_size micro_steps log_every row_length row_limit")
         model.require_at_least(self, 0, "seed workers save_every eval_every lr muon_lr vit_lr weight_decay")
+        model.require_at_least(self, 0, "balance router_z")
         if self.scale_init not in model.SCALE_INITS:
             raise UserError(f"--scale_init '{self.scale_init}': use one of {', '.join(model.SCALE_INITS)}")
         if self.scale_init != "inflate" and not self.scale:
@@ -255,16 +258,24 @@ def read_flags(
     model.parse_cli(argv, doc, cfg, model_cfg)
     changed = model.changed_flags(before, model_cfg)
     fixed = [name for name in changed if not name.startswith(("prune.", "lora.") if not begun else "prune.")]
+    new_experts = (
+        [] if begun or before.decoder.experts else model.EXPERT_FLAGS
+    )  # a dense decoder may get some
+    fixed = [name for name in fixed if name not in new_experts]
     if source and fixed:
         raise UserError(f"--{fixed[0]}: the model comes from {source}, which has its own")
     for parts, folder in ((("vit.", "image."), model_cfg.encoder_from), ("decoder.", model_cfg.decoder_from)):
         for name in changed if folder else ():
-            if name.startswith(parts) and name not in ("vit.image_size", "vit.align_corners"):
+            free = ("vit.image_size", "vit.align_corners", *new_experts)
+            if name.startswith(parts) and name not in free:
                 raise UserError(f"--{name}: that half comes from {folder}, which has its own")
     if "connector.plan" in changed and {"connector.windows", "connector.queries"} & set(changed):
         raise UserError("--connector.plan sets windows and queries: give either the plan or those")
     if "lora.alpha" in changed and not model_cfg.lora.rank:
         raise UserError("--lora.alpha has no effect without --lora.rank")
+    for name in () if model_cfg.decoder.experts else ("balance", "router_z"):
+        if getattr(cfg, name) != getattr(config(), name):
+            raise UserError(f"--{name} has no effect on a dense decoder: add --decoder.experts 4")
     cfg.check()
     return cfg, model_cfg, model.find_step(source) if source else None
 
@@ -286,6 +297,9 @@ def start(stage: str, config: type, argv: list[str], doc: str):
         if vlm.cfg.lora.rank and model_cfg.lora != vlm.cfg.lora:
             run.say("the adapters at hand are merged; a frozen decoder in bfloat16 rounds part of them away")
         vlm.set_lora(model_cfg.lora)
+        if model_cfg.decoder.experts and not vlm.cfg.decoder.experts:
+            vlm.cfg.decoder = model_cfg.check().decoder
+            model.upcycle(vlm.decoder, vlm.cfg.decoder)
         vlm.cfg.check()
     else:
         tokenizer = data.find_tokenizer(model_cfg)
@@ -425,8 +439,11 @@ def make_optimizers(vlm: model.VLM, cfg: RunConfig) -> list[torch.optim.Optimize
             continue
         vit = name.startswith("vit.")
         tables = ("embed_tokens", "position", "lm_head", "isolator")
+        stacked = name.endswith("_proj")  # the experts' matrices, 3-D, which Muon does not take
         matrix = p.ndim in (2, 4) and not any(table in name for table in tables)  # linears and convolutions
+        matrix = matrix or stacked
         inner = p.ndim == 2 and matrix and ("layers." in name or "blocks." in name) and "lora_" not in name
+        inner = inner and "router" not in name
         groups.setdefault((bool(cfg.muon_lr and inner), vit, matrix), []).append(p)
     if not groups:
         raise UserError(f"--train '{cfg.train}' leaves nothing to train")
@@ -474,7 +491,7 @@ def optimizer_step(run: Run, ddp: nn.Module, micro: list[data.Batch], optimizers
         with nullcontext() if last or run.world == 1 else ddp.no_sync():
             with run.autocast():
                 logits, teacher = ddp(batch)
-            losses = loss_of(logits, teacher, batch)
+            losses = add_router_losses(run, ddp, loss_of(logits, teacher, batch), batch)
             (losses["loss"] * (run.world / count)).backward()  # DDP divides by the number of ranks
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
@@ -491,6 +508,16 @@ def optimizer_step(run: Run, ddp: nn.Module, micro: list[data.Batch], optimizers
     if run.world > 1:
         dist.all_reduce(values)
     return {**dict(zip(sums, values)), "grad_norm": norm, "rate": rate}
+
+
+def add_router_losses(run: Run, ddp: nn.Module, losses: dict, batch: data.Batch) -> dict:
+    """With experts: the means that are their routers' losses, as sums over the supervised tokens, too."""
+    decoder = getattr(ddp, "module", ddp).decoder
+    if not decoder.cfg.experts:
+        return losses
+    balance, z = decoder.router_losses * len(batch.student.targets)
+    total = losses["loss"] + run.cfg.balance * balance + run.cfg.router_z * z
+    return {**losses, "loss": total, "balance": balance, "router_z": z}
 
 
 # ---------------------------------------------------------------------------------------------------------

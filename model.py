@@ -99,6 +99,12 @@ class DecoderConfig:
     qkv_bias: bool = False  # Qwen2
     qk_norm: bool = False  # Qwen3
     tied: bool = True  # head = embedding table
+    experts: int = 0  # MLPs of a sparse layer, two of which see each token; 0: all layers are dense
+    expert_every: int = 2  # every n-th layer is sparse, the first of each n - 1 dense
+    capacity: float = 2.0  # tokens that an expert takes in training, in shares of tokens / experts
+
+    def sparse(self, layer: int) -> bool:
+        return self.experts > 0 and (layer + 1) % self.expert_every == 0
 
 
 @dataclass
@@ -226,6 +232,21 @@ class ModelConfig:
         if self.prune.name not in prune.PRUNERS:
             raise UserError(
                 f"prune.name '{self.prune.name}' is unknown: use one of {', '.join(prune.PRUNERS)}"
+            )
+        d, dense = self.decoder, DecoderConfig()
+        for name in ("expert_every", "capacity"):
+            if not d.experts and getattr(d, name) != getattr(dense, name):
+                raise UserError(f"decoder.{name} has no effect on a dense decoder: add decoder.experts 4")
+        if d.experts and (d.experts < 2 or not 1 <= d.expert_every <= d.layers or d.capacity <= 0):
+            raise UserError(
+                f"decoder.experts {d.experts} must be 0 or above 1, decoder.expert_every {d.expert_every} "
+                f"lie in 1..{d.layers}, decoder.capacity {d.capacity} be above 0"
+            )
+        if d.experts and (d.width % 8 or d.mlp_width % 8):
+            raise UserError(f"decoder.experts need multiples of 8, not {d.width} and {d.mlp_width} wide MLPs")
+        if d.experts and self.lora.rank:
+            raise UserError(
+                f"lora.rank {self.lora.rank}: adapters stand beside a dense decoder's linears only"
             )
         return self
 
@@ -685,6 +706,103 @@ class DecoderAttention(nn.Module):
         return self.o_proj(merge_heads(attend(q, k, v, mask)))  # (B, T, D)
 
 
+class Experts(nn.Module):
+    """The sparse layer of MM1's experts: each token goes to the two of E gated MLPs that its router prefers.
+
+    The two gates are divided by their sum. In training an expert takes at most C tokens, first choices before
+    second ones and each in the order of positions; what it drops is left with the residual (GShard, arXiv
+    2006.16668; MM1 did not publish C, the default is AXLearn's). A rank's micro-batch is one group. Padding
+    comes last, so that it takes no token's place, and does not count in the losses. Nothing is dropped
+    without gradients: in evaluation, generation and the teacher's pass. A dropped token is computed and
+    weighed by 0: all shapes are known in advance, and on one device a full expert costs no more than others.
+
+    grouped_mm has a kernel for bfloat16 on CUDA; other dtypes and the CPU take its slower loop. Only
+    float32 and bfloat16, and rows of a multiple of 16 bytes. Here E experts, M = B * T tokens.
+    """
+
+    def __init__(self, cfg: DecoderConfig):
+        super().__init__()
+        self.capacity = cfg.capacity
+        self.router = nn.Linear(cfg.width, cfg.experts, bias=False)
+        inner, outer = (cfg.experts, cfg.mlp_width, cfg.width), (cfg.experts, cfg.width, cfg.mlp_width)
+        self.gate_proj = nn.Parameter(nn.init.trunc_normal_(torch.empty(inner), std=0.02))
+        self.up_proj = nn.Parameter(nn.init.trunc_normal_(torch.empty(inner), std=0.02))
+        self.down_proj = nn.Parameter(nn.init.trunc_normal_(torch.empty(outer), std=0.02))
+
+    def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (B, T, D), real (B, T) False at padding -> the layer's output (B, T, D), router losses (2,)"""
+        tokens = x.flatten(0, 1)  # (M, D)
+        real = torch.ones_like(tokens[:, 0], dtype=torch.bool) if real is None else real.flatten()  # (M,)
+        device = "cpu" if x.is_meta else x.device.type  # meta knows no autocast
+        with torch.autocast(device, enabled=False):  # the router always computes in float32
+            logits = F.linear(tokens.float(), self.router.weight.float())  # (M, E)
+            probabilities = logits.softmax(-1)
+            gates, chosen = probabilities.topk(2)  # (M, 2)
+            gates = gates / (gates.sum(-1, keepdim=True) + 1e-9)
+            losses = router_losses(logits, probabilities, chosen[:, 0], real)
+
+        chosen = chosen.T.flatten()  # (2M,): all first choices, then all second ones
+        order = (2 * chosen + ~real.repeat(2)).argsort(stable=True)  # by expert; padding behind its tokens
+        chosen, token, gates = chosen[order], order % len(tokens), gates.T.flatten()[order]
+        if self.training and torch.is_grad_enabled():
+            limit = -(-int(len(tokens) * self.capacity / len(self.gate_proj)) // 4) * 4
+            rank = torch.arange(len(order), device=x.device) - torch.searchsorted(chosen, chosen)
+            gates = gates * (rank < limit)
+        number = torch.arange(len(self.gate_proj), device=x.device)
+        ends = torch.searchsorted(chosen, number, right=True, out_int32=True)  # (E,) last row of each, + 1
+
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        gate, up, down = (w.to(dtype).transpose(1, 2) for w in (self.gate_proj, self.up_proj, self.down_proj))
+        rows = tokens.to(dtype).index_select(0, token)  # (2M, D)
+        hidden = F.silu(F.grouped_mm(rows, gate, offs=ends)) * F.grouped_mm(rows, up, offs=ends)
+        out = F.grouped_mm(hidden, down, offs=ends) * gates[:, None]  # (2M, D), float32
+        return out.new_zeros(tokens.shape).index_add(0, token, out).view_as(x).to(x.dtype), losses
+
+
+def router_losses(logits: Tensor, probabilities: Tensor, first: Tensor, real: Tensor) -> Tensor:
+    """Load balance and z-loss of a router (2,), means over the real tokens; all but `first` with gradient.
+
+    Balance is E * sum_e f_e * P_e with f_e the share of first choices, P_e the mean probability: 1 if these
+    are uniform (GShard). z is the mean squared logsumexp of the logits (ST-MoE, arXiv 2202.08906).
+    """
+    share = real.float() / real.sum().clamp(min=1)  # (M,)
+    experts = logits.shape[-1]
+    balance = experts * (share @ F.one_hot(first, experts).float() * (share @ probabilities)).sum()
+    return torch.stack([balance, share @ logits.logsumexp(-1).square()])
+
+
+EXPERT_FLAGS = ("decoder.experts", "decoder.expert_every", "decoder.capacity")
+
+
+@torch.no_grad()
+def upcycle(decoder: "Decoder", cfg: DecoderConfig) -> None:
+    """Make a dense decoder that of cfg, in place: each expert a copy of the dense MLP, routers random.
+
+    The gates sum to 1, so the logits stay the same while nothing is dropped (never at capacity >= experts).
+    """
+    decoder.cfg = cfg
+    for block in decoder.layers:
+        if cfg.sparse(block.layer):
+            with torch.device("meta"):
+                experts = Experts(cfg)
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                dense = getattr(block.mlp, name).weight  # (out, in)
+                setattr(experts, name, nn.Parameter(dense.expand(cfg.experts, -1, -1).clone()))
+            experts.router = nn.Linear(cfg.width, cfg.experts, bias=False, device=dense.device)
+            init_linear(experts.router)
+            block.mlp = experts
+
+
+def backbone_size(decoder: nn.Module) -> int:
+    """N of MM1's learning-rate law: matrices and norms of the dense decoder, without embeddings and head.
+
+    Of a sparse layer one expert counts, its router does not; adapters do not either.
+    """
+    skipped = ("embed_tokens", "lm_head", "router", ".lora_")
+    sizes = ((name, p.numel() // (len(p) if p.ndim == 3 else 1)) for name, p in decoder.named_parameters())
+    return sum(size for name, size in sizes if not any(part in name for part in skipped))
+
+
 class DecoderBlock(nn.Module):
     def __init__(self, cfg: DecoderConfig, layer: int):
         super().__init__()
@@ -692,13 +810,22 @@ class DecoderBlock(nn.Module):
         self.input_layernorm = nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
         self.self_attn = DecoderAttention(cfg)
         self.post_attention_layernorm = nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
-        self.mlp = GatedMLP(cfg.width, cfg.mlp_width)
+        self.mlp = Experts(cfg) if cfg.sparse(layer) else GatedMLP(cfg.width, cfg.mlp_width)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, cache: KVCache | None = None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor,
+        cache: KVCache | None = None,
+        real: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The residuals (B, T, D); of a sparse block also its router's losses (2,)."""
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, self.layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        if isinstance(self.mlp, GatedMLP):
+            return x + self.mlp(self.post_attention_layernorm(x))
+        y, losses = self.mlp(self.post_attention_layernorm(x), real)
+        return x + y, losses
 
 
 class Decoder(nn.Module):
@@ -722,11 +849,26 @@ class Decoder(nn.Module):
         """Hidden states (..., D) to logits (..., N)."""
         return F.linear(hidden, (self.embed_tokens if self.cfg.tied else self.lm_head).weight)
 
-    def hidden(self, x: Tensor, positions: Tensor, mask: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Embeddings (B, T, D) to final hidden states (B, T, D)."""
-        rope = rope_tables(positions, self.cfg)
+    def hidden(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        cache: KVCache | None = None,
+        real: Tensor | None = None,
+    ) -> Tensor:
+        """Embeddings (B, T, D) to final hidden states (B, T, D); real (B, T) is False at padding.
+
+        A pass with gradients leaves the mean router losses of its sparse layers in `router_losses`.
+        """
+        rope, losses = rope_tables(positions, self.cfg), []
         for block in self.layers:  # with a cache past a compiled block, which would recompile at every length
-            x = block.forward(x, rope, mask, cache) if cache else block(x, rope, mask)
+            x = block.forward(x, rope, mask, cache) if cache else block(x, rope, mask, real=real)
+            if isinstance(x, tuple):
+                x, router = x
+                losses.append(router)
+        if losses and torch.is_grad_enabled():
+            self.router_losses = torch.stack(losses).mean(0)  # (2,)
         if cache:
             cache.used += x.shape[1]
         return self.norm(x)
@@ -755,6 +897,8 @@ class Decoder(nn.Module):
     ) -> None:
         """config.json and model.safetensors, Hugging Face names, LoRA merged. end: id that ends text."""
         cfg = self.cfg
+        if cfg.experts:
+            raise UserError(f"{path}: no Llama layout holds decoder.experts; a run folder keeps them")
         config = {theirs: getattr(cfg, ours) for ours, theirs in LLAMA_NAMES.items()}
         config["model_type"] = "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else "llama"
         config["architectures"] = [DECODERS[config["model_type"]]]
@@ -1302,7 +1446,10 @@ class VLM(nn.Module):
             vit.resize(cfg.vit.image_size)
         if cfg.decoder_from:
             decoder = Decoder.from_pretrained(cfg.decoder_from, dtype)
-            cfg.decoder = decoder.cfg
+            names = (flag.removeprefix("decoder.") for flag in EXPERT_FLAGS)
+            sparse = {name: getattr(cfg.decoder, name) for name in names}
+            cfg.decoder = dataclasses.replace(decoder.cfg, **sparse)
+            upcycle(decoder, cfg.check().decoder)
         vlm = cls(cfg, vit, decoder)
         if hasattr(vlm.connector, "norm"):
             # Visual tokens enter at the scale of text embeddings: behind a LayerNorm every input of the
@@ -1354,7 +1501,8 @@ class VLM(nn.Module):
 
     def logits(self, rows, x: Tensor) -> Tensor:
         """The head at supervised positions only: (R, N), fp32."""
-        hidden = self.decoder.hidden(x, rows.positions, attention_mask(rows))
+        real = rows.doc_ids >= 0
+        hidden = self.decoder.hidden(x, rows.positions, attention_mask(rows), real=real)
         return self.decoder.head(hidden.flatten(0, 1)[rows.supervised]).float()
 
     def forward(self, batch) -> tuple[Tensor, Tensor | None]:
@@ -1819,12 +1967,14 @@ SMOLLM2_360M = DecoderConfig(49152, 960, 32, 15, 5, 64, 2560, 100000.0, norm_eps
 SPM = "for planning only: Vicuna's SentencePiece tokenizer does not load here; train on Qwen or Llama-3"
 
 
-def gala(width: int, layers: int, heads: int, mlp_width: int) -> DecoderConfig:
+def gala(
+    width: int, layers: int, heads: int, mlp_width: int, experts: int = 0, expert_every: int = 2
+) -> DecoderConfig:
     """MM1's decoders are known by size only; these are the shapes of AXLearn's Gala family (mm1.md 1.3)."""
     head = width // heads
     return DecoderConfig(
         32768, width, layers, heads, heads, head, mlp_width, norm_eps=1e-5, context=4096, qk_norm=True,
-        tied=False,
+        tied=False, experts=experts, expert_every=expert_every,
     )  # fmt: skip
 
 
@@ -1841,7 +1991,8 @@ def mm1(vit: ViTConfig, decoder: DecoderConfig, resolution: str = "672+split", z
         "source": "MM1, arXiv 2403.09611, sections 3.1-3.3 and 4",
         "ours": "decoder shape and vocabulary (AXLearn's Gala; no tokenizer here has its 32,768 ids), width "
         "inside the C-Abstractor (Honeybee's), what decays, the encoder's rate, warm-up and AdamW of stage 2 "
-        "(it had AdaFactor). Its weights were never released: it starts at random",
+        "(it had AdaFactor). Its weights were never released: it starts at random"
+        + "; experts' capacity and drops (AXLearn's), and that none began as a copy" * bool(decoder.experts),
         "model": ModelConfig(vit=vit, connector=connector, decoder=decoder),
         "pretrain": {
             **train, "lr": -1, "vit_lr": 5e-5, "rows": 512, "row_length": 4096, "row_limit": 4096,
@@ -1969,6 +2120,18 @@ PRESETS = {
     "3b": mm1(VIT_H, gala(2560, 36, 20, 6912)),
     "7b": mm1(VIT_H, gala(4096, 32, 32, 11008)),
     "30b": mm1(VIT_H, gala(7168, 48, 56, 19200), z_loss=1e-4),
+    "3b-moe": {  # the rate is that of the dense backbone; N + N * 2/3 * share * (E - 1) parameters of 2.9B
+        **mm1(VIT_H, gala(2560, 36, 20, 6912, 64, 2)), "reported": "\n  (63.8B by formula, MM1: 64B)",
+    },
+    "7b-moe": {  # MM1's own 7B decoder must have a larger feed-forward share than 2/3
+        **mm1(VIT_H, gala(4096, 32, 32, 11008, 32, 4)), "reported": "\n  (39.5B by formula, MM1: 47B)",
+    },
+}  # fmt: skip
+PRESETS["tiny-moe"] = {  # the shipped decoder upcycled
+    **PRESETS["tiny"],
+    "model": dataclasses.replace(
+        PRESETS["tiny"]["model"], decoder=dataclasses.replace(PRESETS["tiny"]["model"].decoder, experts=4)
+    ),
 }
 
 
@@ -1993,6 +2156,8 @@ WORKLOADS = (
 # Under autocast residuals, norms and rotations stay float32: measured 1.6 (a Qwen2.5 block) to 2.0 (a small
 # VLM) times the bytes that pure bfloat16 keeps.
 AUTOCAST = 1.8
+# FlopCounterMode does not know grouped_mm: (rows, in) times (E, in, out), or (in, rows) times (rows, out)
+GROUPED_MM = {torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[-1]}
 
 
 def count(run: Callable[[], Tensor], positions: int = 0) -> tuple[float, float]:
@@ -2009,7 +2174,7 @@ def count(run: Callable[[], Tensor], positions: int = 0) -> tuple[float, float]:
         return x
 
     unpack, hooks = (lambda x: x), torch.autograd.graph.saved_tensors_hooks
-    with FlopCounterMode(display=False) as counter, hooks(pack, unpack):
+    with FlopCounterMode(display=False, custom_mapping=GROUPED_MM) as counter, hooks(pack, unpack):
         out = run()
         stored = sum(kept.values())
         if out.requires_grad:
@@ -2023,7 +2188,7 @@ def sample_cost(cfg: ModelConfig, train: list[str], text: int, mode: str, images
     with torch.device("meta"):
         block = ViTBlock(vit).bfloat16().requires_grad_(late)
         connector = CONNECTORS[cfg.connector.kind](cfg).bfloat16().requires_grad_("connector" in train)
-        one = Decoder(dataclasses.replace(decoder, layers=1))
+        one = Decoder(dataclasses.replace(decoder, layers=1 + bool(decoder.experts), expert_every=2))
         if cfg.lora.rank:
             add_lora(one, cfg.lora)
         one.bfloat16().requires_grad_("decoder" in train)
@@ -2040,17 +2205,18 @@ def sample_cost(cfg: ModelConfig, train: list[str], text: int, mode: str, images
         parts["connector"], kept = count(lambda: connector(levels))
         bytes_kept += kept
 
+        sparse = sum(map(decoder.sparse, range(decoder.layers)))
+        times = (decoder.layers - sparse, sparse)  # how often each block of `one` is there
+
         def run(mode: str) -> tuple[float, float, float]:
             T = text + images * cfg.visual_tokens(mode)
             x = torch.zeros(1, T, decoder.width).bfloat16().requires_grad_()
             rope, mask = rope_tables(torch.zeros(1, T), decoder), torch.zeros(1, 1, T, T, dtype=torch.bool)
-            flops, kept = count(lambda: one.layers[0](x, rope, mask), T)
+            outs = [lambda: one.layers[0](x, rope, mask), lambda: one.layers[1](x, rope, mask)[0]]
+            blocks = [count(out, T) for out, _ in zip(outs, one.layers)]
+            flops, kept = (sum(n * block[i] for n, block in zip(times, blocks)) for i in (0, 1))
             logits = 3 * 4 * text * decoder.vocab_size / AUTOCAST  # in float32: they, log-softmax, gradient
-            return (
-                decoder.layers * flops,
-                count(lambda: one.head(x[:, :text]))[0],
-                decoder.layers * kept + logits,
-            )
+            return flops, count(lambda: one.head(x[:, :text]))[0], kept + logits
 
         parts["decoder"], parts["head"], kept = run("pruned" if mode == "fast" else "full")
         if mode == "slow":
@@ -2147,7 +2313,7 @@ def state_bytes(stage: Stage, sizes: dict) -> tuple[float, float]:
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     adapters = 64 * c.layers * (2 * (c.width + q) + 2 * (c.width + kv) + 3 * (c.width + c.mlp_width))
     full = sum(sizes[part][1] for part in ("decoder", "embeddings"))
-    return plain, plain - 16 * full + 18 * adapters if full else plain
+    return plain, plain - 16 * full + 18 * adapters if full and not c.experts else plain
 
 
 def savings(stage1: Stage, stage2: Stage) -> list[str]:
@@ -2188,6 +2354,19 @@ def savings(stage1: Stage, stage2: Stage) -> list[str]:
     return lines
 
 
+def expert_sizes(decoder: Decoder) -> str:
+    """How many parameters the experts make of a dense backbone, and how many of them a token meets."""
+    cfg = decoder.cfg
+    total = sum(p.numel() for name, p in decoder.named_parameters() if "lm_head" not in name)
+    total -= decoder.embed_tokens.weight.numel()
+    idle = sum(p.numel() for p in decoder.parameters() if p.ndim == 3) * (cfg.experts - 2) // cfg.experts
+    return (
+        f"  {cfg.experts} experts in {sum(map(cfg.sparse, range(cfg.layers)))} of {cfg.layers} layers: a "
+        f"decoder of {total / 1e6:,.1f}, {(total - idle) / 1e6:,.1f} active for a token, dense "
+        f"{backbone_size(decoder) / 1e6:,.1f}"
+    )
+
+
 def print_plan(name: str, cfg: ModelConfig, tools: "ToolConfig") -> None:
     """What a preset trains, sees, computes, keeps and takes, and what the papers' ideas are worth in it."""
     row = preset(name)
@@ -2207,6 +2386,8 @@ def print_plan(name: str, cfg: ModelConfig, tools: "ToolConfig") -> None:
     for part in sizes[0]:
         cells = (f"{size[part][0] / 1e6:,.1f}, {size[part][1] / 1e6:,.1f}".rjust(22) for size in sizes)
         print(f"  {part}".ljust(30) + "".join(cells))
+    if cfg.decoder.experts:
+        print(expert_sizes(vlm.decoder) + row.get("reported", ""))
 
     print("\nvisual tokens a view")
     for stage in stages:
@@ -2249,11 +2430,6 @@ def print_plan(name: str, cfg: ModelConfig, tools: "ToolConfig") -> None:
 
     print("\nwhat the papers' ideas save here (FLOPs), beside what they report (time, 7B behind CLIP-L)")
     lines = savings(stages[0], stages[-1])
-    if row["source"].startswith("MM1"):
-        lines += [
-            "MM1's experts: N + N * 2/3 * share * (E - 1) is 63.8B for 3B-MoE (reported 64B) but 39.5B for",
-            "  7B-MoE (reported 47B): more of its 7B decoder must be feed-forward than in this shape",
-        ]
     print("".join(f"  {line}\n" for line in lines), end="")
 
 
@@ -2269,6 +2445,7 @@ def export(run: str, out: str) -> Path:
     vlm = VLM.from_pretrained(step)
     part = to.with_name(to.name + ".tmp")
     shutil.rmtree(part, ignore_errors=True)
+    vlm.decoder.save_pretrained(part / "decoder", end=read_json(step / "config.json").get("end_token"))
     vlm.vit.save_pretrained(part / "encoder")
     size = {"height": vlm.cfg.vit.image_size, "width": vlm.cfg.vit.image_size}
     switches = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
@@ -2278,7 +2455,6 @@ def export(run: str, out: str) -> Path:
         "do_center_crop": False, **switches,
     }  # fmt: skip
     write_json(part / "encoder" / "preprocessor_config.json", image)
-    vlm.decoder.save_pretrained(part / "decoder", end=read_json(step / "config.json").get("end_token"))
     for file in (step / "tokenizer").iterdir():
         shutil.copy(file, part / "decoder" / file.name)
     to.mkdir(parents=True, exist_ok=True)

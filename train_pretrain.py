@@ -68,6 +68,8 @@ class RunConfig:
     decay: str = "matrices"  # what decays: matrices (neither vectors nor tables), or all (MM1)
     z_loss: float = 0.0  # on the mean squared log of the softmax's denominator (MM1: 1e-4, for 30B)
     clip: float = 1.0  # largest gradient norm
+    balance: float = 0.01  # weight of the load-balance loss of --decoder.experts (MM1's)
+    router_z: float = 0.001  # weight of their router's z-loss (MM1's)
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # autocast: float32 or bfloat16; auto: bfloat16 on cuda and where the CPU has it
     compile: str = "auto"  # true or false: torch.compile of every block; auto: on cuda only
@@ -81,8 +83,8 @@ class RunConfig:
         model.trainable_parts(self.train)
         lengths = "row_length row_images row_limit"
         model.require_at_least(self, 1, "steps rows micro_steps log_every " + lengths)
-        least0 = "seed batch_size workers save_every eval_every muon_lr vit_lr weight_decay z_loss"
-        model.require_at_least(self, 0, least0)
+        least0 = "seed batch_size workers save_every eval_every muon_lr vit_lr weight_decay z_loss balance"
+        model.require_at_least(self, 0, least0 + " router_z")
         if self.lr < 0 and (self.lr != -1 or "decoder" not in self.train.split(",")):
             raise UserError(f"--lr {self.lr:g}: at least 0, or -1 (MM1's law) where the whole decoder trains")
         if self.decay not in ("matrices", "all"):
@@ -287,11 +289,14 @@ def read_flags(
         raise UserError(f"--resolution {cfg.resolution}: the run in {source} has '{resolution}' and keeps it")
     changed = model.changed_flags(before, model_cfg)
     fixed = [name for name in changed if not name.startswith(("prune.", "lora.") if not begun else "prune.")]
+    if not begun and not before.decoder.experts:  # a dense decoder may get some
+        fixed = [name for name in fixed if name not in model.EXPERT_FLAGS]
     if source and fixed:
         raise UserError(f"--{fixed[0]}: the model comes from {source}, which has its own")
     for parts, folder in ((("vit.", "image."), model_cfg.encoder_from), ("decoder.", model_cfg.decoder_from)):
         for name in changed if folder else ():
-            if name.startswith(parts) and name not in ("vit.image_size", "vit.align_corners"):
+            free = ("vit.image_size", "vit.align_corners", *new_experts)
+            if name.startswith(parts) and name not in free:
                 raise UserError(f"--{name}: that half comes from {folder}, which has its own")
     if "connector.plan" in changed and {"connector.windows", "connector.queries"} & set(changed):
         raise UserError("--connector.plan sets windows and queries: give either the plan or those")
@@ -300,6 +305,9 @@ def read_flags(
     for name in ("--rows", "--row_images"):
         if cfg.batch_size and any(word.split("=")[0] == name for word in argv):
             raise UserError(f"{name} is for packed rows: add --batch_size 0, which is {cfg.batch_size} now")
+    for name in () if model_cfg.decoder.experts else ("balance", "router_z"):
+        if getattr(cfg, name) != getattr(config(), name):
+            raise UserError(f"--{name} has no effect on a dense decoder: add --decoder.experts 4")
     cfg.check()
     if source:  # start() takes the model there; what cannot be shows before anything is built
         grown = model.scaled_config(model_cfg, cfg.scale) if cfg.scale and not begun else model_cfg
@@ -326,13 +334,16 @@ def start(stage: str, config: type, argv: list[str], doc: str):
         if vlm.cfg.lora.rank and model_cfg.lora != vlm.cfg.lora:
             run.say("the adapters at hand are merged; a frozen decoder in bfloat16 rounds part of them away")
         vlm.set_lora(model_cfg.lora)
+        if model_cfg.decoder.experts and not vlm.cfg.decoder.experts:
+            vlm.cfg.decoder = model_cfg.check().decoder
+            model.upcycle(vlm.decoder, vlm.cfg.decoder)
         vlm.cfg.check()
     else:
         tokenizer = data.find_tokenizer(model_cfg)
         vlm = model.VLM.build(model_cfg, None if cfg.frozen == "bfloat16" else torch.float32)
     settle(vlm, cfg)
     if cfg.lr == -1:
-        size = sum(p.numel() for p in vlm.decoder.layers.parameters()) + vlm.decoder.norm.weight.numel()
+        size = model.backbone_size(vlm.decoder)
         cfg.lr = mm1_rate(size)
         run.say(f"MM1's law: {size:,} weights of the decoder without embeddings, peak rate {cfg.lr:.4g}")
     vlm.to(device)
@@ -472,8 +483,11 @@ def make_optimizers(vlm: model.VLM, cfg: RunConfig) -> list[torch.optim.Optimize
             continue
         vit = name.startswith("vit.")
         tables = ("embed_tokens", "position", "lm_head", "isolator")
+        stacked = name.endswith("_proj")  # the experts' matrices, 3-D, which Muon does not take
         matrix = p.ndim in (2, 4) and not any(table in name for table in tables)  # linears and convolutions
+        matrix = matrix or stacked
         inner = p.ndim == 2 and matrix and ("layers." in name or "blocks." in name) and "lora_" not in name
+        inner = inner and "router" not in name
         decays = matrix or cfg.decay == "all"
         groups.setdefault((bool(cfg.muon_lr and inner), vit, decays), []).append(p)
     if not groups:
@@ -524,10 +538,7 @@ def optimizer_step(run: Run, ddp: nn.Module, micro: list[data.Batch], optimizers
         with nullcontext() if last or run.world == 1 else ddp.no_sync():
             with run.autocast():
                 logits, teacher = ddp(batch)
-            losses = loss_of(logits, teacher, batch)
-            if run.cfg.z_loss:
-                losses["z"] = torch.logsumexp(logits, -1).pow(2).sum()
-                losses["loss"] = losses["loss"] + run.cfg.z_loss * losses["z"]
+            losses = add_penalties(run, ddp, loss_of(logits, teacher, batch), logits)
             (losses["loss"] * (run.world / count)).backward()  # DDP divides by the number of ranks
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
@@ -544,6 +555,18 @@ def optimizer_step(run: Run, ddp: nn.Module, micro: list[data.Batch], optimizers
     if run.world > 1:
         dist.all_reduce(values)
     return {**dict(zip(sums, values)), "grad_norm": norm, "rate": rate}
+
+
+def add_penalties(run: Run, ddp: nn.Module, losses: dict, logits: Tensor) -> dict:
+    """--z_loss, and where there are experts what their routers lose: means, so times the supervised tokens."""
+    decoder, loss, more = getattr(ddp, "module", ddp).decoder, losses["loss"], {}
+    if run.cfg.z_loss:
+        more["z"] = logits.logsumexp(-1).square().sum()
+        loss = loss + run.cfg.z_loss * more["z"]
+    if decoder.cfg.experts:
+        more["balance"], more["router_z"] = decoder.router_losses * len(logits)
+        loss = loss + run.cfg.balance * more["balance"] + run.cfg.router_z * more["router_z"]
+    return {**losses, **more, "loss": loss}
 
 
 # ---------------------------------------------------------------------------------------------------------

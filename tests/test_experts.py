@@ -1,0 +1,401 @@
+"""Mixture of experts: routing and its losses against plain loops, upcycling, training, files, the plan."""
+
+import dataclasses
+import json
+import math
+import os
+
+import pytest
+import test_training
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from test_training import SMALL, small_batch, small_config
+
+import data
+import model
+import train_pretrain
+import train_sft
+from model import DecoderConfig, UserError
+
+CFG = DecoderConfig(width=16, mlp_width=24, experts=4)
+
+
+def make_experts(capacity: float, **changes) -> model.Experts:
+    """Weights large enough that routing is uneven and outputs are not tiny."""
+    torch.manual_seed(0)
+    experts = model.Experts(dataclasses.replace(CFG, capacity=capacity, **changes))
+    for p in experts.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return experts
+
+
+def reference(experts: model.Experts, x: torch.Tensor, real: torch.Tensor | None, drops: bool = True):
+    """The layer token by token in float64, AXLearn's Top-2 rules: (output, losses, dropped pairs)."""
+    w = {name: p.double() for name, p in experts.named_parameters()}
+    E = len(w["gate_proj"])
+    tokens = x.double().flatten(0, 1)
+    real = torch.ones(len(tokens), dtype=torch.bool) if real is None else real.flatten()
+    logits = tokens @ w["router.weight"].T
+    probabilities = logits.exp() / logits.exp().sum(1, keepdim=True)
+    limit = math.ceil(int(len(tokens) * experts.capacity / E) / 4) * 4 if drops else len(tokens)
+    best = probabilities.argsort(1, descending=True)[:, :2]
+    out, taken, dropped = torch.zeros_like(tokens), [0] * E, []
+    for choice in (0, 1):
+        for n in [n for n in range(len(tokens)) if real[n]]:
+            e = int(best[n, choice])
+            taken[e] += 1
+            if taken[e] > limit:
+                dropped.append((n, choice))
+                continue
+            gate = probabilities[n, e] / (probabilities[n, best[n, 0]] + probabilities[n, best[n, 1]])
+            inner = F.silu(w["gate_proj"][e] @ tokens[n]) * (w["up_proj"][e] @ tokens[n])
+            out[n] = out[n] + gate * (w["down_proj"][e] @ inner)
+    n = real.sum()
+    first = torch.stack([(best[real, 0] == e).sum() / n for e in range(E)])
+    balance = E * (first * probabilities[real].sum(0) / n).sum()
+    z = logits[real].exp().sum(1).log().pow(2).sum() / n
+    return out.view_as(x), torch.stack([balance, z]), dropped
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("capacity", [0.5, 1.0, 4.0])
+def test_the_layer_equals_a_loop_over_tokens(capacity, padded, dtype):
+    """Outputs, losses, all gradients, with and without drops; padding takes no place and does not count."""
+    experts, x = make_experts(capacity), torch.randn(2, 20, 16, requires_grad=True)
+    real = torch.ones(2, 20, dtype=torch.bool)
+    real[0, 5:9], real[1, 12:] = not padded, not padded
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        y, losses = experts(x, real)
+    right, right_losses, dropped = reference(experts, x, real)
+    assert bool(dropped) == (capacity < 4) and y.dtype == torch.float32
+    if dtype == torch.float32:
+        torch.testing.assert_close(losses.double(), right_losses, rtol=1e-5, atol=1e-6)
+    weight = torch.randn(2, 20, 16) * real[..., None]
+    gradients = []
+    for out, told in ((y, losses), (right, right_losses)):
+        x.grad = None
+        experts.zero_grad()
+        ((out * weight).sum() + told.sum()).backward()
+        gradients.append([x.grad, *(p.grad for p in experts.parameters())])
+    for ours, theirs in zip((y * weight, *gradients[0]), ((right * weight).float(), *gradients[1])):
+        scale = theirs.detach().abs().max().item()
+        torch.testing.assert_close(
+            ours, theirs, rtol=0, atol=scale * (1e-5 if dtype == torch.float32 else 0.03)
+        )
+
+
+def test_first_choices_are_served_before_second_ones_and_early_tokens_before_late_ones():
+    experts = make_experts(0.5)  # 32 tokens, 4 experts: 4 places each
+    with torch.no_grad():
+        experts.router.weight.copy_(torch.eye(4, 16))
+    x = torch.zeros(1, 32, 16)
+    x[0, :, 4:] = torch.randn(32, 12)
+    x[0, :30, 1], x[0, :30, 0] = 2.0, 1.0  # first 1, then 0
+    x[0, 30:, 0], x[0, 30:, 2] = 2.0, 1.0  # the last two: first 0, then 2
+    y, _ = experts(x)
+    _, _, dropped = reference(experts, x, None)
+    served = {(n, c) for n in range(32) for c in (0, 1)} - set(dropped)
+    first, second = {(n, 0) for n in (0, 1, 2, 3, 30, 31)}, {(0, 1), (1, 1), (30, 1), (31, 1)}
+    assert served == first | second  # expert 0 serves the late first choices, then two second ones
+    nothing = [n for n in range(32) if not served & {(n, 0), (n, 1)}]
+    assert (y[0, nothing] == 0).all() and (y[0, [0, 30, 31]].abs().sum(1) > 0).all()
+
+
+def test_without_gradient_or_outside_of_training_nothing_is_dropped():
+    experts, x = make_experts(0.25), torch.randn(1, 40, 16)
+    right, _, _ = reference(experts, x, None, drops=False)
+    assert not torch.allclose(experts(x)[0], right.float(), atol=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(experts(x)[0], right.float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(experts.eval()(x)[0], right.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("n, z", [(64, 17.296), (32, 12.011)])
+def test_a_uniform_router_has_the_losses_of_the_formula(n, z):
+    experts = make_experts(2.0, experts=n)
+    torch.nn.init.zeros_(experts.router.weight)
+    _, losses = experts(torch.randn(2, 50, 16))
+    torch.testing.assert_close(losses, torch.tensor([1.0, math.log(n) ** 2]))
+    assert losses[1].item() == pytest.approx(z, abs=5e-4)
+
+
+def test_the_router_stays_in_float32_under_autocast():
+    experts, x = make_experts(4.0), torch.randn(2, 20, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, losses = experts(x)
+    assert torch.equal(losses, experts(x)[1]) and y.dtype == torch.float32
+
+
+def sparse_config(**changes) -> model.ModelConfig:
+    cfg = small_config()
+    cfg.decoder = dataclasses.replace(cfg.decoder, experts=4, **changes)
+    return cfg
+
+
+def test_an_upcycled_decoder_gives_the_dense_logits():
+    torch.manual_seed(0)
+    dense = model.Decoder(small_config().decoder)
+    ids = torch.randint(0, dense.cfg.vocab_size, (2, 40))
+    before, size = dense(ids), model.backbone_size(dense)
+    model.upcycle(dense, sparse_config(capacity=4.0).decoder)  # in training, where it could drop
+    assert [type(block.mlp).__name__ for block in dense.layers] == ["GatedMLP", "Experts"]
+    torch.testing.assert_close(dense(ids), before, rtol=1e-5, atol=1e-6)
+    assert model.backbone_size(dense) == size
+    assert all(p.requires_grad and p.is_leaf for p in dense.parameters())
+    balance, z = dense.router_losses.tolist()
+    assert 0.9 < balance < 1.2 and z == pytest.approx(math.log(4) ** 2, rel=0.1)
+
+
+def test_which_layers_are_sparse_and_what_the_backbone_is():
+    cfg = dataclasses.replace(CFG, layers=7, expert_every=3)
+    assert [i + 1 for i in range(7) if cfg.sparse(i)] == [3, 6]
+    decoder = model.Decoder(cfg)
+    assert [type(block.mlp) is model.Experts for block in decoder.layers] == list(map(cfg.sparse, range(7)))
+    dense = model.Decoder(dataclasses.replace(cfg, experts=0))
+    assert (
+        model.backbone_size(decoder)
+        == model.backbone_size(dense)
+        < sum(p.numel() for p in dense.parameters())
+    )
+    names = ("embed_tokens", "lm_head")
+    plain = sum(p.numel() for name, p in dense.named_parameters() if not name.startswith(names))
+    assert model.backbone_size(dense) == plain
+
+
+def one_step(rank: int, world: int, batch: data.Batch, weights=(0.01, 0.001), **changes):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    vlm = model.VLM(sparse_config(**changes))
+    vlm.set_trainable(["vit", "connector", "decoder"], isolator=True)
+    cfg = train_pretrain.RunConfig(clip=1e9, warmup=0, steps=10, compile="false", dtype="float32")
+    cfg.balance, cfg.router_z = weights
+    run = train_pretrain.Run("sft", cfg, rank, world, torch.device("cpu"))
+    before = {name: p.detach().clone() for name, p in vlm.named_parameters()}
+    trained = [{"params": [p for p in vlm.parameters() if p.requires_grad], "peak": 1.0}]
+    stats = train_pretrain.optimizer_step(
+        run, train_pretrain.prepare(run, vlm), [batch], [torch.optim.SGD(trained, lr=1.0)], 0,
+        test_training.fast_slow_sums,
+    )  # fmt: skip
+    change = {name: before[name] - p.detach() for name, p in vlm.named_parameters()}
+    return change, {name: float(value) for name, value in stats.items()}
+
+
+def test_one_step_trains_router_and_experts_and_the_losses_reach_the_router():
+    batch = small_batch([("chat", "fast"), ("chat", "slow")], sparse_config())
+    with_losses, stats = one_step(0, 1, batch)
+    without, plain = one_step(0, 1, batch, weights=(0.0, 0.0))
+    router = "decoder.layers.1.mlp.router.weight"
+    for name in (router, *(f"decoder.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down"))):
+        assert with_losses[name].abs().max() > 0, name
+    assert not torch.allclose(with_losses[router], without[router], rtol=1e-3, atol=0)
+    assert stats["balance"] > 0.9 and stats["router_z"] == plain["router_z"] > 1
+    added = 0.01 * stats["balance"] + 0.001 * stats["router_z"]
+    assert stats["loss"] == pytest.approx(plain["loss"] + added, rel=1e-6)
+    assert plain["loss"] == pytest.approx(plain["ce"] + plain["kl"], rel=1e-6)
+
+
+def test_the_teachers_pass_leaves_no_router_losses():
+    cfg = sparse_config()
+    vlm = model.VLM(cfg)
+    slow, plain = (small_batch([("chat", mode)], cfg) for mode in ("slow", "full"))
+    told = []
+    for batch in (slow, plain):
+        vlm(batch)
+        told.append(vlm.decoder.router_losses)
+        assert told[-1].requires_grad
+    torch.testing.assert_close(*told)
+    with torch.no_grad():
+        vlm(slow)
+    assert vlm.decoder.router_losses is told[-1]
+
+
+def rank_main(rank: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE="2")
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    batch = small_batch([("chat", "fast"), ("text", "fast")], sparse_config(), start=2 * rank)
+    result = one_step(rank, 2, batch, weights=(0.0, 0.0), capacity=4.0)
+    if rank == 0:
+        torch.save(result, f"{folder}/ranks.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(tmp_path):
+    """Without drops and router losses, which are those of a rank's own tokens."""
+    mp.spawn(rank_main, args=(str(tmp_path),), nprocs=2)
+    two = torch.load(tmp_path / "ranks.pt")
+    batch = small_batch([("chat", "fast"), ("text", "fast")] * 2, sparse_config())
+    one = one_step(0, 1, batch, weights=(0.0, 0.0), capacity=4.0)
+    assert two[1]["loss"] == pytest.approx(one[1]["loss"], rel=1e-4)
+    for name, change in one[0].items():
+        torch.testing.assert_close(two[0][name], change, rtol=1e-3, atol=2e-6, msg=name)
+
+
+def test_an_expert_without_tokens_has_a_gradient_of_zeros():
+    """Or DDP would wait for it."""
+    experts = make_experts(2.0)
+    with torch.no_grad():
+        experts.router.weight.copy_(torch.eye(4, 16) * torch.tensor([1.0, 1.0, 0, 0])[:, None])
+    x = torch.randn(1, 30, 16)
+    x[..., :2] = 5.0
+    y, _ = experts(x)
+    y.sum().backward()
+    for p in (experts.gate_proj, experts.up_proj, experts.down_proj):
+        used = p.grad.abs().amax((1, 2)) > 0
+        assert used.tolist() == [True, True, False, False]
+
+
+def test_generation_with_a_cache_follows_the_whole_pass():
+    torch.manual_seed(0)
+    vlm = model.VLM(sparse_config(capacity=0.25))
+    for p in vlm.decoder.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    pieces = [0, (test_training.TOKENIZER.encode("what is this?"), False)]
+    record = data.Scenes("chat")[0]
+    batch = data.prompt_batch([(pieces, data.load_images(record.images, vlm.cfg))], "full", vlm.cfg)
+    new = vlm.generate(batch, end=-1, max_new_tokens=6)[0]
+    rows = batch.student
+    x = torch.cat([vlm.splice(rows, vlm.bank(batch)), vlm.decoder.embed(torch.tensor([new]))], 1)
+    T = x.shape[1]
+    with torch.no_grad():
+        hidden = vlm.decoder.hidden(
+            x, torch.arange(T)[None], model.document_mask(torch.zeros(1, T, dtype=torch.long))
+        )
+    assert vlm.decoder.head(hidden[0, -7:-1]).argmax(-1).tolist() == new
+
+
+@pytest.mark.slow
+def test_a_sparse_block_compiles_as_one_graph():
+    torch.manual_seed(0)
+    cfg = dataclasses.replace(CFG, width=32, heads=2, kv_heads=1, head_dim=16, capacity=1.0)
+    block = model.DecoderBlock(cfg, layer=1)
+    compiled = model.DecoderBlock(cfg, layer=1)
+    compiled.load_state_dict(block.state_dict())
+    compiled.compile(fullgraph=True)
+    for T in (16, 24, 40):
+        x, mask = torch.randn(2, T, 32), model.document_mask(torch.zeros(2, T, dtype=torch.long))
+        rope = model.rope_tables(torch.arange(T).expand(2, -1), cfg)
+        real = torch.arange(T).expand(2, -1) < T - 3
+        results = []
+        for b in (block, compiled):
+            b.zero_grad()
+            y, losses = b(x, rope, mask, real=real)
+            (y.square().sum() + losses.sum()).backward()
+            results.append([y, losses, *(p.grad for p in b.parameters())])
+        for ours, theirs in zip(*results):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_decay_and_muon():
+    vlm = model.VLM(sparse_config())
+    vlm.set_trainable(["decoder"], isolator=False)
+    adam, muon = train_pretrain.make_optimizers(vlm, train_pretrain.RunConfig(muon_lr=0.1, weight_decay=0.1))
+    groups = {id(p): group for group in adam.param_groups for p in group["params"]}
+    mlp = vlm.decoder.layers[1].mlp
+    for p in mlp.parameters():
+        assert groups[id(p)]["weight_decay"] == 0.1
+    assert all(p.ndim == 2 and p is not mlp.router.weight for g in muon.param_groups for p in g["params"])
+
+
+def test_a_run_saves_resumes_and_logs(tmp_path, small_halves, monkeypatch):
+    """Upcycled from a dense half; stopped and resumed bit for bit; fine-tuned, where its experts stay."""
+    run, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = [*SMALL, *small_halves, "--decoder.experts", "4", "--steps", "4", "--save_every", "2", "--out"]
+    train_pretrain.main([*flags, str(run)])
+    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["balance"] > 0.9 and line["router_z"] > 1 for line in log)
+    stop = train_pretrain.finish_step
+
+    def stop_at_two(run, vlm, tokenizer, optimizers, step):
+        stop(run, vlm, tokenizer, optimizers, step)
+        if step == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_pretrain, "finish_step", stop_at_two)
+    with pytest.raises(KeyboardInterrupt):
+        train_pretrain.main([*flags, str(cut)])
+    monkeypatch.setattr(train_pretrain, "finish_step", stop)
+    train_pretrain.main([*flags, str(cut), "--resume", "auto"])
+    weights, resumed = (model.VLM.from_pretrained(folder).state_dict() for folder in (run, cut))
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    assert weights["decoder.layers.1.mlp.gate_proj"].shape == (4, 64, 32)
+    sft = [*SMALL, "--init", str(run), "--steps", "1", "--out"]
+    train_sft.main([*sft, str(tmp_path / "sft")])
+    assert model.VLM.from_pretrained(tmp_path / "sft").cfg.decoder.experts == 4
+    for flag, value in (("experts", "8"), ("experts", "0"), ("expert_every", "1"), ("capacity", "1")):
+        with pytest.raises(UserError, match=f"--decoder.{flag}: the model comes from"):
+            train_sft.main([*sft, str(tmp_path / "no"), f"--decoder.{flag}", value])
+    with pytest.raises(UserError, match="no Llama layout holds"):
+        model.export(str(run), str(tmp_path / "hf"))
+    assert not (tmp_path / "hf").exists() and not (tmp_path / "hf.tmp").exists()
+
+
+def test_a_dense_run_can_be_upcycled(tmp_path, small_halves):
+    dense = tmp_path / "dense"
+    train_pretrain.main([*SMALL, *small_halves, "--steps", "1", "--out", str(dense)])
+    line = json.loads((dense / "metrics.jsonl").read_text())
+    assert "balance" not in line and "router_z" not in line
+    begin = [*SMALL, "--init", str(dense), "--steps", "1", "--lr", "0", "--muon_lr", "0", "--out"]
+    train_pretrain.main([*begin, str(tmp_path / "moe"), "--decoder.experts", "4", "--balance", "0.02"])
+    vlms = [model.VLM.from_pretrained(folder).eval() for folder in (dense, tmp_path / "moe")]
+    batch = small_batch([("chat", "full"), ("text", "full")], vlms[0].cfg)
+    torch.testing.assert_close(vlms[1](batch)[0], vlms[0](batch)[0], rtol=1e-4, atol=1e-5)
+    for flags, told in (
+        ("--balance 0.02", "--balance has no effect on a dense decoder"),
+        ("--router_z 1", "--router_z has no effect on a dense decoder"),
+        ("--decoder.capacity 1", "decoder.capacity has no effect"),
+        ("--decoder.width 64", "--decoder.width: the model comes from"),
+        ("--decoder.experts 4 --lora.rank 2", "adapters stand beside a dense"),
+        ("--decoder.experts 1", "must be 0 or above 1"),
+        ("--decoder.experts 4 --decoder.expert_every 3", "lie in 1..2"),
+    ):
+        with pytest.raises(UserError, match=told):
+            train_pretrain.main([*begin, str(tmp_path / "no"), *flags.split()])
+    assert not (tmp_path / "no").exists()
+
+
+def test_experts_need_aligned_widths():
+    cfg = sparse_config(mlp_width=60)
+    with pytest.raises(UserError, match="multiples of 8, not 32 and 60"):
+        cfg.check()
+
+
+@pytest.mark.parametrize("mode", ["full", "fast", "slow"])
+def test_the_plan_counts_the_experts_that_a_token_meets(mode):
+    """Two of E: a sparse block costs the products of a gated MLP twice as wide, and the router's."""
+    cfg = sparse_config(layers=3, expert_every=3)
+    wide = small_config()
+    wide.decoder = dataclasses.replace(wide.decoder, layers=3)
+    parts, _ = model.sample_cost(cfg, ["decoder"], 50, mode, 1)
+    dense, _ = model.sample_cost(wide, ["decoder"], 50, mode, 1)
+    T = 50 + cfg.visual_tokens("pruned" if mode == "fast" else "full")
+    c = cfg.decoder
+    more = 6 * T * (3 * c.width * c.mlp_width + c.experts * c.width)
+    assert parts["decoder"] - dense["decoder"] == pytest.approx(more, rel=1e-3)  # the losses' few products
+
+
+@pytest.mark.parametrize(
+    "name, total, active, dense",
+    [("3b-moe", 63.06e9, 3.814e9, 2.855e9), ("7b-moe", 40.02e9, 7.559e9, 6.476e9)],
+)
+def test_the_sizes_of_mm1s_experts(name, total, active, dense):
+    cfg = model.PRESETS[name]["model"].decoder
+    with torch.device("meta"):
+        decoder = model.Decoder(cfg)
+    counted = sum(p.numel() for p in decoder.layers.parameters())
+    assert counted == pytest.approx(total, rel=1e-3)
+    assert model.backbone_size(decoder) == pytest.approx(dense, rel=1e-3)
+    told = model.expert_sizes(decoder).replace(",", "")
+    assert f"{active / 1e6:.0f}"[:3] in told
+
+
+def test_the_formula_gives_mm1s_64_billion():
+    def formula(n, share, experts):
+        return n + n * 2 / 3 * share * (experts - 1)
+
+    assert formula(2.9e9, 1 / 2, 64) == pytest.approx(63.8e9, rel=1e-3)
+    assert formula(6.4e9, 1 / 4, 32) == pytest.approx(39.5e9, rel=1e-3)

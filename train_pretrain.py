@@ -289,8 +289,8 @@ def read_flags(
         raise UserError(f"--resolution {cfg.resolution}: the run in {source} has '{resolution}' and keeps it")
     changed = model.changed_flags(before, model_cfg)
     fixed = [name for name in changed if not name.startswith(("prune.", "lora.") if not begun else "prune.")]
-    if not begun and not before.decoder.experts:  # a dense decoder may get some
-        fixed = [name for name in fixed if name not in model.EXPERT_FLAGS]
+    new_experts = model.EXPERT_FLAGS if not begun and not before.decoder.experts else ()  # a dense one's
+    fixed = [name for name in fixed if name not in new_experts]
     if source and fixed:
         raise UserError(f"--{fixed[0]}: the model comes from {source}, which has its own")
     for parts, folder in ((("vit.", "image."), model_cfg.encoder_from), ("decoder.", model_cfg.decoder_from)):
@@ -558,7 +558,7 @@ def optimizer_step(run: Run, ddp: nn.Module, micro: list[data.Batch], optimizers
 
 
 def add_penalties(run: Run, ddp: nn.Module, losses: dict, logits: Tensor) -> dict:
-    """--z_loss, and where there are experts what their routers lose: means, so times the supervised tokens."""
+    """--z_loss and, where there are experts, their routers' losses: means, so times the supervised tokens."""
     decoder, loss, more = getattr(ddp, "module", ddp).decoder, losses["loss"], {}
     if run.cfg.z_loss:
         more["z"] = logits.logsumexp(-1).square().sum()

@@ -258,9 +258,8 @@ def read_flags(
     model.parse_cli(argv, doc, cfg, model_cfg)
     changed = model.changed_flags(before, model_cfg)
     fixed = [name for name in changed if not name.startswith(("prune.", "lora.") if not begun else "prune.")]
-    new_experts = (
-        [] if begun or before.decoder.experts else model.EXPERT_FLAGS
-    )  # a dense decoder may get some
+    dense = not begun and not before.decoder.experts  # then it may get experts
+    new_experts = [f"decoder.{name}" for name in model.EXPERT_FIELDS if dense]
     fixed = [name for name in fixed if name not in new_experts]
     if source and fixed:
         raise UserError(f"--{fixed[0]}: the model comes from {source}, which has its own")
@@ -285,6 +284,10 @@ def start(stage: str, config: type, argv: list[str], doc: str):
     cfg, model_cfg, step = read_flags(config, stage, argv, doc)
     rank, world, device = find_ranks(cfg.device)
     resolve_auto(cfg, device, world)
+    if model_cfg.decoder.experts and cfg.compile == "true" and cfg.dtype == "float32":
+        raise UserError(
+            "--compile true --dtype float32: experts compile in bfloat16 only, take --compile false"
+        )
     run = Run(stage, cfg, rank, world, device)
     torch.manual_seed(cfg.seed)
     if step:
@@ -297,8 +300,8 @@ def start(stage: str, config: type, argv: list[str], doc: str):
         if vlm.cfg.lora.rank and model_cfg.lora != vlm.cfg.lora:
             run.say("the adapters at hand are merged; a frozen decoder in bfloat16 rounds part of them away")
         vlm.set_lora(model_cfg.lora)
-        if model_cfg.decoder.experts and not vlm.cfg.decoder.experts:
-            vlm.cfg.decoder = model_cfg.check().decoder
+        if model_cfg.check().decoder.experts != vlm.cfg.decoder.experts:
+            vlm.cfg.decoder = model_cfg.decoder
             model.upcycle(vlm.decoder, vlm.cfg.decoder)
         vlm.cfg.check()
     else:
@@ -439,9 +442,8 @@ def make_optimizers(vlm: model.VLM, cfg: RunConfig) -> list[torch.optim.Optimize
             continue
         vit = name.startswith("vit.")
         tables = ("embed_tokens", "position", "lm_head", "isolator")
-        stacked = name.endswith("_proj")  # the experts' matrices, 3-D, which Muon does not take
         matrix = p.ndim in (2, 4) and not any(table in name for table in tables)  # linears and convolutions
-        matrix = matrix or stacked
+        matrix = matrix or name.endswith("_proj")  # the experts', 3-D, which Muon does not take
         inner = p.ndim == 2 and matrix and ("layers." in name or "blocks." in name) and "lora_" not in name
         inner = inner and "router" not in name
         groups.setdefault((bool(cfg.muon_lr and inner), vit, matrix), []).append(p)
@@ -511,7 +513,7 @@ def optimizer_step(run: Run, ddp: nn.Module, micro: list[data.Batch], optimizers
 
 
 def add_router_losses(run: Run, ddp: nn.Module, losses: dict, batch: data.Batch) -> dict:
-    """With experts: the means that are their routers' losses, as sums over the supervised tokens, too."""
+    """With experts: their routers' losses join, means over a micro-batch that here become sums like the rest."""
     decoder = getattr(ddp, "module", ddp).decoder
     if not decoder.cfg.experts:
         return losses

@@ -1900,7 +1900,7 @@ def mm1(size: float, vit: ViTConfig, decoder: DecoderConfig) -> dict:
         "ours": "decoder shape and vocabulary (AXLearn's Gala; no tokenizer here has its 32,768 ids), width "
         "inside the C-Abstractor (Honeybee's), 14 samples for a row of 4096, the encoder's rate, warm-up and "
         "AdamW of stage 2 (it had AdaFactor). Its weights were never released: it starts at random"
-        + "; capacity and drops of the experts (AXLearn's), which may have begun as copies" * bool(decoder.experts),
+        + "; the experts' capacity (AXLearn's) and start (perhaps as copies)" * bool(decoder.experts),
         "model": ModelConfig(vit=vit, connector=connector, decoder=decoder),
         "pretrain": {
             **train, "lr": lr, "vit_lr": 5e-5 / lr, "batch_size": 512 * 14, "row_length": 4096,

@@ -513,7 +513,7 @@ def optimizer_step(run: Run, ddp: nn.Module, micro: list[data.Batch], optimizers
 
 
 def add_router_losses(run: Run, ddp: nn.Module, losses: dict, batch: data.Batch) -> dict:
-    """With experts: their routers' losses join, means over a micro-batch that here become sums like the rest."""
+    """With experts: their routers' losses join, means over a micro-batch, here made sums like the rest."""
     decoder = getattr(ddp, "module", ddp).decoder
     if not decoder.cfg.experts:
         return losses

@@ -100,7 +100,7 @@ class DecoderConfig:
     qk_norm: bool = False  # Qwen3
     tied: bool = True  # head = embedding table
     experts: int = 0  # MLPs of a sparse layer, two of which see each token; 0: all layers are dense
-    expert_every: int = 2  # every n-th layer is sparse, the first of each n - 1 dense
+    expert_every: int = 2  # every n-th layer is sparse: of each n the last
     capacity: float = 2.0  # tokens that an expert takes in training, in shares of tokens / experts
 
     def sparse(self, layer: int) -> bool:
@@ -717,7 +717,7 @@ class Experts(nn.Module):
     weighed by 0: all shapes are known in advance, and on one device a full expert costs no more than others.
 
     grouped_mm has a kernel for bfloat16 on CUDA; other dtypes and the CPU take its slower loop. Only
-    float32 and bfloat16, and rows of a multiple of 16 bytes. Here E experts, M = B * T tokens.
+    float32 (not compiled) and bfloat16, rows of a multiple of 16 bytes. Here E experts, M = B * T tokens.
     """
 
     def __init__(self, cfg: DecoderConfig):
@@ -771,14 +771,15 @@ def router_losses(logits: Tensor, probabilities: Tensor, first: Tensor, real: Te
     return torch.stack([balance, share @ logits.logsumexp(-1).square()])
 
 
-EXPERT_FLAGS = ("decoder.experts", "decoder.expert_every", "decoder.capacity")
+EXPERT_FIELDS = ("experts", "expert_every", "capacity")
 
 
 @torch.no_grad()
 def upcycle(decoder: "Decoder", cfg: DecoderConfig) -> None:
     """Make a dense decoder that of cfg, in place: each expert a copy of the dense MLP, routers random.
 
-    The gates sum to 1, so the logits stay the same while nothing is dropped (never at capacity >= experts).
+    The gates sum to 1, so that the logits stay the same while nothing is dropped: outside of training, and
+    at capacity >= experts.
     """
     decoder.cfg = cfg
     for block in decoder.layers:
@@ -1446,8 +1447,7 @@ class VLM(nn.Module):
             vit.resize(cfg.vit.image_size)
         if cfg.decoder_from:
             decoder = Decoder.from_pretrained(cfg.decoder_from, dtype)
-            names = (flag.removeprefix("decoder.") for flag in EXPERT_FLAGS)
-            sparse = {name: getattr(cfg.decoder, name) for name in names}
+            sparse = {name: getattr(cfg.decoder, name) for name in EXPERT_FIELDS}
             cfg.decoder = dataclasses.replace(decoder.cfg, **sparse)
             upcycle(decoder, cfg.check().decoder)
         vlm = cls(cfg, vit, decoder)

@@ -289,7 +289,8 @@ def read_flags(
         raise UserError(f"--resolution {cfg.resolution}: the run in {source} has '{resolution}' and keeps it")
     changed = model.changed_flags(before, model_cfg)
     fixed = [name for name in changed if not name.startswith(("prune.", "lora.") if not begun else "prune.")]
-    new_experts = model.EXPERT_FLAGS if not begun and not before.decoder.experts else ()  # a dense one's
+    dense = not begun and not before.decoder.experts  # then it may get experts
+    new_experts = [f"decoder.{name}" for name in model.EXPERT_FIELDS if dense]
     fixed = [name for name in fixed if name not in new_experts]
     if source and fixed:
         raise UserError(f"--{fixed[0]}: the model comes from {source}, which has its own")
@@ -322,6 +323,10 @@ def start(stage: str, config: type, argv: list[str], doc: str):
     cfg, model_cfg, step = read_flags(config, stage, argv, doc)
     rank, world, device = find_ranks(cfg.device)
     resolve_auto(cfg, device, world)
+    if model_cfg.decoder.experts and cfg.compile == "true" and cfg.dtype == "float32":
+        raise UserError(
+            "--compile true --dtype float32: experts compile in bfloat16 only, take --compile false"
+        )
     run = Run(stage, cfg, rank, world, device)
     torch.manual_seed(cfg.seed)
     if step:
@@ -334,8 +339,8 @@ def start(stage: str, config: type, argv: list[str], doc: str):
         if vlm.cfg.lora.rank and model_cfg.lora != vlm.cfg.lora:
             run.say("the adapters at hand are merged; a frozen decoder in bfloat16 rounds part of them away")
         vlm.set_lora(model_cfg.lora)
-        if model_cfg.decoder.experts and not vlm.cfg.decoder.experts:
-            vlm.cfg.decoder = model_cfg.check().decoder
+        if model_cfg.check().decoder.experts != vlm.cfg.decoder.experts:
+            vlm.cfg.decoder = model_cfg.decoder
             model.upcycle(vlm.decoder, vlm.cfg.decoder)
         vlm.cfg.check()
     else:
@@ -483,9 +488,8 @@ def make_optimizers(vlm: model.VLM, cfg: RunConfig) -> list[torch.optim.Optimize
             continue
         vit = name.startswith("vit.")
         tables = ("embed_tokens", "position", "lm_head", "isolator")
-        stacked = name.endswith("_proj")  # the experts' matrices, 3-D, which Muon does not take
         matrix = p.ndim in (2, 4) and not any(table in name for table in tables)  # linears and convolutions
-        matrix = matrix or stacked
+        matrix = matrix or name.endswith("_proj")  # the experts', 3-D, which Muon does not take
         inner = p.ndim == 2 and matrix and ("layers." in name or "blocks." in name) and "lora_" not in name
         inner = inner and "router" not in name
         decays = matrix or cfg.decay == "all"

@@ -5,6 +5,7 @@ import random
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -243,6 +244,22 @@ def test_likelihood_is_the_sum_over_the_answers_tokens(mode, shots):
     assert said[0] == question.choices[best[0].argmax()]
 
 
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, OTHERS[0]], ids="scenes gpt2".split())
+@pytest.mark.parametrize("shots", [None, 1])
+def test_candidates_have_the_tokens_that_answers_have_in_documents(tokenizer, shots, monkeypatch):
+    task, seen = evaluation.few_shot_task("scenes_pope", 3, shots, 0), []
+
+    def answer_likelihoods(vlm, samples, options, mode):
+        seen.extend(options)
+        return [np.array([0.0, 1.0])] * len(samples)
+
+    monkeypatch.setattr(evaluation, "answer_likelihoods", answer_likelihoods)
+    cfg, images = evaluation.EvalConfig(scoring="likelihood"), [q.image for q in task.questions]
+    assert evaluation.answer_all(tiny_vlm(), tokenizer, task, images, "full", cfg) == ["yes"] * 3
+    expected = "noyes" if tokenizer is OTHERS[0] and shots is None else " no yes"  # the chat template's turn
+    assert {tokenizer.bpe.decode(sum(options, [])) for options in seen} == {expected}
+
+
 def test_choices_hold_every_right_answer(tmp_path):
     for name in ("scenes_vqa", "scenes_pope", "scenes_bind"):
         for question in evaluation.few_shot_task(name, 40, 0, 0).questions:
@@ -432,7 +449,7 @@ def agrees(example: data.Example, word: str, meaning: str) -> bool:
 
 
 def test_documents_have_two_to_nine_pictures_in_three_sorts():
-    counts, sorts = Counter(), Counter()
+    counts, sorts, meanings = Counter(), Counter(), {word: set() for word in data.MADE_UP}
     for i in range(900):
         record = data.Scenes("interleaved")[i]
         pictures, texts = record.parts[::2], record.parts[1::2]
@@ -447,6 +464,11 @@ def test_documents_have_two_to_nine_pictures_in_three_sorts():
         sorts["captions" if captions == len(texts) else "binding" if word else "questions"] += 1
         assert captions in (0, len(texts)) or (captions == 1 and texts[0].startswith("A photo of"))
         assert not captions or word and word[0] in texts[0]  # its words are never the ordinary ones
+        for kind in ("colour", "shape"):
+            for text in texts:
+                if word and f"what {kind} is" in text and text.endswith(f" {word[0]}\n"):
+                    meanings[word[0]].add(kind)
+    assert all(kinds == {"colour", "shape"} for kinds in meanings.values())  # no word is for one thing only
     assert sorted(counts) == [*range(2, 10)] and counts[2] + counts[3] > 420 and counts[9] > 20
     assert all(abs(n - 300) < 60 for n in sorts.values()) and len(sorts) == 3
 

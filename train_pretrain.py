@@ -205,7 +205,8 @@ class Run:
         self.progress.set_postfix(
             {**shown, "samples/s": f"{rate:.0f}", "tok/img": visual_tokens, "wait": f"{wait:.0%}"}
         )
-        speed = {"samples_per_s": round(rate, 2), "wait": round(wait, 4), "visual_tokens": visual_tokens}
+        speed = {"samples_per_s": round(rate, 2), "seconds": round(took, 3), "wait": round(wait, 4)}
+        speed["visual_tokens"] = visual_tokens
         self.record(step=step + 1, **speed, **values, **self.packing())
 
     def packing(self) -> dict[str, float]:

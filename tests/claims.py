@@ -43,8 +43,9 @@ import train_sft  # noqa: E402
 class Cell(NamedTuple):
     name: str
     stage1: str | None  # flags of train_pretrain.py; None: fine-tuned from the halves
-    stage2: str  # flags of train_sft.py
+    stage2: str | None  # flags of train_sft.py; None: stage 1 alone
     ms: tuple[float, float]  # a sample of stage 1 and of stage 2, about, on two quiet cores
+    mix: str = ""  # shares of captions, documents and text in stage 1, whose model is examined in few shots
 
 
 FEW = "--vit.image_size 128 --connector.plan 32"  # windows of 16 and 4 patches
@@ -68,8 +69,24 @@ CELLS = [
     Cell("cos.lasttwice.32-336", f"{FEW} --connector.levels 4,4", GROW, (10, 32)),  # as deep as two levels
     Cell("cos.at64px.32-336", "--connector.plan 32", f"{FULL} --scale 32to336", (8, 32)),  # 8x8 patches first
 ]
+# MM1's data mix: stage 1 alone, in packed rows that hold eight demonstrations of 32 tokens.
+ROWS = "--batch_size 0 --rows 5 --row_length 640 --steps 300"
+MIXES = ("100-0-0", "50-50-0", "0-100-0", "45-45-10", "50-0-50")
+CELLS += [Cell(f"mix.{mix}", ROWS, None, (0, 0), mix) for mix in MIXES]
+# MM1's connectors: tokens x resolution x type, stage 1 alone.
+POOLS = {"avg": "avgpool", "attn": "attnpool", "cabs": "cabstractor"}
+CELLS += [
+    Cell(f"pool.{name}.{size}px.{tokens}", f"--vit.image_size {size} --connector.kind {kind} "
+         f"--connector.levels 4 --connector.tokens {tokens}", None, (size // 8 + tokens // 16, 0))
+    for size in (64, 128) for tokens in (16, 64) for name, kind in POOLS.items()
+]  # fmt: skip
 TRAIN = {"stage1": train_pretrain.main, "stage2": train_sft.main}  # the command lines, in this process
 COMPARE = [(BASE, cell.name) for cell in CELLS if cell.name.startswith("cos.") and cell.name != BASE]
+COMPARE += [("mix.45-45-10", f"mix.{mix}") for mix in MIXES if mix != "45-45-10"]
+COMPARE += [
+    (f"pool.{name}.128px.64", f"pool.{name}.{other}") for name in POOLS for other in ("128px.16", "64px.64")
+]
+COMPARE += [("pool.avg.128px.64", f"pool.{name}.128px.64") for name in ("attn", "cabs")]
 COMPARE += [("cos.chain.336-336", "cos.resampler.336-336"), ("cos.chain.32-32", "cos.resampler.32-32")]
 
 
@@ -86,6 +103,9 @@ class ClaimsConfig:
     batch_size: int = 16
     n: int = 800  # questions of each of the five types of scenes_vqa
     ref: int = 400  # questions of scenes_ref; 0: none
+    shots_n: int = (
+        100  # few-shot questions of each type of scenes_vqa, and captions; of scenes_bind five times
+    )
 
 
 def digest(value) -> str:
@@ -100,13 +120,21 @@ CODE = digest([hashlib.sha256(file.read_bytes()).hexdigest() for file in SCRIPTS
 
 def stage_flags(cell: Cell, seed: int, cfg: ClaimsConfig) -> list[list[str] | None]:
     """The flags of both stages, but for --init, --out and --resume."""
-    each = f"--data scenes --seed {seed} --batch_size {cfg.batch_size} --log_every 10 --save_every 50 --steps"
-    first = None if cell.stage1 is None else f"{each} {cfg.steps1} {cell.stage1}".split()
-    return [first, f"{each} {cfg.steps2} {cell.stage2}".split()]
+    each = f"--seed {seed} --batch_size {cfg.batch_size} --log_every 10 --save_every 50 --steps"
+    source = f"{cfg.out}/mix-{cell.mix}.json" if cell.mix else "scenes"
+    stages = ((cell.stage1, cfg.steps1), (cell.stage2, cfg.steps2))
+    return [flags if flags is None else f"--data {source} {each} {n} {flags}".split() for flags, n in stages]
+
+
+def write_mix(cell: Cell, cfg: ClaimsConfig) -> None:
+    shares = zip(("caption", "interleaved", "text"), map(int, cell.mix.split("-")))
+    entries = [{"kind": kind, "path": "scenes", "weight": share} for kind, share in shares if share]
+    model.write_json(Path(f"{cfg.out}/mix-{cell.mix}.json"), entries)
 
 
 def config_hash(cell: Cell, seed: int, cfg: ClaimsConfig) -> str:
-    return digest([stage_flags(cell, seed, cfg), cfg.n, cfg.ref])
+    asked = [cfg.shots_n] if cell.mix else [cfg.n, cfg.ref]
+    return digest([stage_flags(cell, seed, cfg), *asked])
 
 
 def run_stage(stage: str, argv: list[str], init: Path | None, out: Path) -> tuple[Path, dict]:
@@ -119,9 +147,8 @@ def run_stage(stage: str, argv: list[str], init: Path | None, out: Path) -> tupl
         start = ["--init", str(init)] if init else []
         TRAIN[stage]([*argv, *start, "--out", str(folder), "--resume", "auto"])
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        logged = [line for line in lines if "samples_per_s" in line]
-        samples = np.diff([0] + [line["step"] for line in logged]) * int(argv[argv.index("--batch_size") + 1])
-        seconds = float(sum(samples / [line["samples_per_s"] for line in logged]))
+        logged = [line for line in lines if "seconds" in line]
+        seconds = sum(line["seconds"] for line in logged)
         facts = {"seconds": round(seconds, 1), "visual_tokens": logged[-1]["visual_tokens"]}
         model.write_json(folder / "done.json", facts)
     return folder, model.read_json(folder / "done.json")
@@ -130,11 +157,13 @@ def run_stage(stage: str, argv: list[str], init: Path | None, out: Path) -> tupl
 def run_cell(cell: Cell, seed: int, cfg: ClaimsConfig) -> dict:
     """Both stages and the questions: the row of the table. The answers are written to a file."""
     out, facts, last = Path(cfg.out), {}, None
+    if cell.mix:
+        write_mix(cell, cfg)
     for stage, argv in zip(("stage1", "stage2"), stage_flags(cell, seed, cfg)):
         if argv:
             last, facts[stage] = run_stage(stage, argv, last, out)
     name, began = config_hash(cell, seed, cfg), time.perf_counter()
-    answers = examine(last, cfg)
+    answers = examine_shots(last, cfg) if cell.mix else examine(last, cfg)
     seconds = {stage: told["seconds"] for stage, told in facts.items()}
     seconds["eval"] = round(time.perf_counter() - began, 1)
     np.savez_compressed(out / f"{name}.npz", **answers)
@@ -143,7 +172,9 @@ def run_cell(cell: Cell, seed: int, cfg: ClaimsConfig) -> dict:
         "cell": cell.name, "config_hash": name, "code_hash": CODE, "commit": evaluation.git_commit(),
         "seed": seed, "score": round(score, 2), "stderr": round(error, 2),
         "blind_score": round(100 * float(answers["blind"].mean()), 2), "n": len(answers["right"]),
-        "ref": round(100 * float(answers["ref"].mean()), 2) if cfg.ref else None, "seconds": seconds,
+        "ref": round(100 * float(answers["ref"].mean()), 2) if answers["ref"].size else None,
+        "shots": {key: round(100 * float(x.mean()), 2) for key, x in answers.items() if key in SHOTS},
+        "seconds": seconds,
         "visual_tokens": {stage: told["visual_tokens"] for stage, told in facts.items()},
     }  # fmt: skip
 
@@ -208,6 +239,30 @@ def examine(run: Path, cfg: ClaimsConfig) -> dict[str, np.ndarray]:
     return {"right": both[: len(own)], "blind": both[len(own) :], "picture": np.array(own), "ref": ref}
 
 
+SHOTS = ("vqa 0", "vqa 4", "vqa 8", "caption 0", "caption 4", "caption 8", "bind 0", "bind 8", "text nll")
+
+
+def examine_shots(run: Path, cfg: ClaimsConfig) -> dict[str, np.ndarray]:
+    """Few-shot answers in MM1's templates, generated; right and blind are those of scenes_vqa at 8 shots."""
+    step, plain = model.find_step(run), evaluation.EvalConfig()
+    vlm = model.VLM.from_pretrained(step).eval()
+    tokenizer = data.Tokenizer.from_pretrained(step / "tokenizer")
+    found = {"ref": np.zeros(0)}
+    for key in SHOTS[:-1]:
+        name, shots = key.split()
+        name, n = {"caption": "cap"}.get(name, name), cfg.shots_n * (5 if name == "bind" else 1)
+        task = evaluation.few_shot_task(f"scenes_{name}", n, int(shots), 0)
+        images = [q.image for q in task.questions]
+        said = evaluation.answer_all(vlm, tokenizer, task, images, "full", plain)
+        found[key] = np.array(evaluation.score_answers(task, said))
+        if key == "vqa 8":
+            other = evaluation.answer_all(vlm, tokenizer, task, evaluation.derange(images, 0), "full", plain)
+            found["right"], found["blind"] = found[key], np.array(evaluation.score_answers(task, other))
+            found["picture"] = np.arange(len(images))
+    words = evaluation.score_text(vlm, tokenizer, evaluation.words_task(500, 0), "full", plain)
+    return found | {"text nll": np.array([words["score"] / 100])}
+
+
 def mean_and_error(values: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
     """Mean and its standard error where values of a group (a picture's questions) hang together."""
     _, member = np.unique(groups, return_inverse=True)
@@ -237,8 +292,13 @@ def print_table(cells: list[Cell], cfg: ClaimsConfig) -> None:
         tokens, took = ">".join(map(str, row["visual_tokens"].values())), row["seconds"]
         print(f"{row['cell']:<24}{row['seed']:>4}{row['score']:>8.1f}{row['stderr']:>6.1f}"
               f"{row['blind_score']:>7.1f}{row['ref'] or 0:>7.1f}{tokens:>10}{took.get('stage1', 0):>11.1f}"
-              f"{took['stage2']:>11.1f}{took['eval']:>8.1f}  {row['commit']}"
+              f"{took.get('stage2', 0):>11.1f}{took['eval']:>8.1f}  {row['commit']}"
               + "*" * (row["code_hash"] != CODE))  # fmt: skip
+    few = [row for row in found.values() if row and row.get("shots")]
+    if few:
+        print("\n" + "cell".ljust(24) + "seed" + "".join(key.rjust(11) for key in SHOTS))
+    for row in few:
+        print(f"{row['cell']:<24}{row['seed']:>4}" + "".join(f"{row['shots'][key]:>11.2f}" for key in SHOTS))
     print(f"\n{'a':<24}{'b':<24}  a - b     ±  ± seeds")
     for pair in COMPARE:
         seeds = [s for s in cfg.seeds if all(found.get((name, s)) for name in pair)]
@@ -259,12 +319,13 @@ def main(argv: list[str]) -> None:
     for seed, cell in ((seed, cell) for seed in cfg.seeds for cell in cells):
         ms = cell.ms[0] * ((seed, cell.stage1) not in shared) * cfg.steps1 + cell.ms[1] * cfg.steps2
         shared.add((seed, cell.stage1))
-        seconds = ms * cfg.batch_size / 1000 + 25  # for the hand-over and the questions
+        seconds = 120 if cell.mix else ms * cfg.batch_size / 1000 + 25  # for the hand-over and the questions
         ready = config_hash(cell, seed, cfg) in done
         todo += [] if ready else [(cell, seed, seconds)]
         if cfg.list:
             told = "done" if ready else f"about {seconds:.0f} s"
-            print(f"{cell.name:<24}{seed:>3}  {told:<12}{cell.stage1 or 'no stage 1'} | {cell.stage2}")
+            stages = " | ".join(filter(None, (cell.stage1, cell.stage2 or "no stage 2", cell.mix)))
+            print(f"{cell.name:<24}{seed:>3}  {told:<12}{stages}")
     total = sum(seconds for _, _, seconds in todo) / 60
     print(f"{len(todo)} cells to run, about {total:.0f} minutes on two quiet cores", flush=True)
     if cfg.list:

@@ -379,8 +379,7 @@ def answer_all(vlm, tokenizer, task: Task, images: list, mode: str, cfg: EvalCon
     answers, device = [""] * len(prompts), next(vlm.parameters()).device
     marks = stop_marks(task)
     stops = [i for token, i in tokenizer.ranks.items() if any(mark.encode() in token for mark in marks)]
-    many = max(len(q.choices) for q in task.questions) if cfg.scoring == "likelihood" else 1
-    size = max(1, cfg.batch_size // max(1 + (task.shots or 0), many))  # as many pictures or rows at any shots
+    size = max(1, cfg.batch_size // (1 + (task.shots or 0)))  # as many pictures at any number of shots
     for start in tqdm(range(0, len(order), size), desc=f"{task.name} {mode}", leave=False):
         chosen = order[start : start + size]
         samples = []
@@ -437,62 +436,61 @@ def cut_answer(text: str, marks: tuple[str, ...]) -> str:
     return text.strip()
 
 
+@torch.no_grad()
 def answer_likelihoods(
     vlm, samples: list[data.Sample], options: list[list[list[int]]], mode: str
 ) -> list[np.ndarray]:
     """Summed log-probability of the tokens of every option of every prompt, an array a prompt.
 
-    samples: prompts as for data.prompt_batch; options: token ids. All go through the decoder in one batch,
-    and a prompt's pictures through the encoder once.
+    samples: prompts as for data.prompt_batch; options: token ids. All options of a prompt lie behind it in
+    one row, each seeing the prompt and itself only, so that the prompt is read once.
     """
-    samples = [data.Sample(*sample) for sample in samples]
-    pixels = np.concatenate([sample.pixels for sample in samples])
-    slot = 0 if mode == "full" else len(pixels) * vlm.cfg.visual_tokens("full")  # see VLM.bank
-    laid, first_slot = [], []
-    for sample, each in zip(samples, options):
-        slots = sample.slots(vlm.cfg, mode)
-        laid += [data.lay_out([*sample.pieces, (ids, True)], slots) for ids in each]
-        first_slot += [slot] * len(each)
-        slot += len(sample.pixels) * vlm.cfg.visual_tokens(mode)
-    sums = log_likelihoods(vlm, laid, first_slot, pixels, mode)
-    return np.split(sums, np.cumsum([len(each) for each in options])[:-1])
+    batch = data.prompt_batch(samples, mode, vlm.cfg).to(next(vlm.parameters()).device)
+    rows = batch.student
+    B, T = rows.ids.shape
+    tails = [
+        [(k + 1, i, t) for k, ids in enumerate(each) for t, i in enumerate(ids[:-1])] for each in options
+    ]
+    tail = torch.full((B, max(map(len, tails)), 3), -1)  # which option, id, place in it: (B, W, 3)
+    told = []  # row, place to predict from, token; options one after the other
+    for b, each in enumerate(options):
+        tail[b, : len(tails[b])] = torch.tensor(tails[b], dtype=torch.long).view(-1, 3)
+        behind = iter(range(T, T + len(tails[b])))
+        told += [(b, next(behind) if t else T - 1, i) for ids in each for t, i in enumerate(ids)]
+    who, ids, place = tail.to(rows.ids.device).unbind(-1)  # each (B, W)
+    x = torch.cat([vlm.splice(rows, vlm.bank(batch)), vlm.decoder.embed(ids.clamp(0))], 1)  # (B, T + W, D)
+    positions = torch.cat([rows.positions, rows.positions[:, -1:] + 1 + place], 1)
+    who = torch.cat([rows.doc_ids, who], 1)  # 0 in the prompt
+    mask = ((who[:, :, None] == who[:, None]) | (who[:, None] == 0)).tril()  # (B, T + W, T + W)
+    hidden = vlm.decoder.hidden(x, positions, mask[:, None])
+    row, place, token = torch.tensor(told, device=x.device).unbind(-1)  # each (R,)
+    logits = vlm.decoder.head(hidden[row, place]).float().log_softmax(-1)  # (R, N)
+    each = iter(logits.gather(1, token[:, None])[:, 0].cpu().split([len(ids) for o in options for ids in o]))
+    return [np.array([next(each).sum() for _ in o]) for o in options]
 
 
 @torch.no_grad()
-def log_likelihoods(vlm, laid: list[data.Laid], slots: list, pixels: np.ndarray, mode: str) -> np.ndarray:
-    """Summed log-probability of each sample's supervised tokens: (samples,). slots: see data.make_rows."""
-    lengths = [len(each.ids) for each in laid]
-    T = data.row_width(lengths, 0)
-    rows, _ = data.make_rows(laid, slots, T, data.best_fit(lengths, T))
-    fast = torch.full((len(pixels),), mode != "full")
-    batch = data.Batch(torch.from_numpy(pixels), fast, rows, None, None, mode != "full", len(laid), 0)
-    batch = batch.to(next(vlm.parameters()).device)
-    logits, _ = vlm(batch)  # (R, N)
-    told = -F.cross_entropy(logits, batch.student.targets, reduction="none")  # (R,)
-    owner = batch.student.doc_ids.flatten()[batch.student.supervised]
-    return told.new_zeros(len(laid)).index_add_(0, owner, told).cpu().numpy()
-
-
 def score_text(vlm, tokenizer, task: Task, mode: str, cfg: EvalConfig) -> dict:
     """Mean negative log-likelihood of a token in nats, the end token too: lower is better. Its standard error
     is that of a ratio, documents drawn at random.
     """
-    laid = []
-    for question in task.questions:
-        pieces = data.pieces_of(data.Record("text", [question.text], []), tokenizer)
-        laid.append(data.lay_out(data.split(pieces, [], vlm.cfg.decoder.context)[0], []))
-    counts = np.array([(each.targets >= 0).sum() for each in laid])
-    sums, none = np.zeros(len(laid)), data.load_images([], vlm.cfg)
-    order = np.argsort(counts)  # rows of similar length
-    for start in range(0, len(laid), cfg.batch_size):
-        chosen = order[start : start + cfg.batch_size]
-        sums[chosen] = -log_likelihoods(vlm, [laid[i] for i in chosen], [0] * len(chosen), none, "full")
-    mean = sums.sum() / counts.sum()
-    error = len(laid) * standard_error(list(sums - mean * counts)) / counts.sum()
+    records = [data.Record("text", [question.text], []) for question in task.questions]
+    samples = [(data.pieces_of(record, tokenizer), data.load_images([], vlm.cfg)) for record in records]
+    samples.sort(key=lambda sample: sum(len(piece[0]) for piece in sample[0]))  # rows of similar length
+    sums, counts = [], []
+    for start in range(0, len(samples), cfg.batch_size):
+        some = samples[start : start + cfg.batch_size]
+        batch = data.make_batch(some, ["full"] * len(some), vlm.cfg, 0, vlm.cfg.decoder.context)
+        batch = batch.to(next(vlm.parameters()).device)
+        loss = F.cross_entropy(vlm(batch)[0], batch.student.targets, reduction="none")  # (R,)
+        owner = batch.student.doc_ids.flatten()[batch.student.supervised]
+        sums += torch.bincount(owner, loss, len(some)).tolist()
+        counts += torch.bincount(owner, minlength=len(some)).tolist()
+    mean = sum(sums) / sum(counts)
+    error = len(sums) * standard_error([nll - mean * n for nll, n in zip(sums, counts)]) / sum(counts)
     return {
-        "task": task.name, "metric": METRICS["text"], "score": round(float(mean), 4),
-        "stderr": round(float(error), 4), "n": len(laid), "shots": 0, "tokens": mode,
-        "blind_score": None, "chance": None,
+        "task": task.name, "metric": METRICS["text"], "score": round(mean, 4), "stderr": round(error, 4),
+        "n": len(sums), "shots": 0, "tokens": mode, "blind_score": None, "chance": None,
     }  # fmt: skip
 
 

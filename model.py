@@ -2106,7 +2106,7 @@ PRESETS = {
         ),
         "scale": "32to144",
         "pretrain": {"train": "connector,decoder", "steps": 500, "lr": 2e-3, "muon_lr": 0.01},
-        "sft": {"train": "connector,decoder", "steps": 300, "lr": 1e-3, "muon_lr": 0.005},
+        "sft": {"train": "connector,decoder", "steps": 300, "rows": 18, "lr": 1e-3, "muon_lr": 0.005},
     },
     "clip-smollm2-360m": tonight(VIT_L, CLIP_L, [16, 23], SMOLLM2_360M, "HuggingFaceTB/SmolLM2-360M"),
     "siglip2-qwen2.5-0.5b": tonight(SIGLIP2_B, SIGLIP2, [8, 11], QWEN_HALF_B, "Qwen/Qwen2.5-0.5B"),

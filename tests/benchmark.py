@@ -10,7 +10,8 @@ warm-up, so that a busy machine slows both sides of a ratio. Weights are random 
     value       median over the rounds of the ratio within a round
     spread      its quartiles
     floor       the same ratio in counted FLOPs (model.sample_cost: no padding, no optimizer, no launches)
-    efficiency  floor / value: the share of the possible that is reached; above 1 the other side has less
+    efficiency  floor / value, of a speedup value / floor: the share of the possible that is reached; above 1
+                the other side has less
     at_7b       the floor of preset cos-7b / efficiency: only this may stand beside "published"
 
 One geometry for all rows (GEOMETRY below), small enough for a CPU. Its encoder has the share of the FLOPs
@@ -98,13 +99,17 @@ def flags_of(recipe: dict) -> train_pretrain.RunConfig:
     return flags
 
 
-def captions(cfg: model.ModelConfig, samples: int, row_length: int) -> data.Batch:
-    """Noise as pictures, each with a caption of TEXT tokens."""
+def draw(cfg: model.ModelConfig, lengths: list[int]) -> list[tuple]:
+    """Noise as pictures, each with a caption of so many tokens."""
     rng, size, drawn = np.random.default_rng(0), cfg.vit.image_size, []
-    for _ in range(samples):
-        text = rng.integers(1, cfg.decoder.vocab_size, TEXT).tolist()
+    for length in lengths:
+        text = rng.integers(1, cfg.decoder.vocab_size, length).tolist()
         drawn.append(([0, (text, True)], rng.integers(0, 256, (1, 3, size, size), dtype=np.uint8)))
-    return data.make_batch(drawn, ["full"] * samples, cfg, row_length, limit=4096)
+    return drawn
+
+
+def captions(cfg: model.ModelConfig, samples: int, row_length: int) -> data.Batch:
+    return data.make_batch(draw(cfg, [TEXT] * samples), ["full"] * samples, cfg, row_length, limit=4096)
 
 
 def alternate(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
@@ -123,7 +128,7 @@ def make_row(name: str, ratios: list[float], floor: float, at_7b=None, published
     """A row of bench.json from the ratios of all rounds; at_7b: the floor there."""
     value = statistics.median(ratios)
     quartiles = np.quantile(ratios, [0.25, 0.75]).round(4).tolist()
-    efficiency = floor / value
+    efficiency = value / floor if name.endswith("speedup") else floor / value
     row = {"name": name, "value": value, "spread": quartiles, "floor": floor}
     row |= {"efficiency": efficiency, "at_7b": at_7b and at_7b / efficiency, "published": published}
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} | {"note": note}
@@ -212,7 +217,32 @@ def connector_share(bench: BenchConfig) -> list[dict]:
     return rows
 
 
-MEASURES = [stage1, connector_share]
+def packing(bench: BenchConfig) -> list[dict]:
+    """Samples one a row, padded to the longest of the batch, against the same packed into rows of 512."""
+    if not bench.wants("packing.speedup"):
+        return []
+    cfg, recipe = stage1_config(GEOMETRY, "32"), model.preset("cos-7b")["pretrain"]
+    V, n = cfg.visual_tokens(), 2 * SAMPLES
+    lengths = np.exp(np.random.default_rng(0).normal(np.log(60), 0.8, n)).clip(8, 512 - V).astype(int)
+    samples, taken = draw(cfg, lengths.tolist()), (lengths + V).tolist()
+    layouts = {"padded": (max(taken), [[i] for i in range(n)]), "packed": (512, data.best_fit(taken, 512))}
+    trainers, flops, fill = {}, {}, {}
+    for name, (T, rows) in layouts.items():
+        trainers[name] = trainer = Trainer(cfg, recipe, 1)
+        trainer.batch = data.make_batch(samples, ["full"] * n, cfg, T, 4096, rows=rows)
+        parts = model.sample_cost(cfg, model.trainable_parts(recipe["train"]), T - V, "full", 1)[0]
+        flops[name] = n * (parts["vit"] + parts["connector"]) + len(rows) * parts["decoder"]
+        fill[name] = sum(taken) / (len(rows) * T)
+    seconds = alternate({name: trainer.step for name, trainer in trainers.items()}, bench.rounds)
+    ratios = [a / b for a, b in zip(seconds["padded"], seconds["packed"])]
+    told = ", ".join(
+        f"{name} {len(rows)} x {T}, {fill[name]:.0%} full" for name, (T, rows) in layouts.items()
+    )
+    note = f"{n} samples of {V} visual and about 60 tokens: {told}"
+    return [make_row("packing.speedup", ratios, flops["padded"] / flops["packed"], note=note)]
+
+
+MEASURES = [stage1, connector_share, packing]
 
 
 def describe_geometry() -> dict:

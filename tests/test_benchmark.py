@@ -59,7 +59,7 @@ def test_the_script_writes_every_row(tmp_path, monkeypatch, capsys):
     assert all(list(row) == KEYS and row["value"] > 0 and row["floor"] > 0 for row in rows.values())
     names = [f"cos.stage1.time.{name}" for name in ("32", "48", "80", "linear256", "resampler336")]
     names += [f"cos.stage1.budget.{name}" for name in ("32", "48", "80", "linear256")]
-    assert list(rows) == [*names, "connector.share.tiny", "connector.share.7b"]
+    assert list(rows) == [*names, "connector.share.tiny", "connector.share.7b", "packing.speedup"]
     published = [0.27, 0.35, 0.42, 0.82, 1.0]
     assert [rows[name]["published"] for name in names] == published + published[:4]
     assert rows["connector.share.7b"]["value"] < 0.05

@@ -8,6 +8,8 @@ splits, so the supervised tokens are the answers by construction.
 """
 
 import base64
+import bisect
+import collections
 import dataclasses
 import difflib
 import functools
@@ -28,7 +30,7 @@ import numpy as np
 import regex  # comes with tiktoken
 import tiktoken
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
@@ -369,18 +371,22 @@ def shot_pieces(demos: list[Example], question: str, tokenizer: Tokenizer) -> li
 
 
 def split(
-    pieces: list[Piece], slots: list[np.ndarray], limit: int, views: list[int] | None = None, most_views=10**9
-) -> list[list[Piece]]:
+    pieces: list[Piece], slots: list[np.ndarray], limit: int, views: list[int] | None = None,
+    most_views: int = 10**9, together: bool = False,
+) -> list[list[Piece]]:  # fmt: skip
     """Parts of at most `limit` positions and `most_views` views, in order; none cuts into a picture.
 
     slots: of each picture, and views: how many it has. The first part is what is left of a cut sample. A
-    picture that fits into no part is left out.
+    picture that fits into no part is left out. together: a picture goes with the text behind it, if a part
+    has room for both.
     """
     parts, room, free = [[]], limit, most_views
-    for piece in pieces:
+    for n, piece in enumerate(pieces):
         if isinstance(piece, int):
             length, seen = len(slots[piece]), views[piece] if views else 1
-            if length > room or seen > free:
+            text = pieces[n + 1] if together and n + 1 < len(pieces) else 0
+            both = length + (0 if isinstance(text, int) else len(text[0]))
+            if length > room or seen > free or room < both <= limit:
                 parts, room, free = [*parts, []], limit, most_views
             if length <= room and seen <= free:
                 parts[-1].append(piece)
@@ -443,9 +449,16 @@ def read_image(image: Image.Image | str | Path, name: str, read):
         raise UserError(f"{name}: image {image} does not decode ({e})") from None
 
 
+def turned(picture: Image.Image) -> int:
+    """Its EXIF orientation, 1 to 8, or 0. A PNG's counts only before the pixels: no need to decode those."""
+    if isinstance(picture, PngImagePlugin.PngImageFile) and "exif" not in picture.info:
+        return 0
+    return picture.getexif().get(ExifTags.Base.Orientation, 0)
+
+
 def open_image(image: Image.Image | str | Path, name: str = "") -> Image.Image:
     """Decode to RGB: EXIF orientation applied, palette and alpha laid on white."""
-    image = read_image(image, name, ImageOps.exif_transpose)  # which decodes it
+    image = read_image(image, name, lambda p: ImageOps.exif_transpose(p) if turned(p) else p.copy())
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -489,8 +502,7 @@ def picture_size(image, name: str = "") -> tuple[int, int]:
         return CANVAS, CANVAS
 
     def read(picture: Image.Image) -> tuple[int, int]:
-        turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-        return picture.size[::-1] if turned else picture.size
+        return picture.size[::-1] if turned(picture) >= 5 else picture.size
 
     return read_image(image, name, read)
 
@@ -640,26 +652,35 @@ class Batch:
 
 
 def best_fit(
-    lengths: list[int], capacity: int, images: list[int] | None = None, most_images: int = 10**9
+    lengths: list[int], capacity: int, images: list[int] | None = None, most_images=10**9, most=10**9
 ) -> list[list[int]]:
     """Which samples share a row: longest first, each into the fullest row that still has room.
 
-    images: how many each sample has, of which a row takes `most_images`.
+    A row takes at most `most` samples, and `most_images` images: images[i] is how many sample i has.
     """
-    rows, room, free = [], [], []
     images = images or [0] * len(lengths)
+    rows, free, rooms, by_room = [], [], [], collections.defaultdict(list)  # rooms: sorted keys of by_room
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = [r for r in range(len(rows)) if room[r] >= lengths[i] and free[r] >= images[i]]
-        if fits:
-            r = min(fits, key=room.__getitem__)
-        else:
-            r = len(rows)
+        fits = (
+            (room, r)
+            for room in rooms[bisect.bisect_left(rooms, lengths[i]) :]
+            for r in by_room[room]
+            if free[r] >= images[i] and len(rows[r]) < most
+        )
+        room, r = next(fits, (capacity, len(rows)))
+        if r == len(rows):
             rows.append([])
-            room.append(capacity)
             free.append(most_images)
+        else:
+            by_room[room].remove(r)
+            if not by_room[room]:
+                rooms.remove(room)
         rows[r].append(i)
-        room[r] -= lengths[i]
         free[r] -= images[i]
+        left = room - lengths[i]
+        if not by_room[left]:
+            bisect.insort(rooms, left)
+        by_room[left].append(r)
     return rows
 
 
@@ -1418,6 +1439,8 @@ class Place(NamedTuple):
     number: int  # of the sample in that group
     part: int  # a document longer than a row goes on in the next part
     mode: str  # full, fast or slow
+    source: int  # in that group
+    index: int  # of the record in that source
 
 
 @dataclass
@@ -1429,16 +1452,21 @@ class Planned:
     cursor: list[list[int]]  # where each group goes on after this step: [pool, row in it]
     kinds: dict[str, float]  # share of the step's filled positions by kind of record, over all ranks
     fill: float  # filled share of the step's positions
-    images: float  # share of the step's room for images that is used
+    images: float  # share of the step's room for images that is used; 0 if it is not packed
     left_out: int  # samples of pools begun in this step that have no answer within the limit
 
 
-def check_room(cfg: ModelConfig, limit: int) -> None:
-    """limit: positions of a sample."""
-    if square_tokens(cfg) >= limit:
+def check_room(cfg: ModelConfig, limit: int, most_views: int) -> None:
+    """limit: positions of a sample; most_views: of a row. Pictures must fit, or they would be left out."""
+    takes = max(square_tokens(cfg), square_tokens(cfg, "pruned"))
+    if takes >= limit:
         raise UserError(
-            f"a picture takes {square_tokens(cfg)} positions, a sample may take {limit}: "
+            f"a picture takes {takes} positions, a sample may take {limit}: "
             "raise --row_limit and --row_length"
+        )
+    if view_count(cfg, (1, 1)) > most_views:
+        raise UserError(
+            f"a picture has {view_count(cfg, (1, 1))} views, a row takes {most_views}: raise --row_images"
         )
 
 
@@ -1475,7 +1503,10 @@ class Plan(IterableDataset):
     def __post_init__(self):
         if not self.batch_size:
             self.limit = min(self.limit, self.row_length)
-        check_room(self.cfg, self.limit)
+        self.row_images = 10**9 if self.batch_size else self.row_images
+        check_room(self.cfg, self.limit, self.row_images)
+        self.sources = [(s, w) for s, w in self.sources if w > 0]
+        self.latest = None, None  # what `parts` found last: a long document has many
         names = {s.kind if self.by_kind and not self.batch_size else "": None for s, _ in self.sources}
         self.groups = [[(s, w) for s, w in self.sources if name in ("", s.kind)] for name in names]
         shares = [sum(w for _, w in group) for group in self.groups]
@@ -1496,7 +1527,7 @@ class Plan(IterableDataset):
         for step in self.steps:
             for micro in range(self.micro_steps):
                 first = step * self.batch_size + (micro * self.world + self.rank) * share
-                samples = [Place(0, n, 0, self.choose_mode(n)) for n in range(first, first + share)]
+                samples = [self.place(0, n) for n in range(first, first + share)]
                 yield Planned(step, [samples], [], {}, 0.0, 0.0, 0)
 
     def packed(self):
@@ -1520,55 +1551,67 @@ class Plan(IterableDataset):
                 at = [list(c) for c in cursor]
                 yield Planned(step, rows[first : first + share], at, shares, fill, images, about["left out"])
 
-    def rows_of(self, group: int, pool: int, place: int):
-        """Endless rows of a group from a place on: (where to go on, row, positions by kind, other counts)."""
+    def rows_of(self, group: int, pool: int, first: int):
+        """Endless rows of a group from row `first` of a pool on: (where to go on, row, positions by kind,
+        other counts).
+        """
         while True:
             found, lengths, views, kinds, left_out = [], [], [], [], 0
             for number in range(pool * self.POOL, (pool + 1) * self.POOL):
-                mode = self.choose_mode(number * len(self.groups) + group)
-                record, parts = self.parts(group, number, mode)
+                place = self.place(group, number)
+                record, parts = self.parts(place)
                 left_out += not parts
                 for n, (_, length, seen) in enumerate(parts):
-                    found.append(Place(group, number, n, mode))
+                    found.append(place._replace(part=n))
                     lengths.append(length)
                     views.append(seen)
                     kinds.append(record.kind)
-            rows = best_fit(lengths, self.row_length, views, self.row_images)
+            rows = best_fit(lengths, self.row_length, views, self.row_images, self.row_length // 16)
             if not rows:
                 raise UserError(f"no answer is left to learn in {record.name}, ...: raise --row_length")
             random.Random(f"{self.seed}-{group}-{pool}").shuffle(rows)
-            for n in range(place, len(rows)):
+            for n in range(first, len(rows)):
                 filled = Counter()
                 for i in rows[n]:
                     filled[kinds[i]] += lengths[i]
                 about = {"images": sum(views[i] for i in rows[n]), "left out": left_out * (n == 0)}
                 on = [pool, n + 1] if n + 1 < len(rows) else [pool + 1, 0]
                 yield on, [found[i] for i in rows[n]], filled, about
-            pool, place = pool + 1, 0
+            pool, first = pool + 1, 0
 
-    def record(self, group: int, number: int) -> Record:
-        source, index = self.orders[group][number]
-        return self.groups[group][source][0][index]
+    def place(self, group: int, number: int) -> Place:
+        mode = self.choose_mode(number * len(self.groups) + group)
+        return Place(group, number, 0, mode, *self.orders[group][number])
 
-    def parts(self, group: int, number: int, mode: str) -> tuple[Record, list[tuple[list[Piece], int, int]]]:
+    def record(self, place: Place) -> Record:
+        return self.groups[place.group][place.source][0][place.index]
+
+    def parts(self, place: Place) -> tuple[Record, list[tuple[list[Piece], int, int]]]:
         """A sample in parts that fit a row and have something to learn: (pieces, positions, views) each.
 
         Documents go on in a next part (MM1 cuts at the sixteenth image), questions and captions are cut.
         """
-        record = self.record(group, number)
+        if self.latest[0] != (key := place._replace(part=0)):
+            self.latest = key, self.find_parts(key)
+        return self.latest[1]
+
+    def find_parts(self, place: Place) -> tuple[Record, list[tuple[list[Piece], int, int]]]:
+        record = self.record(place)
         sizes = picture_sizes(record.images, self.cfg, record.name)
-        slots = sample_slots(self.cfg, "pruned" if mode == "fast" else "full", sizes)
+        modes = {"fast": ["pruned"], "slow": ["full", "pruned"]}.get(place.mode, ["full"])
+        slots = [max(each, key=len) for each in zip(*(sample_slots(self.cfg, m, sizes) for m in modes))]
         views = [view_count(self.cfg, size) for size in sizes]
-        most = 10**9 if self.batch_size else self.row_images
-        parts = split(pieces_of(record, self.tokenizer), slots, self.limit, views, most)
-        if self.batch_size or record.kind not in ("interleaved", "text"):
-            parts = parts[:1]
+        goes_on = record.kind in ("interleaved", "text") and not self.batch_size
+        parts = split(pieces_of(record, self.tokenizer), slots, self.limit, views, self.row_images, goes_on)
+        parts = parts if goes_on else parts[:1]
         measured = []
         for part in parts:
             pictures = [piece for piece in part if isinstance(piece, int)]
             text = [piece for piece in part if not isinstance(piece, int)]
             length = sum(len(slots[i]) for i in pictures) + sum(len(ids) for ids, _ in text)
-            if self.batch_size or any(supervised for _, supervised in text):
+            targets = sum(len(ids) for ids, supervised in text if supervised)
+            targets -= not isinstance(part[0], int) and part[0][1]  # nothing comes before the first token
+            if self.batch_size or targets:
                 measured.append((part, length, sum(views[i] for i in pictures)))
         return record, measured
 
@@ -1595,18 +1638,25 @@ class Stream(Dataset):
                 plan.row_length, plan.limit, (planned.step + 1) * per_step, **packing,
             )  # fmt: skip
             if not len(batch.student.targets):
-                names = ", ".join(plan.record(place.group, place.number).name for place in places[:3])
+                names = ", ".join(plan.record(place).name for place in places[:3])
                 raise UserError(
                     f"no answer is left to learn in {names}, ...: raise --row_limit above {plan.limit}"
                 )
         except UserError as error:
             return error
+        if plan.batch_size:  # of this rank's micro-batch, while a packed plan tells them of the whole step
+            filled = Counter()
+            for place in places:
+                record, parts = plan.parts(place)
+                filled[record.kind] += parts[0][1]
+            planned.kinds = {kind: n / filled.total() for kind, n in filled.items()}
+            planned.fill = filled.total() / batch.student.ids.numel()
         batch.plan = planned
         return batch
 
     def sample(self, place: Place) -> Sample:
         """A part of a record, with the pictures of that part alone."""
-        record, parts = self.plan.parts(place.group, place.number, place.mode)
+        record, parts = self.plan.parts(place)
         part = parts[place.part][0]
         own = [piece for piece in part if isinstance(piece, int)]
         pieces = [own.index(piece) if isinstance(piece, int) else piece for piece in part]

@@ -157,6 +157,15 @@ def open_tasks(cfg: EvalConfig) -> list[Task]:
     asked = [task for task in tasks if task.kind != "text"]
     if (cfg.shots or cfg.scoring != "generate") and not asked:
         raise UserError(f"--shots and --scoring have no effect on --tasks {cfg.tasks}")
+    files = [name for name in names if ":" in name]
+    kinds = {name.partition(":")[0] for name in files}
+    twice = [stem for stem, n in Counter(Path(name).stem for name in files).items() if n > 1]
+    if twice:
+        raise UserError(
+            f"--tasks has two files named {twice[0]}: their results would have one name, rename one"
+        )
+    if cfg.demos and len(kinds) > 1:
+        raise UserError(f"--demos holds examples of one kind, --tasks asks for {' and '.join(sorted(kinds))}")
     if cfg.demos and not any(task.shots and isinstance(task.questions[0].image, Path) for task in asked):
         raise UserError("--demos has no effect without --shots above 0 and a kind:FILE task")
     for task in asked if cfg.scoring == "likelihood" else []:
@@ -426,7 +435,7 @@ def stop_marks(task: Task) -> tuple[str, ...]:
     """What ends an answer besides the end token: a base model goes on with the next example (MM1 6.1)."""
     if task.shots is None:
         return ()
-    return ("\n",) if task.kind == "caption" else ("\n", ".", ",", "Question")
+    return ("\n",) if task.kind in ("caption", "ref") else ("\n", ".", ",", "Question")
 
 
 def cut_answer(text: str, marks: tuple[str, ...]) -> str:
@@ -490,7 +499,7 @@ def score_text(vlm, tokenizer, task: Task, mode: str, cfg: EvalConfig) -> dict:
     error = len(sums) * standard_error([nll - mean * n for nll, n in zip(sums, counts)]) / sum(counts)
     return {
         "task": task.name, "metric": METRICS["text"], "score": round(mean, 4), "stderr": round(error, 4),
-        "n": len(sums), "shots": 0, "tokens": mode, "blind_score": None, "chance": None,
+        "n": len(sums), "shots": 0, "tokens": "full", "blind_score": None, "chance": None,
     }  # fmt: skip
 
 

@@ -246,7 +246,8 @@ class ModelConfig:
             raise UserError(f"decoder.experts need multiples of 8, not {d.width} and {d.mlp_width} wide MLPs")
         if d.experts and self.lora.rank:
             raise UserError(
-                f"lora.rank {self.lora.rank}: adapters stand beside a dense decoder's linears only"
+                f"lora.rank {self.lora.rank}: adapters stand beside a dense decoder's linears only; "
+                "--lora.rank 0 merges them"
             )
         return self
 
@@ -293,8 +294,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: "Tensor | Documents | None" = 
 
     On a CPU always in fp32: the backward pass of its bf16 kernel is 2-4 times slower at our lengths (LOG.md).
     """
-    if isinstance(mask, Documents):
-        flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B*T, H, d)
+    if isinstance(
+        mask, Documents
+    ):  # autocast knows SDPA, not this kernel: a norm on q and k left them float32
+        flat = [x.to(v.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B*T, H, d)
         cut, longest = (mask.starts, mask.starts), (mask.longest, mask.longest)
         out = varlen_attn(*flat, *cut, *longest, window_size=(-1, 0), enable_gqa=True)  # causal
         return out.unflatten(0, (len(q), -1)).transpose(1, 2)  # (B, H, T, d)
@@ -433,7 +436,8 @@ class ViT(nn.Module):
         """
         states = [self.embeddings(pixels, self.pre_layrnorm)]
         for block in self.encoder["layers"][:last]:
-            states.append(block(states[-1]))
+            # past a compiled block in evaluation, which would recompile at every number of images
+            states.append(block(states[-1]) if self.training else block.forward(states[-1]))
         return tuple(states)
 
     def resize(self, image_size: int) -> None:
@@ -713,8 +717,9 @@ class Experts(nn.Module):
     second ones and each in the order of positions; what it drops is left with the residual (GShard, arXiv
     2006.16668; MM1 did not publish C, the default is AXLearn's). A rank's micro-batch is one group. Padding
     comes last, so that it takes no token's place, and does not count in the losses. Nothing is dropped
-    without gradients: in evaluation, generation and the teacher's pass. A dropped token is computed and
-    weighed by 0: all shapes are known in advance, and on one device a full expert costs no more than others.
+    without gradients, as in evaluation, generation and the teacher's pass, nor by experts that do not train.
+    A dropped token is computed and weighed by 0: all shapes are known in advance, and on one device a full
+    expert costs no more than others.
 
     grouped_mm has a kernel for bfloat16 on CUDA; other dtypes and the CPU take its slower loop. Only
     float32 (not compiled) and bfloat16, rows of a multiple of 16 bytes. Here E experts, M = B * T tokens.
@@ -744,7 +749,7 @@ class Experts(nn.Module):
         chosen = chosen.T.flatten()  # (2M,): all first choices, then all second ones
         order = (2 * chosen + ~real.repeat(2)).argsort(stable=True)  # by expert; padding behind its tokens
         chosen, token, gates = chosen[order], order % len(tokens), gates.T.flatten()[order]
-        if self.training and torch.is_grad_enabled():
+        if self.training and torch.is_grad_enabled() and self.gate_proj.requires_grad:
             limit = -(-int(len(tokens) * self.capacity / len(self.gate_proj)) // 4) * 4
             rank = torch.arange(len(order), device=x.device) - torch.searchsorted(chosen, chosen)
             gates = gates * (rank < limit)
@@ -863,11 +868,14 @@ class Decoder(nn.Module):
         A pass with gradients leaves the mean router losses of its sparse layers in `router_losses`.
         """
         rope, losses = rope_tables(positions, self.cfg), []
-        for block in self.layers:  # with a cache past a compiled block, which would recompile at every length
-            x = block.forward(x, rope, mask, cache) if cache else block(x, rope, mask, real=real)
+        for block in self.layers:
+            if self.training and torch.is_grad_enabled():
+                x = block(x, rope, mask, real=real)
+            else:  # past a compiled block, which would recompile at every shape of a teacher or of evaluation
+                x = block.forward(x, rope, mask, cache, real)
             if isinstance(x, tuple):
                 x, router = x
-                losses.append(router)
+                losses += [router] if block.mlp.router.weight.requires_grad else []
         if losses and torch.is_grad_enabled():
             self.router_losses = torch.stack(losses).mean(0)  # (2,)
         if cache:
@@ -1397,14 +1405,17 @@ def set_resolution(vlm: "VLM", resolution: str) -> None:
             vlm.connector = CONNECTORS[cfg.connector.kind](cfg)
         vlm.connector.load_state_dict(weights, assign=True)
     if cfg.image.cut != vlm.cfg.image.cut:
-        vlm.newline = make_newline(cfg, vlm.pixel_mean.device)
+        vlm.newline = make_newline(cfg, vlm.decoder.embed_tokens.weight)
     vlm.cfg = cfg
 
 
-def make_newline(cfg: ModelConfig, device: torch.device | None = None) -> nn.Parameter | None:
-    """LLaVA-NeXT's learned vector at the end of each row of tokens, (D,); only "unpad" has one."""
-    D = cfg.decoder.width
-    return nn.Parameter(torch.randn(D, device=device) / math.sqrt(D)) if cfg.image.cut == "unpad" else None
+def make_newline(cfg: ModelConfig, table: Tensor) -> nn.Parameter | None:
+    """LLaVA-NeXT's learned vector at the end of each row of tokens, (D,), only for "unpad"; at the scale of
+    the table of text embeddings, as the connector's tokens.
+    """
+    scale = table.detach().float().pow(2).mean().sqrt()
+    drawn = torch.randn(cfg.decoder.width, device=table.device)
+    return nn.Parameter(drawn * scale) if cfg.image.cut == "unpad" else None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1423,7 +1434,7 @@ class VLM(nn.Module):
         if cfg.lora.rank:
             add_lora(self.decoder, cfg.lora)
         self.isolator = prune.ModeIsolator(cfg.prune.isolator, cfg.decoder.width)
-        self.newline = make_newline(cfg)
+        self.newline = make_newline(cfg, self.decoder.embed_tokens.weight)
         mean, std = (
             torch.tensor(x, device="cpu").view(3, 1, 1) * 255 for x in (cfg.image.mean, cfg.image.std)
         )
@@ -1540,7 +1551,7 @@ class VLM(nn.Module):
                     p.requires_grad_(True)
         self.isolator.requires_grad_(isolator)
         if self.newline is not None:
-            self.newline.requires_grad_("connector" in parts)
+            self.newline.requires_grad_(True)  # it may be new where nothing else of the connector is
         self.vit.encoder["layers"][max(self.cfg.connector.levels) :].requires_grad_(False)  # never run
         self.vit.post_layernorm.requires_grad_(False)
 
@@ -2083,12 +2094,12 @@ def tonight(
         ),
         "scale": "80to336",
         "pretrain": {
-            "train": "connector", "lr": 1e-3, "rows": 32, "row_length": 1024, "steps": 1860,
-            "frozen": "bfloat16", "micro_steps": 8,
+            "train": "connector", "lr": 1e-3, "rows": 32, "row_length": 1024, "row_images": 12,
+            "steps": 1860, "frozen": "bfloat16", "micro_steps": 8,
         },
         "sft": {
-            "train": "connector,decoder", "lr": 5e-5, "rows": 32, "row_length": 1024, "steps": 6650,
-            "frozen": "bfloat16", "micro_steps": 16,
+            "train": "connector,decoder", "lr": 5e-5, "rows": 32, "row_length": 1024, "row_images": 6,
+            "steps": 6650, "frozen": "bfloat16", "micro_steps": 16,
         },
     }  # fmt: skip
 
@@ -2105,8 +2116,8 @@ PRESETS = {
             decoder_from=str(ASSETS / "tiny_lm"),
         ),
         "scale": "32to144",
-        "pretrain": {"train": "connector,decoder", "steps": 500, "lr": 2e-3, "muon_lr": 0.01},
-        "sft": {"train": "connector,decoder", "steps": 300, "rows": 18, "lr": 1e-3, "muon_lr": 0.005},
+        "pretrain": {"train": "connector,decoder", "steps": 400, "lr": 2e-3, "muon_lr": 0.01},
+        "sft": {"train": "connector,decoder", "steps": 340, "lr": 1e-3, "muon_lr": 0.005},
     },
     "clip-smollm2-360m": tonight(VIT_L, CLIP_L, [16, 23], SMOLLM2_360M, "HuggingFaceTB/SmolLM2-360M"),
     "siglip2-qwen2.5-0.5b": tonight(SIGLIP2_B, SIGLIP2, [8, 11], QWEN_HALF_B, "Qwen/Qwen2.5-0.5B"),
@@ -2265,7 +2276,7 @@ def grows(row: dict, cfg: ModelConfig) -> bool:
 def samples_of(flags: dict, cfg: ModelConfig) -> int:
     """Samples of a step, about: a packed one of MM1 holds half images, half text, and 148 tokens of it."""
     per_row = max(1, flags.get("row_length", 256) // (cfg.visual_tokens() + 148))
-    return flags.get("batch_size") or flags.get("rows", 12) * per_row
+    return flags.get("batch_size") or flags.get("rows", 16) * per_row
 
 
 def stages_of(row: dict, cfg: ModelConfig) -> list[Stage]:
@@ -2383,8 +2394,9 @@ def print_plan(name: str, cfg: ModelConfig, tools: "ToolConfig") -> None:
         vlm.set_trainable(stage.train, isolator=True)
         sizes.append(part_sizes(vlm))
         sizes[-1]["all"] = tuple(map(sum, zip(*sizes[-1].values())))
-    for part in sizes[0]:
-        cells = (f"{size[part][0] / 1e6:,.1f}, {size[part][1] / 1e6:,.1f}".rjust(22) for size in sizes)
+    for part in dict.fromkeys(part for size in sizes for part in size):
+        numbers = (size.get(part, (0, 0)) for size in sizes)
+        cells = (f"{total / 1e6:,.1f}, {trained / 1e6:,.1f}".rjust(22) for total, trained in numbers)
         print(f"  {part}".ljust(30) + "".join(cells))
     if cfg.decoder.experts:
         print(expert_sizes(vlm.decoder) + row.get("reported", ""))

@@ -50,12 +50,12 @@ class RunConfig:
     val_data: str = ""  # the same for validation; default: --data itself, or unseen scenes
     seed: int = 0  # of connector, sample order and modes
     steps: int = 500  # optimizer steps
-    rows: int = 12  # packed rows of an optimizer step, over all ranks and micro-steps
+    rows: int = 16  # packed rows of an optimizer step, over all ranks and micro-steps
     batch_size: int = 0  # above 0: a step takes this many samples instead, in rows as wide as they need
     micro_steps: int = 1  # gradient accumulation
     row_length: int = 256  # positions of a row (with --batch_size: at most), shared by several samples
     row_images: int = 16  # packing: most images of a row (MM1: 16)
-    row_limit: int = 2048  # positions one sample may take; questions and captions are cut, documents go on
+    row_limit: int = 2048  # positions of a sample (packed: row_length at most); documents go on in a next one
     train: str = "connector,decoder"  # what trains: a comma list of vit, connector, decoder, lora
     frozen: str = "float32"  # how matrices that do not train are kept; bfloat16 (with --dtype bfloat16): half
     pure_bf16: bool = False  # trained weights, gradients and moments in bfloat16 too: memory before quality
@@ -137,6 +137,10 @@ def caption_loss(logits: Tensor, teacher: Tensor | None, batch: data.Batch) -> d
     return {"loss": F.cross_entropy(logits, batch.student.targets, reduction="sum")}
 
 
+def longest_sample(cfg: RunConfig) -> int:
+    return cfg.row_limit if cfg.batch_size else min(cfg.row_limit, cfg.row_length)
+
+
 def mm1_rate(size: int | float) -> float:
     """MM1's law of the peak rate: size counts the decoder's weights without embeddings (section 3.3)."""
     return math.exp(-0.4214 * math.log(size) - 0.5535)
@@ -212,8 +216,6 @@ class Run:
     def packing(self) -> dict[str, float]:
         """Of the steps since the last log line: how full rows were, and the share of positions by kind."""
         plans, self.plans = self.plans, []
-        if self.cfg.batch_size or not plans:
-            return {}
         mean = {name: sum(getattr(p, name) for p in plans) / len(plans) for name in ("fill", "images")}
         kinds = sorted({kind for p in plans for kind in p.kinds})
         shares = {f"share {kind}": sum(p.kinds.get(kind, 0) for p in plans) / len(plans) for kind in kinds}
@@ -360,7 +362,7 @@ def start(stage: str, config: type, argv: list[str], doc: str):
     data.open_sources(cfg.data, stage)  # a wrong --data shows before a folder is made
     later = model.scaled_config(vlm.cfg, cfg.scale) if cfg.scale and step.parent != run.folder else vlm.cfg
     later = model.at_resolution(later, cfg.resolution)
-    data.check_room(later, cfg.row_limit if cfg.batch_size else min(cfg.row_limit, cfg.row_length))
+    data.check_room(later, longest_sample(cfg), 10**9 if cfg.batch_size else cfg.row_images)
     if run.main and not (run.folder / "latest").is_file():  # what a run left that never came to a checkpoint
         for name in ("metrics.jsonl", "best"):
             (run.folder / name).unlink(missing_ok=True)
@@ -568,8 +570,9 @@ def add_penalties(run: Run, ddp: nn.Module, losses: dict, logits: Tensor) -> dic
     if run.cfg.z_loss:
         more["z"] = logits.logsumexp(-1).square().sum()
         loss = loss + run.cfg.z_loss * more["z"]
-    if decoder.cfg.experts:
+    if getattr(decoder, "router_losses", None) is not None:
         more["balance"], more["router_z"] = decoder.router_losses * len(logits)
+        decoder.router_losses = None  # or it would hold on to the graph
         loss = loss + run.cfg.balance * more["balance"] + run.cfg.router_z * more["router_z"]
     return {**losses, **more, "loss": loss}
 
@@ -586,6 +589,7 @@ def finish_step(run: Run, vlm: model.VLM, tokenizer, optimizers, step: int) -> N
     if evaluate or last or (cfg.save_every and done % cfg.save_every == 0):
         save(run, vlm, tokenizer, optimizers, done)
     if evaluate:
+        vlm.eval()
         kinds = validation_loss(run, vlm, tokenizer, cfg.val_data or cfg.data, run.stage)
         loss = kinds.pop("all")
         told = ", ".join(f"{kind} {value:.4f}" for kind, value in kinds.items())
@@ -597,10 +601,14 @@ def finish_step(run: Run, vlm: model.VLM, tokenizer, optimizers, step: int) -> N
                 write_text(run.folder / "best", f"step-{done:08d}\n")
         if run.main:
             show_answers(run, vlm, tokenizer, cfg.val_data or cfg.data)
+        vlm.train()
 
 
-# What the order of the samples, and who shares a row, depend on.
-ORDER = "data seed rows batch_size row_length row_images row_limit".split()
+def order_of(run: Run, vlm: model.VLM) -> dict:
+    """What the order of the samples depends on, their lengths too, and so who shares a row."""
+    names = "data seed rows batch_size row_length row_images row_limit resolution pruner slow_share mode"
+    flags = {name: getattr(run.cfg, name) for name in names.split() if hasattr(run.cfg, name)}
+    return flags | {f"prune.{name}": getattr(vlm.cfg.prune, name) for name in ("keep", "isolator")}
 
 
 def save(run: Run, vlm: model.VLM, tokenizer, optimizers, done: int) -> None:
@@ -613,7 +621,7 @@ def save(run: Run, vlm: model.VLM, tokenizer, optimizers, done: int) -> None:
         tokenizer.save(temporary / "tokenizer")
         state = {
             "optimizers": [o.state_dict() for o in optimizers], "step": done, "rng": torch.get_rng_state(),
-            "cursor": run.cursor, "order": {name: getattr(run.cfg, name) for name in ORDER},
+            "cursor": run.cursor, "order": order_of(run, vlm),
         }  # fmt: skip
         torch.save(state, temporary / "state.pt")
         shutil.rmtree(folder, ignore_errors=True)
@@ -639,9 +647,14 @@ def resume(run: Run, vlm: model.VLM, optimizers) -> int:
         return 0
     folder = model.find_step(run.folder)
     state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-    for name, value in state["order"].items():
-        if value != getattr(run.cfg, name):
-            raise UserError(f"{folder}: was trained with --{name} {value}, its data order ends with another")
+    if "order" not in state:
+        raise UserError(
+            f"{folder}: an older version wrote it, it cannot be continued; start from it by --init"
+        )
+    for name, value in order_of(run, vlm).items():
+        if value != state["order"].get(name):
+            before = state["order"].get(name)
+            raise UserError(f"{folder}: was trained with --{name} {before}, its data order ends with another")
     layout = [[len(g["params"]) for g in o["param_groups"]] for o in state["optimizers"]]
     if layout != [[len(g["params"]) for g in o.param_groups] for o in optimizers]:
         raise UserError(f"{folder}: was trained with another --train or --muon_lr, it cannot be continued so")
@@ -667,17 +680,18 @@ def resume(run: Run, vlm: model.VLM, optimizers) -> int:
 @torch.no_grad()
 def validation_loss(run: Run, vlm: model.VLM, tokenizer, spec: str, stage: str) -> dict[str, float]:
     """Mean loss per supervised token of every kind, with all visual tokens, on unseen scenes or --val_data;
-    "all" weighs the kinds as training does. 128 samples in all.
+    "all" weighs the kinds as that data does. About 128 samples in all.
     """
     kinds, losses = {}, {}
     for s, weight in data.open_sources(spec, stage):
         unseen = data.Scenes(s.kind, "test") if isinstance(s, data.Scenes) else s
-        kinds.setdefault(s.kind, []).append((unseen, weight))
+        if weight:
+            kinds.setdefault(s.kind, []).append((unseen, weight))
     c, size = run.cfg, 128 // len(kinds)
     for kind, sources in kinds.items():
         plan = data.Plan(
             sources, tokenizer, vlm.cfg, lambda n: "full", 1, range(4), 0, size // 4, row_length=c.row_length,
-            limit=c.row_limit,
+            limit=longest_sample(c),
         )  # fmt: skip
         total, count = 0.0, 0
         for planned in plan:

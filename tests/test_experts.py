@@ -19,6 +19,7 @@ import train_sft
 from model import DecoderConfig, UserError
 
 CFG = DecoderConfig(width=16, mlp_width=24, experts=4)
+CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a cuda device")]
 
 
 def make_experts(capacity: float, **changes) -> model.Experts:
@@ -235,18 +236,31 @@ def test_two_ranks_equal_one(tmp_path):
         torch.testing.assert_close(two[0][name], change, rtol=1e-3, atol=2e-6, msg=name)
 
 
-def test_an_expert_without_tokens_has_a_gradient_of_zeros():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+def test_an_expert_without_tokens_has_a_gradient_of_zeros(device):
     """Or DDP would wait for it."""
     experts = make_experts(2.0)
     with torch.no_grad():
         experts.router.weight.copy_(torch.eye(4, 16) * torch.tensor([1.0, 1.0, 0, 0])[:, None])
     x = torch.randn(1, 30, 16)
     x[..., :2] = 5.0
-    y, _ = experts(x)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    y, _ = experts.to(device, dtype)(x.to(device, dtype))
     y.sum().backward()
     for p in (experts.gate_proj, experts.up_proj, experts.down_proj):
         used = p.grad.abs().amax((1, 2)) > 0
         assert used.tolist() == [True, True, False, False]
+
+
+def test_frozen_experts_drop_nothing_and_leave_no_losses():
+    """Or stage 1 would align a connector to another function than the one that evaluation uses."""
+    torch.manual_seed(0)
+    vlm = model.VLM(sparse_config(capacity=0.25))
+    vlm.set_trainable(["connector"], isolator=False)
+    batch = small_batch([("chat", "full")], vlm.cfg)
+    trained = vlm(batch)[0]
+    assert getattr(vlm.decoder, "router_losses", None) is None
+    assert torch.equal(trained, vlm.eval()(batch)[0])
 
 
 def test_generation_with_a_cache_follows_the_whole_pass():

@@ -294,6 +294,24 @@ def test_generation_ends_behind_a_stop_and_is_cut_in_front_of_it():
         assert evaluation.cut_answer(text, vqa) == short and evaluation.cut_answer(text, caption) == long
 
 
+def test_boxes_may_hold_commas_and_files_are_told_apart(tmp_path):
+    ref = evaluation.stop_marks(evaluation.few_shot_task("scenes_ref", 1, 0, 0))
+    assert evaluation.cut_answer(" [12, 34, 56, 78]\n[", ref) == "[12, 34, 56, 78]"
+    data.render(data.make_scene("test", 1), 32).save(tmp_path / "0.png")
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        row = {"image": "../0.png", "text": "?", "answers": ["x"]}
+        (tmp_path / folder / "val.jsonl").write_text(json.dumps(row))
+    for tasks, demos, words in (
+        ("vqa:a/val.jsonl,caption:b/val.jsonl", "", "two files named val"),
+        ("vqa:a/val.jsonl,caption:b/other.jsonl", "d.jsonl", "caption and vqa"),
+    ):
+        cfg = evaluation.EvalConfig(tasks=tasks.replace(":", f":{tmp_path}/"), demos=demos, shots="0")
+        (tmp_path / "b" / "other.jsonl").write_text((tmp_path / "b" / "val.jsonl").read_text())
+        with pytest.raises(UserError, match=words):
+            evaluation.open_tasks(cfg)
+
+
 def test_a_token_that_ends_an_answer_may_hold_some_of_it(monkeypatch):
     """Byte-pair encoders of others have tokens such as ".\\n": they stop a caption and their period stays."""
     ranks = {**TOKENIZER.ranks, b".\n": len(TOKENIZER.ranks)}

@@ -175,12 +175,12 @@ def test_rows_hold_one_kind_and_no_more_images_than_allowed():
     plan = small_plan(range(20), row_images=3)
     for planned in plan:
         for row in planned.rows:
-            kinds = {plan.record(place.group, place.number).kind for place in row}
-            parts = [plan.parts(*place[:2], place.mode)[1][place.part][0] for place in row]
+            kinds = {plan.record(place).kind for place in row}
+            parts = [plan.parts(place)[1][place.part][0] for place in row]
             assert len(kinds) == 1 and sum(isinstance(p, int) for part in parts for p in part) <= 3
         assert abs(sum(planned.kinds.values()) - 1) < 1e-9 and 0 < planned.images <= 1
     mixed = small_plan(range(20), by_kind=False)
-    assert any(len({mixed.record(p.group, p.number).kind for p in row}) > 1 for x in mixed for row in x.rows)
+    assert any(len({mixed.record(p).kind for p in row}) > 1 for x in mixed for row in x.rows)
 
 
 def test_kinds_are_drawn_by_weight_and_always_in_the_same_order():
@@ -200,7 +200,7 @@ def test_kinds_are_drawn_by_weight_and_always_in_the_same_order():
 def test_long_documents_go_on_in_the_next_part_and_lose_nothing():
     plan = small_plan(row_length=64, row_images=2)
     for number in range(30):
-        record, parts = plan.parts(1, number, "full")  # interleaved
+        record, parts = plan.parts(plan.place(1, number))  # interleaved
         parts = [part for part, _, _ in parts]
         whole = data.pieces_of(record, TOKENIZER)
         assert record.kind == "interleaved"
@@ -214,8 +214,17 @@ def test_long_documents_go_on_in_the_next_part_and_lose_nothing():
         ]
         for part in parts:
             assert len(data.lay_out(part, [np.arange(8)] * 9).ids) <= 64
-    sizes = [{len(plan.parts(group, n, "full")[1]) for n in range(30)} for group in (0, 1)]
+    sizes = [{len(plan.parts(plan.place(group, n))[1]) for n in range(30)} for group in (0, 1)]
     assert sizes[0] == {1} and max(sizes[1]) > 1  # a caption is cut, a document goes on
+
+
+def test_a_picture_of_a_document_stays_with_its_text():
+    picture, text = [np.arange(8)] * 3, ([5] * 10, True)
+    pieces = [0, text, 1, text, 2, text]
+    assert data.split(pieces, picture, 30, together=True) == [pieces[:2], pieces[2:4], pieces[4:]]
+    assert data.split(pieces, picture, 30)[0] == [0, text, 1, ([5] * 4, True)]
+    long = [0, ([5] * 40, True)]  # fits nowhere: it begins where it is
+    assert data.split(long, picture, 30, together=True) == [[0, ([5] * 22, True)], [([5] * 18, True)]]
 
 
 def test_every_sample_of_a_pool_is_in_one_row():
@@ -305,18 +314,21 @@ def test_the_log_tells_shares_fill_and_validation_by_kind(tmp_path, small_halves
 
 
 @pytest.mark.slow
-def test_packed_rows_compile_once(tmp_path, small_halves, monkeypatch):
-    """After the second step of a stage no shape is new: torch would raise."""
+@pytest.mark.parametrize("stage", [train_pretrain, train_sft])
+def test_packed_rows_compile_once(stage, tmp_path, small_halves, monkeypatch):
+    """After the first step no shape is new, with teachers or after a validation either: torch would raise."""
     real = train_pretrain.optimizer_step
 
     def strict(run, ddp, micro, optimizers, step, loss_of):
-        monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", step >= 2)
-        return real(run, ddp, micro, optimizers, step, loss_of)
+        with torch._dynamo.config.patch(error_on_recompile=step >= 1):
+            return real(run, ddp, micro, optimizers, step, loss_of)
 
     torch._dynamo.reset()
-    monkeypatch.setattr(train_pretrain, "optimizer_step", strict)
-    flags = [*test_training.SMALL, *small_halves, *"--batch_size 0 --rows 4 --steps 8 --compile true".split()]
-    train_pretrain.main([*flags, "--out", str(tmp_path / "a")])
+    monkeypatch.setattr(stage, "optimizer_step", strict)
+    flags = "--batch_size 0 --rows 4 --steps 8 --compile true --eval_every 3 --train vit,connector,decoder"
+    flags = [*test_training.SMALL, *small_halves, *flags.split()]
+    flags += ["--slow_share", "0.3"] if stage is train_sft else []
+    stage.main([*flags, "--out", str(tmp_path / "a")])
     assert (tmp_path / "a" / "latest").is_file()
 
 
@@ -334,11 +346,14 @@ def documents(device: str, dtype: torch.dtype) -> tuple:
     return rows, q, k, v
 
 
-def test_the_document_kernel_is_called_with_the_right_shapes():
-    """Traced on the meta device, where nothing is computed."""
+def test_the_document_kernel_is_called_with_the_right_shapes(monkeypatch):
+    """Traced on the meta device, where nothing is computed; a norm on q and k leaves them in float32."""
     rows, q, k, v = documents("meta", torch.bfloat16)
-    out = model.attend(q, k, v, model.Documents(rows.starts.to("meta"), 256))
-    assert out.shape == q.shape
+    real, seen = model.varlen_attn, []
+    monkeypatch.setattr(model, "varlen_attn", lambda *a, **b: (seen.append(a[:3]), real(*a, **b))[1])
+    out = model.attend(q.float(), k.float(), v, model.Documents(rows.starts.to("meta"), 256))
+    assert out.shape == q.shape and {x.dtype for x in seen[0]} == {torch.bfloat16}
+    assert [tuple(x.shape) for x in seen[0]] == [(512, 4, 32), (512, 2, 32), (512, 2, 32)]
 
 
 @pytest.mark.cuda
@@ -371,7 +386,83 @@ def test_starts_are_where_the_mask_changes():
 def test_a_sample_without_room_for_its_answer_is_left_out_and_counted():
     plan = small_plan(range(1), kinds=[("chat", 1.0)], row_length=15, batch_rows=2)
     planned = next(iter(plan))
-    room = [plan.parts(0, n, "full")[1] for n in range(plan.POOL)]
+    room = [plan.parts(plan.place(0, n))[1] for n in range(plan.POOL)]
     assert planned.left_out == sum(not parts for parts in room) > 0
     with pytest.raises(model.UserError, match="raise --row_limit"):
         small_plan(row_length=8)
+
+
+def test_pictures_must_fit_into_a_row(tmp_path, small_halves):
+    cfg = test_training.small_config()
+    cfg.image.cut = "split"  # five views of 8 tokens
+    for changes, words in (
+        ({"row_images": 4}, "raise --row_images"),
+        ({"row_length": 40}, "raise --row_limit"),
+    ):
+        fixed = {"row_length": 128} | changes
+        with pytest.raises(model.UserError, match=words):
+            data.Plan(
+                [(data.Scenes("caption"), 1.0)], TOKENIZER, cfg, lambda n: "full", 0, range(1), 2, **fixed
+            )
+    flags = [*test_training.SMALL, *small_halves, *"--batch_size 0 --rows 2 --row_images 4".split()]
+    with pytest.raises(model.UserError, match="5 views, a row takes 4"):
+        train_pretrain.main(
+            [*flags, "--row_length", "512", "--resolution", "+split", "--out", str(tmp_path / "a")]
+        )
+    assert not (tmp_path / "a").exists()
+
+
+def test_teachers_longer_than_their_students_fit_too():
+    """Keeping all tokens behind an isolator takes more positions than not pruning at all."""
+    cfg = test_training.small_config(prune=model.PruneConfig(keep=1.0, isolator=2))
+    source = data.Scenes("chat")
+    plan = data.Plan([(source, 1.0)], TOKENIZER, cfg, lambda n: "slow", 0, range(8), 4, row_length=96)
+    for planned in plan:
+        batch = data.Stream(plan)[planned]
+        assert batch.teacher.ids.shape[1] == 96 and len(batch.distill) == len(batch.teacher.targets)
+
+
+def test_many_short_documents_keep_the_shapes():
+    short = Lengths([3] * 600, False)
+    cfg = test_training.small_config()
+    plan = data.Plan([(short, 1.0)], Words(), cfg, lambda n: "full", 0, range(3), 2, row_length=128)
+    for planned in plan:
+        batch = data.Stream(plan)[planned]
+        assert len(batch.student.starts) == 2 * (128 // 16 + 2) + 1 and max(map(len, planned.rows)) == 8
+
+
+def test_a_source_of_weight_0_is_never_drawn(recwarn):
+    plan = small_plan(range(20), kinds=[("caption", 1.0), ("text", 0.0)])
+    assert {plan.record(place).kind for planned in plan for row in planned.rows for place in row} == {
+        "caption"
+    }
+    assert not [w for w in recwarn if "divide" in str(w.message)]
+
+
+def test_every_text_that_goes_on_has_something_to_learn():
+    """A text of one token more than a row would leave its end token alone, with nothing to tell it from."""
+
+    class Texts(Lengths):
+        def __getitem__(self, i: int) -> data.Record:
+            return data.Record("text", super().__getitem__(i).parts, [])
+
+    cfg = test_training.small_config()
+    source = Texts([129, 257, 300, 40], False)
+    plan = data.Plan([(source, 1.0)], Words(), cfg, lambda n: "full", 0, range(1), 2, row_length=128)
+    parts = [plan.parts(plan.place(0, n))[1] for n in range(4)]
+    assert sorted(len(each) for each in parts) == [1, 1, 2, 3]
+
+
+def test_resume_refuses_what_changes_lengths(tmp_path, small_halves):
+    flags = [*test_training.SMALL, *small_halves, *"--batch_size 0 --rows 4 --steps 1".split()]
+    train_sft.main([*flags, "--out", str(tmp_path / "a")])
+    again = [*flags, "--out", str(tmp_path / "a"), "--resume", "auto", "--steps", "2"]
+    for name, value in (("slow_share", "0.5"), ("prune.keep", "0.75"), ("row_images", "8")):
+        with pytest.raises(model.UserError, match=f"trained with --{name}"):
+            train_sft.main([*again, f"--{name}", value])
+    state = model.find_step(tmp_path / "a") / "state.pt"
+    old = torch.load(state, weights_only=True)
+    del old["order"], old["cursor"]
+    torch.save(old, state)
+    with pytest.raises(model.UserError, match="older version"):
+        train_sft.main(again)

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 FLAGS = (
     "--steps 4 --batch_size 8 --micro_steps 2 --workers 1 --log_every 1 --dtype float32 --clip 1e9".split()
 )
+PACKED = [*FLAGS, *"--batch_size 0 --rows 8".split()]
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -26,15 +27,17 @@ def losses(folder: Path) -> dict[int, float]:
 
 @pytest.mark.slow
 def test_torchrun_gives_the_losses_of_one_process(tmp_path, small_halves):
-    """Both stages: scaling, fast and slow samples, validation, best checkpoint."""
+    """Both stages, packed: scaling, fast and slow samples, validation, best checkpoint. Rows of a single kind
+    make micro-batches of text alone on one rank.
+    """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, launch in (("one", [sys.executable]), ("two", torchrun)):
         a, b = str(tmp_path / name / "a"), str(tmp_path / name / "b")
-        first = [*launch, "train_pretrain.py", *small_halves, *FLAGS, "--out", a]
+        first = [*launch, "train_pretrain.py", *small_halves, *PACKED, "--out", a]
         second = [
             *launch,
             "train_sft.py",
-            *FLAGS,
+            *PACKED,
             "--init",
             a,
             "--out",
@@ -89,7 +92,7 @@ def test_cuda_gives_the_gradients_of_the_cpu():
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a cuda device")
 def test_both_stages_run_compiled_in_bfloat16_on_cuda(tmp_path, small_halves):
-    flags = "--steps 3 --batch_size 8 --device cuda --dtype bfloat16 --compile true".split()
+    flags = "--steps 3 --rows 8 --device cuda --dtype bfloat16 --compile true".split()
     train_pretrain.main([*flags, *small_halves, "--out", str(tmp_path / "a")])
     sft = [
         "--init",

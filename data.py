@@ -1,10 +1,10 @@
-"""Data: tokenizer, records, pictures, labels, batches, and the built-in world *Scenes*.
+"""Data: tokenizer, records, pictures, labels, packed batches, sources, and the built-in world *Scenes*.
 
     record ─► pieces: token ids, each supervised or not, and images ─► rows (B, T) with doc_ids and positions
 
-The way of one sample: a source (Scenes, or LLaVA's JSON) gives a Record; `lay_out` turns it into ids, image
-slots and targets; `make_batch` puts several samples into rows. Labels come from the pieces, never from string
-splits, so the supervised tokens are the answers by construction.
+The way of one sample: a source (Scenes, or a file) gives a Record; `Plan` measures it and finds it a row;
+`lay_out` turns it into ids, image slots and targets; `make_batch` puts samples into rows. Labels come from
+the pieces, never from string splits, so the supervised tokens are the answers by construction.
 """
 
 import base64
@@ -1190,6 +1190,17 @@ class FileSource:
         return read_llava(raw, self.kind, self.folder, name)
 
 
+def open_file(path: Path, kind: str = "", images: str = "", name: str = "") -> FileSource:
+    """A file is read once, as long as it does not change: each validation asks for its sources anew."""
+    changed = path.stat().st_mtime_ns if path.is_file() else 0
+    return read_file(path, kind, images, name, changed)
+
+
+@functools.lru_cache(maxsize=32)
+def read_file(path: Path, kind: str, images: str, name: str, changed: int) -> FileSource:
+    return FileSource(path, kind, images)
+
+
 def fits(kind: str, raw: object) -> bool:
     return isinstance(raw, dict) and any(keys <= raw.keys() for keys in KEYS[kind])
 
@@ -1324,7 +1335,7 @@ def open_sources(spec: str, stage: str) -> list[tuple[Dataset, float]]:
     elif not path.is_file():
         raise UserError(f"--data {spec}: no such file; use 'scenes', a file of records or a mixture file")
     else:
-        source = FileSource(path)
+        source = open_file(path)
         entries, first = source.rows, source.raw(0)[0]
         known = not isinstance(first, dict) or any(fits(kind, first) for kind in KEYS)
         if known or path.suffix != ".json" or not first.keys() & {"kind", "path"}:
@@ -1340,8 +1351,9 @@ def open_sources(spec: str, stage: str) -> list[tuple[Dataset, float]]:
     sources = []
     for entry, file, weight in zip(entries, files, weights_of(entries, spec)):
         kind, builtin = entry["kind"], entry["path"] == "scenes"
-        source = Scenes(kind) if builtin else FileSource(file, kind, entry.get("images", ""))
-        source.name = entry.get("name", file.stem)
+        name = entry.get("name", file.stem)
+        source = Scenes(kind) if builtin else open_file(file, kind, entry.get("images", ""), name)
+        source.name = name
         source[0]  # a kind that does not fit its file shows before a run begins
         sources.append((source, weight))
     return sources
@@ -1627,15 +1639,19 @@ class Stream(Dataset):
             return planned
         plan, places = self.plan, [place for row in planned.rows for place in row]
         per_step = plan.batch_size or plan.batch_rows
-        packing = {}
+        samples, filled, packing = [], Counter(), {}
         if not plan.batch_size:
             edges = np.cumsum([0] + [len(row) for row in planned.rows])
             packing["rows"] = [[*range(a, b)] for a, b in zip(edges, edges[1:])]
             packing["capacity"] = plan.pad_images * len(planned.rows) * plan.row_images
         try:
+            for place in places:
+                record, parts = plan.parts(place)
+                samples.append(self.sample(record, parts[place.part][0]))
+                filled[record.kind] += parts[place.part][1]
             batch = make_batch(
-                [self.sample(place) for place in places], [place.mode for place in places], plan.cfg,
-                plan.row_length, plan.limit, (planned.step + 1) * per_step, **packing,
+                samples, [place.mode for place in places], plan.cfg, plan.row_length, plan.limit,
+                (planned.step + 1) * per_step, **packing,
             )  # fmt: skip
             if not len(batch.student.targets):
                 names = ", ".join(plan.record(place).name for place in places[:3])
@@ -1645,19 +1661,13 @@ class Stream(Dataset):
         except UserError as error:
             return error
         if plan.batch_size:  # of this rank's micro-batch, while a packed plan tells them of the whole step
-            filled = Counter()
-            for place in places:
-                record, parts = plan.parts(place)
-                filled[record.kind] += parts[0][1]
             planned.kinds = {kind: n / filled.total() for kind, n in filled.items()}
             planned.fill = filled.total() / batch.student.ids.numel()
         batch.plan = planned
         return batch
 
-    def sample(self, place: Place) -> Sample:
+    def sample(self, record: Record, part: list[Piece]) -> Sample:
         """A part of a record, with the pictures of that part alone."""
-        record, parts = self.plan.parts(place)
-        part = parts[place.part][0]
         own = [piece for piece in part if isinstance(piece, int)]
         pieces = [own.index(piece) if isinstance(piece, int) else piece for piece in part]
         return load_sample(pieces, [record.images[i] for i in own], self.plan.cfg, record.name)

@@ -168,6 +168,14 @@ def test_presets_are_not_changed_by_building_from_them():
         model.preset("cos-9b")
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_steps_of_every_recipe_divide_over_one_gpu_and_eight(name):
+    for recipe in (PRESETS[name].get(stage) for stage in ("pretrain", "pretrain_b", "sft")):
+        if recipe:
+            each = recipe.get("batch_size") or recipe.get("rows", train_pretrain.RunConfig.rows)
+            assert each % recipe.get("micro_steps", 1) == 0 and each % 8 == 0
+
+
 MM1 = {"1.2b": 1.2e9, "3b": 2.9e9, "7b": 6.4e9, "30b": 30e9}  # weights without embeddings
 
 

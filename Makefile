@@ -1,4 +1,4 @@
-# make demo: the whole chain on the built-in world, about five minutes on two CPU cores
+# make demo: the whole chain on the built-in world, about six minutes on two CPU cores
 # make test, make test-all: the tests; make assets: the shipped halves anew, about 50 minutes
 # make bench: the speed table, six to ten minutes
 # make claims: the science table, about 30 minutes, ONLY=prefix of its cells, SEEDS=0,1

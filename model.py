@@ -1413,9 +1413,10 @@ def make_newline(cfg: ModelConfig, table: Tensor) -> nn.Parameter | None:
     """LLaVA-NeXT's learned vector at the end of each row of tokens, (D,), only for "unpad"; at the scale of
     the table of text embeddings, as the connector's tokens.
     """
+    if cfg.image.cut != "unpad":
+        return None
     scale = table.detach().float().pow(2).mean().sqrt()
-    drawn = torch.randn(cfg.decoder.width, device=table.device)
-    return nn.Parameter(drawn * scale) if cfg.image.cut == "unpad" else None
+    return nn.Parameter(torch.randn(cfg.decoder.width, device=table.device) * scale)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -251,6 +251,7 @@ def test_stage_1_on_pruned_tokens_learns_the_isolator(tmp_path, small_halves):
     assert log["visual_tokens"] == vlm.cfg.visual_tokens("pruned")
 
 
+@pytest.mark.slow
 def test_compiled_blocks_have_no_graph_break(tmp_path, small_halves):
     """--compile true uses fullgraph=True, which raises on a break or on too many recompilations: training in
     both modes with a changing number of rows, validation, and generation between steps.

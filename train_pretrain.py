@@ -81,10 +81,9 @@ class RunConfig:
     def check(self) -> None:
         """What can be wrong with the flags alone; called before anything is built or written."""
         model.trainable_parts(self.train)
-        lengths = "row_length row_images row_limit"
-        model.require_at_least(self, 1, "steps rows micro_steps log_every " + lengths)
-        least0 = "seed batch_size workers save_every eval_every muon_lr vit_lr weight_decay z_loss balance"
-        model.require_at_least(self, 0, least0 + " router_z")
+        model.require_at_least(self, 1, "steps rows micro_steps log_every row_length row_images row_limit")
+        model.require_at_least(self, 0, "seed batch_size workers save_every eval_every muon_lr vit_lr")
+        model.require_at_least(self, 0, "weight_decay z_loss balance router_z")
         if self.lr < 0 and (self.lr != -1 or "decoder" not in self.train.split(",")):
             raise UserError(f"--lr {self.lr:g}: at least 0, or -1 (MM1's law) where the whole decoder trains")
         if self.decay not in ("matrices", "all"):

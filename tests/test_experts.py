@@ -228,7 +228,7 @@ def rank_main(rank: int, folder: str) -> None:
 def test_two_ranks_equal_one(tmp_path):
     """Without drops and router losses, which are those of a rank's own tokens."""
     mp.spawn(rank_main, args=(str(tmp_path),), nprocs=2)
-    two = torch.load(tmp_path / "ranks.pt")
+    two = torch.load(tmp_path / "ranks.pt", weights_only=True)
     batch = small_batch([("chat", "fast"), ("text", "fast")] * 2, sparse_config())
     one = one_step(0, 1, batch, weights=(0.0, 0.0), capacity=4.0)
     assert two[1]["loss"] == pytest.approx(one[1]["loss"], rel=1e-4)

@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import test_vlm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -14,7 +15,7 @@ from PIL import Image
 import data
 import eval as evaluation
 import model
-from model import ConnectorConfig, DecoderConfig, ModelConfig, PruneConfig, UserError, ViTConfig
+from model import UserError
 
 TOKENIZER = data.Tokenizer.from_pretrained(model.ASSETS / "scenes.tiktoken")
 OTHERS = [
@@ -23,19 +24,8 @@ OTHERS = [
 ]
 
 
-def tiny_vlm(context: int = 2048, seed: int = 0) -> model.VLM:
-    """4x4 patches, 8 visual tokens of which the fast mode keeps 3; weights so large that outputs vary."""
-    torch.manual_seed(seed)
-    vlm = model.VLM(ModelConfig(
-        vit=ViTConfig(image_size=32, patch_size=8, width=16, layers=2, heads=2, mlp_width=32),
-        connector=ConnectorConfig("chain", [1, 2], 16, 2, windows=[4, 2], queries=[4, 1]),
-        decoder=DecoderConfig(TOKENIZER.vocab_size, 32, 2, 4, 2, 8, mlp_width=48, context=context),
-        prune=PruneConfig(keep=3, isolator=2),
-    ))  # fmt: skip
-    for p in vlm.parameters():
-        if p.ndim > 1:
-            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
-    return vlm.eval()
+def tiny_vlm(context: int = 2048) -> model.VLM:
+    return test_vlm.tiny_vlm(tied=True, context=context)
 
 
 def told(pieces: list, tokenizer=TOKENIZER) -> str:

@@ -11,13 +11,13 @@ from model import ConnectorConfig, DecoderConfig, ModelConfig, PruneConfig, User
 TOKENIZER = data.Tokenizer.from_pretrained(model.ASSETS / "scenes.tiktoken")
 
 
-def tiny_vlm(tied: bool = False, seed: int = 0) -> model.VLM:
+def tiny_vlm(tied: bool = False, seed: int = 0, context: int = 2048) -> model.VLM:
     """4x4 patches, 4 + 4 visual tokens of which the fast mode keeps 3; weights so large that outputs vary."""
     torch.manual_seed(seed)
     vlm = model.VLM(ModelConfig(
         vit=ViTConfig(image_size=32, patch_size=8, width=16, layers=2, heads=2, mlp_width=32),
         connector=ConnectorConfig("chain", [1, 2], 16, 2, windows=[4, 2], queries=[4, 1]),
-        decoder=DecoderConfig(TOKENIZER.vocab_size, 32, 2, 4, 2, 8, mlp_width=48, tied=tied),
+        decoder=DecoderConfig(TOKENIZER.vocab_size, 32, 2, 4, 2, 8, mlp_width=48, tied=tied, context=context),
         prune=PruneConfig(keep=3, isolator=2),
     ))  # fmt: skip
     for p in vlm.parameters():

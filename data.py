@@ -34,6 +34,7 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
+import prune
 from model import ASSETS, ModelConfig, UserError, find_half, read_decoder_config, read_json
 
 # ---------------------------------------------------------------------------------------------------------
@@ -566,12 +567,14 @@ def picture_slots(cfg: ModelConfig, mode: str, size: tuple[int, int]) -> np.ndar
 
     Token t of view v has the number v * V + t, where V = cfg.visual_tokens(mode). "unpad" lays the tiles'
     tokens side by side, drops the rows or columns that saw only padding and ends each row with NEWLINE;
-    pruned tokens form no grid and stay flat.
+    pruned tokens form no grid and stay flat, in front of each view an isolator, or before the first alone.
     """
     V, g = cfg.visual_tokens(mode), cfg.grid()
     columns, rows = tiling_of(cfg, size)
     flat = np.arange(view_count(cfg, size) * V)
-    if cfg.image.cut != "unpad" or mode != "full":
+    if mode == "pruned" and cfg.prune.isolator_per == "image":
+        return flat[(flat < V) | (flat % V >= cfg.prune.isolator)]
+    if cfg.image.cut != "unpad" or mode == "pruned":
         return flat
     grid = flat[V:].reshape(rows, columns, g, g).transpose(0, 2, 1, 3).reshape(rows * g, columns * g)
     w, h = inside(size, (columns * g, rows * g))
@@ -633,13 +636,14 @@ class Rows:
 @dataclass
 class Batch:
     pixels: Tensor  # (I, 3, size, size) uint8, all views of all pictures
-    fast: Tensor  # (I,) True where the view's student tokens are pruned
+    whole: Tensor  # views, of I, of which some slot wants all tokens
+    pruned: Tensor  # views of which some slot, of student or teacher, wants the pruned tokens
     student: Rows
     teacher: Rows | None  # the slow samples once more, on pruned tokens, their targets in the same order
     distill: Tensor | None  # (R of teacher,) rows of student's `supervised` that the teacher's rows belong to
-    pruned: bool  # whether any slot of student or teacher refers to pruned tokens
     samples: int
     next_sample: int  # the number of the first sample (or row) after this step, over all ranks
+    questions: Tensor | None = None  # (I, M) ids of what is asked about each view, -1 behind; see `asked`
     plan: "Planned | None" = None  # where it came from
 
     def to(self, device: torch.device) -> "Batch":
@@ -733,24 +737,24 @@ def make_batch(
     """modes: "full", "fast" or "slow" for each sample.
 
     A slow sample is one whose student row holds all visual tokens and whose teacher row holds the pruned
-    ones. The bank of visual tokens (VLM.bank) lists all views' full tokens first, then all their pruned
-    ones.
+    ones. The bank of visual tokens (VLM.bank) lists the full tokens of the views in Batch.whole, then the
+    pruned ones of those in Batch.pruned: nothing that no slot refers to.
     rows: which samples share a row of row_length positions; None: best-fit, in rows as wide as they need.
     capacity: blank pictures make up the number of images to it, so that compiled code sees one shape.
     """
     samples = [Sample(*sample) for sample in samples]
     full, pruned = cfg.visual_tokens("full"), cfg.visual_tokens("pruned")
-    first_view = np.cumsum([0] + [len(sample.pixels) for sample in samples]).tolist()
-    size = cfg.vit.image_size
-    blank = np.zeros((max(0, capacity - first_view[-1]), 3, size, size), np.uint8)
-    views = first_view[-1] + len(blank)
+    views, size = [len(sample.pixels) for sample in samples], cfg.vit.image_size
+    blank = np.zeros((max(0, capacity - sum(views)), 3, size, size), np.uint8)
+    wants_all, wants_few = (np.isin(modes, those) for those in (("full", "slow"), ("fast", "slow")))
+    before_all, before_few = (np.cumsum(np.where(those, views, 0)) for those in (wants_all, wants_few))
     student, student_slot, teacher, teacher_slot, slow = [], [], [], [], []
     for i, (sample, mode) in enumerate(zip(samples, modes)):
         slots = sample.slots(cfg, "pruned" if mode == "fast" else "full")
         pieces = split(sample.pieces, slots, limit)[0]
         student.append(lay_out(pieces, slots))
-        pruned_slot = views * full + first_view[i] * pruned
-        student_slot.append(pruned_slot if mode == "fast" else first_view[i] * full)
+        pruned_slot = before_all[-1] * full + (before_few[i] - views[i]) * pruned
+        student_slot.append(pruned_slot if mode == "fast" else (before_all[i] - views[i]) * full)
         if mode == "slow" and student[-1].images:  # without images teacher and student would be the same
             slow.append(i)
             teacher.append(lay_out(pieces, sample.slots(cfg, "pruned")))
@@ -765,11 +769,28 @@ def make_batch(
         teacher_rows, theirs = make_rows(teacher, teacher_slot, T, best_fit(lengths, T))
         order = np.argsort(np.concatenate(theirs))
         distill = torch.from_numpy(np.concatenate([entries[i] for i in slow])[order])
-    pixels = np.concatenate([s.pixels for s in samples] + [blank])
-    fast = np.repeat([m == "fast" for m in modes] + [False], [*np.diff(first_view), len(blank)])
-    pruning = any(mode != "full" for mode in modes)
-    pixels, fast = torch.from_numpy(pixels), torch.from_numpy(fast)
-    return Batch(pixels, fast, student_rows, teacher_rows, distill, pruning, len(samples), next_sample)
+    pixels = torch.from_numpy(np.concatenate([s.pixels for s in samples] + [blank]))
+    whole, few = (torch.from_numpy(np.flatnonzero(np.repeat(w, views))) for w in (wants_all, wants_few))
+    return Batch(
+        pixels, whole, few, student_rows, teacher_rows, distill, len(samples), next_sample,
+        asked(samples, len(pixels), cfg),
+    )  # fmt: skip
+
+
+def asked(samples: list[Sample], views: int, cfg: ModelConfig) -> Tensor | None:
+    """Ids of the text that is not supervised, so no answers, of each view's sample: (I, M), -1 behind.
+
+    None unless the pruner looks at it. Blank views have no text.
+    """
+    if "text" not in prune.PRUNERS[cfg.prune.name].needs:
+        return None
+    texts = [[i for p in s.pieces if not isinstance(p, int) and not p[1] for i in p[0]] for s in samples]
+    ids = np.full((views, max(1, *map(len, texts))), -1)
+    view = 0
+    for sample, text in zip(samples, texts):
+        ids[view : view + len(sample.pixels), : len(text)] = text
+        view += len(sample.pixels)
+    return torch.from_numpy(ids)
 
 
 def prompt_batch(samples: list[Sample], mode: str, cfg: ModelConfig) -> Batch:
@@ -781,7 +802,7 @@ def prompt_batch(samples: list[Sample], mode: str, cfg: ModelConfig) -> Batch:
     T = max(len(s.ids) for s in laid)
     ids, doc_ids, positions, index = (np.full((len(laid), T), fill) for fill in (0, -1, 0, -1))
     pixels = torch.from_numpy(np.concatenate([sample.pixels for sample in samples]))
-    slot = 0 if mode == "full" else len(pixels) * cfg.visual_tokens("full")
+    slot = 0
     for b, s in enumerate(laid):
         here = slice(T - len(s.ids), T)
         ids[b, here], doc_ids[b, here], positions[b, here] = s.ids, 0, np.arange(len(s.ids))
@@ -789,8 +810,9 @@ def prompt_batch(samples: list[Sample], mode: str, cfg: ModelConfig) -> Batch:
         slot += len(samples[b].pixels) * cfg.visual_tokens(mode)
     t, none, slot_mask = torch.from_numpy, torch.zeros(0, dtype=torch.long), index != -1
     rows = Rows(t(ids), t(slot_mask), t(positions), t(doc_ids), t(index[slot_mask].clip(-1)), none, none)
-    fast = torch.full((len(pixels),), mode != "full")
-    return Batch(pixels, fast, rows, None, None, mode != "full", len(samples), 0)
+    views = [torch.arange(len(pixels)), torch.arange(0)]
+    whole, few = views if mode == "full" else views[::-1]
+    return Batch(pixels, whole, few, rows, None, None, len(samples), 0, asked(samples, len(pixels), cfg))
 
 
 # ---------------------------------------------------------------------------------------------------------

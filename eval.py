@@ -1074,17 +1074,21 @@ def draw_overlays(vlm, images: list[Image.Image]) -> list[dict]:
     shown, cfg = [], vlm.cfg
     for image in images:
         device = next(vlm.parameters()).device
-        pixels = torch.from_numpy(data.load_images([image], cfg)).to(device)
-        tokens = vlm.encode(pixels)  # (1, V, D)
-        keep = prune.kept_tokens(tokens.shape[1], cfg.prune.keep)
-        for name in prune.PRUNERS:
-            grid = cfg.side if cfg.connector.kind == "linear" else 0
-            kept = prune.select(name, tokens, keep, grid=grid)[0].tolist()
+        batch = data.prompt_batch([data.load_sample([0], [image], cfg)], "pruned", cfg).to(device)
+        states = vlm.states(batch.pixels)
+        levels = vlm.levels(states)
+        tokens, V = vlm.connector(levels), cfg.visual_tokens()  # (1, V, D)
+        for name, pruner in prune.PRUNERS.items():
+            if pruner.merges or "text" in pruner.needs or not cfg.fits(name):
+                continue
+            keep = prune.kept_tokens(name, cfg.prune.keep, V, cfg.grid(), cfg.scale_tokens())
+            features = levels[-1] if pruner.where == "patches" else tokens
+            kept = prune.select(name, features, keep, **vlm.pruner_needs(name, states, batch))[0].tolist()
             seen = np.zeros((cfg.side, cfg.side))
             for token in kept:
                 rows, columns, share = token_window(cfg, token)
                 seen[rows, columns] += share
-            label = f"{name} keeps {keep} of {tokens.shape[1]}"
+            label = f"{name} keeps {keep} of {V}"
             shown.append({"image": image, "label": label, "weight": seen / max(seen.max(), 1e-9)})
     return shown
 
@@ -1102,7 +1106,7 @@ def draw_scales(vlm, step: Path, image: Image.Image) -> list[tuple[str, list[dic
         pass  # it came from no run, or that one is gone
     for folder, each in runs:
         pixels = torch.from_numpy(data.load_images([image], each.cfg)).to(each.pixel_mean.device)
-        levels, S, row = each.levels(pixels), each.cfg.side, []
+        levels, S, row = each.levels(each.states(pixels)), each.cfg.side, []
         for scale, (window, queries) in zip(each.connector.scales, each.cfg.scales()):
             seen = scale.attention(levels)[0].cpu()  # (tokens, P)
             times_even = seen.sum(0).view(S, S).numpy() * window**2 / queries  # mean over a window's tokens

@@ -30,6 +30,7 @@ import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,6 +133,7 @@ class PruneConfig:
     name: str = "divprune"  # which tokens the fast mode keeps: see prune.PRUNERS
     keep: float = 0.1  # a share of the visual tokens, or a count if above 1
     isolator: int = 4  # learned vectors in front of pruned tokens (DualSpeed: 4)
+    isolator_per: str = "tile"  # in front of every tile's tokens (DualSpeed's code), or once an "image"
 
 
 @dataclass
@@ -177,10 +179,26 @@ class ModelConfig:
 
         "full": all tokens of the connector; "pruned": what the fast mode keeps, its isolator included.
         """
-        full = self.grid() ** 2 or self.connector.tokens
-        if self.connector.kind == "chain":
-            full = sum((self.side // window) ** 2 * queries for window, queries in self.scales())
-        return full if mode == "full" else prune.kept_tokens(full, self.prune.keep) + self.prune.isolator
+        full = sum(self.scale_tokens()) or self.grid() ** 2 or self.connector.tokens
+        return full if mode == "full" else self.kept_tokens() + self.prune.isolator
+
+    def scale_tokens(self) -> list[int]:
+        """Tokens of each of Chain-of-Sight's scales, none of another connector."""
+        chain = self.connector.kind == "chain"
+        return [(self.side // window) ** 2 * queries for window, queries in self.scales() if chain]
+
+    def kept_tokens(self) -> int:
+        """What the pruner leaves of a view, without isolator."""
+        p, full = self.prune, self.visual_tokens()
+        return prune.kept_tokens(p.name, p.keep, full, self.grid(), self.scale_tokens())
+
+    def fits(self, pruner: str) -> bool:
+        """Whether that pruner can act on this connector's tokens."""
+        c, where = self.connector, prune.PRUNERS[pruner].where
+        return {
+            "tokens": True, "grid": self.grid() > 0, "scales": c.kind == "chain" and not c.reverse,
+            "patches": c.kind in ("linear", "mlp") and max(c.levels) > 0,
+        }[where]  # fmt: skip
 
     def check(self) -> "ModelConfig":
         """Reject geometry that cannot work, before anything is built."""
@@ -229,10 +247,7 @@ class ModelConfig:
                 f"image.cut '{self.image.cut}': use {', '.join(CUTS[1:])} or nothing; unpad needs a grid of "
                 f"tokens (connector.kind linear, mlp, avgpool or cabstractor), not {c.kind}"
             )
-        if self.prune.name not in prune.PRUNERS:
-            raise UserError(
-                f"prune.name '{self.prune.name}' is unknown: use one of {', '.join(prune.PRUNERS)}"
-            )
+        self.check_pruner()
         d, dense = self.decoder, DecoderConfig()
         for name in ("expert_every", "capacity"):
             if not d.experts and getattr(d, name) != getattr(dense, name):
@@ -250,6 +265,22 @@ class ModelConfig:
                 "--lora.rank 0 merges them"
             )
         return self
+
+    def check_pruner(self) -> None:
+        p, kind, known = self.prune, self.connector.kind, self.prune.name in prune.PRUNERS
+        if not known or not self.fits(p.name):
+            fit = ", ".join(name for name in prune.PRUNERS if self.fits(name))
+            why = f"does not fit connector.kind {kind}" if known else "is unknown"
+            raise UserError(f"prune.name '{p.name}' {why}: use one of {fit}")
+        if p.keep <= 0 or p.isolator < 0 or p.isolator_per not in ("tile", "image"):
+            raise UserError(
+                f"prune.keep {p.keep:g} must be above 0, prune.isolator {p.isolator} at least 0, "
+                f"prune.isolator_per '{p.isolator_per}' tile or image"
+            )
+        whole = p.keep <= 1 or self.kept_tokens() == min(round(p.keep), self.visual_tokens())
+        if p.name == "coarse" and not whole:
+            sums = ", ".join(map(str, accumulate(self.scale_tokens())))
+            raise UserError(f"prune.keep {p.keep:g}: coarse keeps whole scales, so one of {sums}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -428,17 +459,37 @@ class ViT(nn.Module):
         self.post_layernorm = vit_norm(cfg)
         init_linear(self)
 
-    def hidden_states(self, pixels: Tensor, last: int | None = None) -> tuple[Tensor, ...]:
+    def hidden_states(
+        self, pixels: Tensor, last: int | None = None, only: set[int] | None = None
+    ) -> tuple[Tensor | None, ...]:
         """What transformers returns: embeddings (CLIP's after its pre-LayerNorm), then each block's output.
 
         pixels: (I, 3, side, side), normalised. Every entry is (I, 1 + P, D), or (I, P, D) without a CLS
-        token. Stops after block `last`.
+        token. Stops after block `last`; of all states but those in `only`, None is left.
         """
         states = [self.embeddings(pixels, self.pre_layrnorm)]
         for block in self.encoder["layers"][:last]:
             # past a compiled block in evaluation, which would recompile at every number of images
             states.append(block(states[-1]) if self.training else block.forward(states[-1]))
+            if only is not None and len(states) - 2 not in only:
+                states[-2] = None
         return tuple(states)
+
+    @torch.no_grad()
+    def attention(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """How much block `layer`, given its input (I, 1 + P, D), looks at each patch: (I, P), fp32, mean over
+        heads; and the patches' keys (I, H, P, d).
+
+        By the CLS token: one row of the matrix that fused attention never shows. Where there is none (SigLIP,
+        AIMv2), by all patches on average, a substitute: the whole matrix, one head after the other.
+        """
+        block, first = self.encoder["layers"][layer], int(self.cfg.cls_token)
+        x, heads = block.layer_norm1(x), block.self_attn.heads
+        k = split_heads(block.self_attn.k_proj(x), heads)  # (I, H, 1 + P, d)
+        q = split_heads(block.self_attn.q_proj(x[:, :1] if first else x), heads) / math.sqrt(k.shape[-1])
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+            looks = [(q[:, h].float() @ k[:, h].float().mT).softmax(-1).mean(1) for h in range(heads)]
+        return sum(looks)[:, first:] / heads, k[:, :, first:]
 
     def resize(self, image_size: int) -> None:
         """Keep the weights, move to another resolution: the position table is resized once and for all."""
@@ -1423,6 +1474,11 @@ def make_newline(cfg: ModelConfig, table: Tensor) -> nn.Parameter | None:
 # The VLM
 
 
+def of_views(x: Tensor, views: Tensor | None) -> Tensor:
+    """Those rows of x; no copy where they are all (views are sorted)."""
+    return x if views is None or len(views) == len(x) else x[views]
+
+
 class VLM(nn.Module):
     """Encoder, connector and decoder. `vlm(batch)` gives the logits of student and teacher."""
 
@@ -1470,38 +1526,77 @@ class VLM(nn.Module):
             nn.init.normal_(vlm.connector.proj.weight, std=rms / math.sqrt(vlm.connector.proj.in_features))
         return vlm
 
-    def levels(self, pixels: Tensor) -> list[Tensor]:
-        """uint8 (I, 3, size, size) -> patches at the levels that the connector reads, each (I, P, C)."""
-        levels = self.cfg.connector.levels
+    def states(self, pixels: Tensor) -> tuple[Tensor | None, ...]:
+        """uint8 (I, 3, size, size) -> the encoder's hidden states up to the highest level that is read: those
+        of the connector's levels and the one that the last block starts from, which pruners ask for.
+        """
         trains = self.vit.embeddings.patch_embedding.weight.requires_grad and torch.is_grad_enabled()
         with torch.set_grad_enabled(trains):  # a frozen encoder keeps no activations
             pixels = (pixels.float() - self.pixel_mean) / self.pixel_std
             dtype = self.vit.embeddings.position_embedding.weight.dtype
-            states = self.vit.hidden_states(pixels.to(dtype), last=max(levels))
-        return [states[level][:, int(self.cfg.vit.cls_token) :] for level in levels]
+            last = max(self.cfg.connector.levels)
+            return self.vit.hidden_states(pixels.to(dtype), last, {*self.cfg.connector.levels, last - 1})
+
+    def levels(self, states: tuple[Tensor, ...], views: Tensor | None = None) -> list[Tensor]:
+        """Patches of those views at the levels that the connector reads, each (I, P, C)."""
+        first, levels = int(self.cfg.vit.cls_token), self.cfg.connector.levels
+        return [of_views(states[level][:, first:], views) for level in levels]
 
     def encode(self, pixels: Tensor) -> Tensor:
         """uint8 (I, 3, size, size) -> visual tokens (I, V, D), all of them."""
-        tokens = self.connector(self.levels(pixels))
-        if tokens.shape[1] != self.cfg.visual_tokens():
-            raise RuntimeError(
-                f"the connector gives {tokens.shape[1]} tokens, slots are {self.cfg.visual_tokens()}"
-            )
-        return tokens
+        return self.connector(self.levels(self.states(pixels)))
 
     def bank(self, batch) -> Tensor | None:
-        """All visual tokens that slots may refer to: (I*V, D), the pruned ones (I*(l+K), D), the newline."""
+        """The visual tokens that slots refer to, one after the other: all of batch.whole's views (V each),
+        the pruned ones of batch.pruned's (l + K each), the newline. (rows, D); None without pictures.
+        """
         if not len(batch.pixels):
             return None
-        full = self.encode(batch.pixels)  # (I, V, D)
-        bank = [full.flatten(0, 1)]
-        if batch.pruned:
-            keep, pruner = prune.kept_tokens(full.shape[1], self.cfg.prune.keep), self.cfg.prune.name
-            chosen = prune.select(pruner, full, keep, grid=self.cfg.grid(), seed=batch.next_sample)
-            bank.append(self.isolator(prune.gather(full, chosen)).flatten(0, 1))  # (I*(l+K), D)
-        if self.newline is not None:
-            bank.append(self.newline[None].to(full.dtype))
-        return torch.cat(bank)
+        states, whole, few = self.states(batch.pixels), batch.whole, batch.pruned
+        if len(few) and prune.PRUNERS[self.cfg.prune.name].where in ("tokens", "grid"):
+            every = self.connector(self.levels(states))  # (I, V, D): it chooses among them
+            bank = [of_views(every, whole), self.pruned(states, batch, of_views(every, few))]
+        else:
+            bank = [self.connector(self.levels(states, whole))] if len(whole) else []
+            bank += [self.pruned(states, batch)] if len(few) else []
+        bank = torch.cat([x.flatten(0, 1) for x in bank] or [states[0].new_zeros(0, self.cfg.decoder.width)])
+        slots = len(whole) * self.cfg.visual_tokens() + len(few) * self.cfg.visual_tokens("pruned")
+        if len(bank) != slots:
+            raise RuntimeError(f"connector and pruner give {len(bank)} visual tokens, slots are {slots}")
+        return bank if self.newline is None else torch.cat([bank, self.newline[None].to(bank.dtype)])
+
+    def pruned(self, states: tuple[Tensor, ...], batch, tokens: Tensor | None = None) -> Tensor:
+        """What the fast mode sees of batch.pruned's views, behind the isolator: (F, l + K, D).
+
+        tokens (F, V, D): where the pruner chooses among the connector's. Others spare the connector work.
+        """
+        name, keep = self.cfg.prune.name, self.cfg.kept_tokens()
+        needs, where = self.pruner_needs(name, states, batch), prune.PRUNERS[name].where
+        if where == "scales":  # the finer ones are not computed
+            n_scales = [*accumulate(self.cfg.scale_tokens())].index(keep) + 1
+            tokens = self.connector(self.levels(states, batch.pruned), n_scales)
+        elif where == "patches":
+            patches = self.levels(states, batch.pruned)[-1]
+            tokens = self.connector([prune.reduce(name, patches, keep, **needs)])
+        else:
+            tokens = prune.reduce(name, tokens, keep, **needs)
+        return self.isolator(tokens)
+
+    def pruner_needs(self, name: str, states: tuple[Tensor, ...], batch) -> dict:
+        """What that pruner asks for besides the features, of batch.pruned's views; no more is computed."""
+        asks, views, given = prune.PRUNERS[name].needs, batch.pruned, {"grid": self.cfg.grid()}
+        if "seeds" in asks:  # the picture's own pixels and the step: its place in the batch is no matter
+            pixels = of_views(batch.pixels, views).flatten(1)
+            given["seeds"] = pixels.sum(1) + 1_000_003 * batch.next_sample
+        if "cls" in asks:
+            given["cls"] = of_views(states[-1], views)[:, :1] if self.cfg.vit.cls_token else None
+        if {"cls_attention", "keys"} & set(asks):
+            seen = self.vit.attention(of_views(states[-2], views), len(states) - 2)
+            given["cls_attention"], given["keys"] = seen
+        if "text" in asks:
+            ids = of_views(batch.questions, views)
+            given["text"] = self.decoder.embed(ids.clamp(0)).detach() * (ids >= 0)[..., None]
+        return {need: given[need] for need in asks}
 
     def splice(self, rows, bank: Tensor | None) -> Tensor:
         """Text embeddings with visual tokens in the slots: (B, T, D)"""
@@ -1529,7 +1624,9 @@ class VLM(nn.Module):
                 teacher = self.logits(batch.teacher, self.splice(batch.teacher, bank.detach()))
         x = self.splice(batch.student, bank)
         # What this batch leaves out (of text: all but the decoder) is touched, or DDP misses its gradients.
-        unused = [] if batch.pruned else [*self.isolator.parameters()]
+        unused = [] if len(batch.pruned) else [*self.isolator.parameters()]
+        if not len(batch.whole):  # the finer scales, where the first are the pruned view
+            unused += self.connector.parameters()
         if not len(batch.student.visual_index):
             unused = [p for name, p in self.named_parameters() if not name.startswith("decoder.")]
         touched = [p.sum() for p in unused if p.requires_grad]

@@ -5,54 +5,101 @@ DualSpeed (arXiv 2602.03815) trains most samples on pruned visual tokens (fast m
 except the loop itself, which is train_sft.py.
 
     fast:  text | isolator (l) | kept tokens (K) | text      loss = CE
-    slow:  text | all tokens (V)                 | text      loss = CE + weight * KL(fast || slow) *
-    temperature^2
+    slow:  text | all tokens (V)                 | text      loss = CE + weight * T^2 * KL(fast || slow)
 """
 
 import hashlib
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 # ---------------------------------------------------------------------------------------------------------
-# Pruners: features (I, V, D) -> indices of the kept tokens (I, K), sorted. They run without gradients and in
-# fp32; gradients reach the connector through `gather`. Ties go to the lowest index, so every device agrees.
+# Pruners: which tokens of an image the fast mode keeps, a function each and one dict (PRUNERS, below them).
+# Choices are made without gradient, in fp32, on the device, for all images at once and for each by itself;
+# equal scores go to the lowest index. So every device, batch and precision policy chooses the same tokens.
+
+RELEVANCE_SIGN = 1.0  # CDPruner in the decoder's own space: is a token near the words of the question wanted?
 
 
-def kept_tokens(tokens: int, keep: float) -> int:
-    """How many of `tokens` the fast mode keeps: a count if keep > 1, else round(keep * tokens), at least one.
+class Pruner(NamedTuple):
+    """What the model has to know of a pruner.
 
-    DualSpeed's code truncates int((1 - 0.9) * 576) = 57 where we round to 58; pass keep=57 for parity.
+    where: "tokens" behind any connector; "grid" behind one whose tokens form a square raster; "patches" in
+    front of a per-patch connector (linear, mlp), which then runs on what is kept; "scales" Chain-of-Sight's.
+    needs: what `run` gets besides features and keep. seeds (I,) int64; grid, patches a side, 0 if none; cls
+    (I, 1, C), the encoder's CLS state or None; cls_attention (I, P), mean over heads; keys (I, H, P, d);
+    text (I, M, C), the embedded words of the question, zeros at padding.
     """
-    return min(tokens, max(1, round(keep if keep > 1 else keep * tokens)))
+
+    run: Callable  # (features (I, V, D), keep, **needs) -> indices (I, K), or new tokens if it merges
+    where: str = "tokens"
+    needs: tuple[str, ...] = ()
+    merges: bool = False
+    count: Callable = lambda keep, grid, scales: keep  # how many tokens come out
 
 
-def random_tokens(features: Tensor, keep: int, seed: int = 0, **_) -> Tensor:
-    """A random subset of every image: the baseline that many pruners do not beat. seed: that of the batch."""
-    images, tokens, _ = features.shape
-    scores = torch.rand(
-        images, tokens, generator=torch.Generator().manual_seed(seed)
-    )  # on a CPU: same everywhere
-    return scores.argsort(1)[:, :keep].to(features.device)
+def unit(x: Tensor) -> Tensor:
+    """Unit length along the last dimension, in fp32; zeros (an empty patch, padding) stay zeros, not NaN."""
+    return F.normalize(x.float(), dim=-1, eps=1e-12)
 
 
-def grid_tokens(features: Tensor, keep: int, grid: int = 0, **_) -> Tensor:
+def ranked(scores: Tensor) -> Tensor:
+    """Indices from the highest score to the lowest. topk promises no order among equals; this one does."""
+    return scores.float().argsort(dim=-1, descending=True, stable=True)
+
+
+def marked(index: Tensor, tokens: int) -> Tensor:
+    """(..., K) indices -> (..., V) true at those"""
+    return torch.zeros(*index.shape[:-1], tokens, dtype=torch.bool, device=index.device).scatter(
+        -1, index, True
+    )
+
+
+def others(index: Tensor, tokens: int) -> Tensor:
+    """(I, K) indices -> the (I, V-K) that are not among them, in raster order"""
+    return marked(index, tokens).int().argsort(dim=1, stable=True)[:, : tokens - index.shape[1]]
+
+
+def centres(parts: int, length: int, device) -> Tensor:
+    """The middles of `parts` equal parts of range(length): floor((i + 1/2) * length / parts)"""
+    return (2 * torch.arange(parts, device=device) + 1) * length // max(1, 2 * parts)
+
+
+def mix(x: Tensor) -> Tensor:
+    """A bijection of 32-bit numbers, held in int64, that looks random. Products stay below 2^63."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x31848BAB)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def random_tokens(features: Tensor, keep: int, seeds: Tensor, **_) -> Tensor:
+    """A random subset of every image: the baseline that many pruners do not beat.
+
+    The score of a token is a hash of its number and its image's seed, so it needs no generator's state.
+    """
+    image = mix(mix(seeds & 0xFFFFFFFF) ^ ((seeds >> 32) & 0xFFFFFFFF))  # (I,)
+    token = 0x9E3779B9 * torch.arange(1, features.shape[1] + 1, device=features.device)  # 2^32 / golden ratio
+    return mix((image[:, None] + token) & 0xFFFFFFFF).argsort(dim=1, stable=True)[:, :keep]
+
+
+def grid_tokens(features: Tensor, keep: int, grid: int, **_) -> Tensor:
     """The same tokens for every image. A square grid of patches: the centres of r x c cells with r*c <= K,
     the rest evenly strided over what is left. Tokens of several scales have no one grid: an even stride.
     """
-    images, tokens, _ = features.shape
-    chosen = []
-    if grid and grid * grid == tokens:
-        rows = max(1, math.isqrt(keep))
-        columns = min(grid, keep // rows)
-        at = [[int((i + 0.5) * grid / n) for i in range(n)] for n in (min(rows, grid), columns)]
-        chosen = [r * grid + c for r in at[0] for c in at[1]]
-    left = sorted(set(range(tokens)) - set(chosen))
-    missing = keep - len(chosen)
-    chosen += [left[int((i + 0.5) * len(left) / missing)] for i in range(missing)]
-    return torch.tensor(chosen, device=features.device).expand(images, -1)
+    tokens, device = features.shape[1], features.device
+    rows = min(grid, math.isqrt(keep)) if grid * grid == tokens else 0
+    columns = min(grid, keep // rows) if rows else 0
+    cells = centres(rows, grid, device)[:, None] * grid + centres(columns, grid, device)
+    chosen = cells.reshape(1, -1)  # (1, r*c)
+    left = others(chosen, tokens)
+    chosen = torch.cat([chosen, left[:, centres(keep - chosen.shape[1], left.shape[1], device)]], 1)  # (1, K)
+    return chosen.expand(len(features), -1)
 
 
 def divprune(features: Tensor, keep: int, **_) -> Tensor:
@@ -61,7 +108,7 @@ def divprune(features: Tensor, keep: int, **_) -> Tensor:
     First the token farthest from its nearest neighbour, then always the one farthest from all that are
     picked. K rounds of O(I*V) after one I*V*V*D product; only the K rounds are sequential.
     """
-    x = F.normalize(features.float(), dim=-1, eps=1e-12)  # a zero feature stays zero: distance 1 to all
+    x = unit(features)  # a zero feature stays zero: distance 1 to all
     distance = 1 - x @ x.transpose(1, 2)  # (I, V, V)
     images, tokens, _ = distance.shape
     here = torch.arange(images, device=x.device)
@@ -77,22 +124,231 @@ def divprune(features: Tensor, keep: int, **_) -> Tensor:
     return torch.stack(kept, 1)
 
 
-PRUNERS = {"random": random_tokens, "grid": grid_tokens, "divprune": divprune}
+def relevance(features: Tensor, text: Tensor, sign: float) -> Tensor:
+    """How relevant each token is to the question, in (0, about 1] for each image: (I, V).
+
+    sign * mean over words of the cosine, stretched to (x - min + 1e-6) / (max - min) as CDPruner's code does,
+    but not over the whole batch: that would choose by batch mates. A flat one (no question) is 1 throughout.
+    """
+    words = unit(text)  # (I, M, C)
+    mean = words.sum(1) / words.any(2).sum(1, keepdim=True).clamp_min(1)  # of real words: padding is no word
+    x = sign * (unit(features) @ mean[..., None])[..., 0]  # mean of cosines = product with the mean
+    low, high = x.aminmax(dim=1, keepdim=True)
+    return (x - low + 1e-6) / (high - low).clamp_min(1e-6)
+
+
+def cdpruner(
+    features: Tensor, keep: int, text: Tensor, patch_embeds: Tensor | None = None, sign=None, **_
+) -> Tensor:
+    """CDPruner: a subset that is diverse and fits the question, by greedy MAP of a conditional DPP.
+
+    Always the token that raises det of L = diag(rel) S diag(rel) most, S the cosine similarity; incremental
+    Cholesky keeps each token's d^2, what is new about it. patch_embeds (I, V, C): the patches in CLIP's space
+    shared with `text`, where the official code finds LOW similarity relevant (sign -1); else the features
+    themselves, in the decoder's space, with RELEVANCE_SIGN. Once K passes the rank of L, nothing is new.
+    """
+    if sign is None:
+        sign = RELEVANCE_SIGN if patch_embeds is None else -1.0
+    wanted = relevance(features if patch_embeds is None else patch_embeds, text, sign)  # (I, V)
+    x = wanted[..., None] * unit(features)
+    kernel = x @ x.transpose(1, 2)  # (I, V, V)
+    images, tokens, _ = kernel.shape
+    here = torch.arange(images, device=x.device)
+    new = kernel.diagonal(dim1=1, dim2=2)  # (I, V), d^2
+    noise = 1e-5 * new  # what rounding leaves of a token that the picked ones span: no reason to pick it
+    factor = kernel.new_zeros(images, keep, tokens)
+    picked = torch.zeros_like(new, dtype=torch.bool)
+    kept = []
+    for k in range(keep):
+        best = new.masked_fill(picked, -math.inf).argmax(1)  # (I,), the first of equals
+        own = new[here, best][:, None]
+        row = kernel[here, best] - (factor[here, :k, best][:, None] @ factor[:, :k])[:, 0]
+        factor[:, k] = row = torch.where(own > 0, row / own.clamp_min(1e-30).sqrt(), 0.0)
+        new = new - row**2
+        new = torch.where(new > noise, new, 0.0)
+        picked[here, best] = True
+        kept.append(best)
+    return torch.stack(kept, 1)
+
+
+def fastervlm(features: Tensor, keep: int, cls_attention: Tensor, **_) -> Tensor:
+    """FasterVLM: the patches that the encoder's CLS token attends to most."""
+    return ranked(cls_attention)[:, :keep]
+
+
+def vispruner(features: Tensor, keep: int, cls_attention: Tensor, important: float = 0.5, **_) -> Tensor:
+    """VisPruner: a share `important` by CLS attention, the others by removing duplicates.
+
+    The rest, in order of attention, is split into even and odd positions; of the even ones the 8 (fewer in
+    the last round) most similar to an odd one go; what stays comes before the odd ones in the next round. An
+    odd rest, where the official code fails, has one more even position.
+    """
+    order = ranked(cls_attention)  # (I, V)
+    first = int(keep * important)
+    rest = order[:, first:] if first < keep else order[:, :0]  # (I, R)
+    x = unit(features)
+    similarity = (x @ x.transpose(1, 2)).flatten(1)  # once, (I, V*V); each round only looks up
+    while (surplus := first + rest.shape[1] - keep) > 0:
+        even, odd = rest[:, ::2], rest[:, 1::2]
+        pair = even[:, :, None] * features.shape[1] + odd[:, None]  # (I, ceil(R/2), floor(R/2))
+        nearest = similarity.gather(1, pair.flatten(1)).view_as(pair).amax(2)  # (I, ceil(R/2))
+        stay = ranked(nearest)[:, min(8, surplus) :]
+        rest = torch.cat([even.gather(1, stay), odd], 1)
+    return torch.cat([order[:, :first], rest], 1)
+
+
+def pool_shape(keep: int, grid: int, scales=()) -> tuple[int, int]:
+    """Rows and columns of the pooled grid: as many cells as fit into `keep` among those at most twice as wide
+    as tall (1 x 57 would be no picture), the squarest of equals: 144 -> 12 x 12, 58 -> 7 x 8, 3 -> 1 x 2.
+    """
+    if grid < 1:
+        raise ValueError("pruner 'pool' needs tokens that form a square grid")
+    shapes = [(h, min(keep // h, 2 * h, grid)) for h in range(1, min(grid, math.isqrt(keep)) + 1)]
+    return max(shapes, key=lambda shape: (math.prod(shape), shape[0]))
+
+
+def pool(features: Tensor, keep: int, grid: int, **_) -> Tensor:
+    """Means over an h x w partition of the grid (pool_shape); cells overlap where it does not divide."""
+    if grid * grid != features.shape[1]:
+        raise ValueError(
+            f"pruner 'pool' needs a square grid: {features.shape[1]} tokens are not {grid} x {grid}"
+        )
+    x = features.transpose(1, 2).unflatten(2, (grid, grid))  # (I, D, S, S)
+    return F.adaptive_avg_pool2d(x, pool_shape(keep, grid)).flatten(2).transpose(1, 2)  # (I, h*w, D)
+
+
+def visionzip(
+    features: Tensor, keep: int, cls: Tensor | None, cls_attention: Tensor, keys: Tensor, contextual=None, **_
+) -> Tensor:
+    """VisionZip: CLS if there is one, the patches it attends to most in raster order, and `contextual` merged
+    tokens: every stride-th of the others plus the mean of those whose keys (mean over heads) are nearest.
+
+    K in all. contextual: by default the paper's share, 10 of 64, 20 of 128, 30 of 192. A sum as in the
+    official code, so about twice as long as a patch.
+    """
+    tokens, first = features.shape[1], [] if cls is None else [cls.to(features.dtype)]
+    contextual = min(round(keep * 5 / 32) if contextual is None else contextual, keep - len(first))
+    dominant = ranked(cls_attention)[:, : keep - contextual - len(first)].sort(1).values
+    if not contextual:
+        return torch.cat([*first, gather(features, dominant)], 1)
+    rest = others(dominant, tokens)  # (I, R)
+    targets = rest[:, :: max(1, rest.shape[1] // contextual)][:, :contextual]
+    with torch.no_grad():
+        key = unit(keys.float().mean(1))  # (I, P, d)
+        nearest = (gather(key, targets) @ key.transpose(1, 2)).argmax(1)  # (I, P), the first of equals
+        member = nearest[:, None] == torch.arange(contextual, device=nearest.device)[:, None]  # (I, ctx, P)
+        member = (member & ~marked(torch.cat([dominant, targets], 1), tokens)[:, None]).float()
+        weights = member / member.sum(2, keepdim=True).clamp_min(1)
+    merged = gather(features, targets).float() + weights @ features.float()
+    return torch.cat([*first, gather(features, dominant), merged.to(features.dtype)], 1)  # (I, K, D)
+
+
+def prumerge(
+    features: Tensor, keep: int, cls_attention: Tensor, keys: Tensor, strided: float = 0.0, **_
+) -> Tensor:
+    """PruMerge at a fixed count: the K-1 patches that CLS attends to most, each plus the attention-weighted
+    sum of the 32 patches with the most similar keys (kept ones too); last the weighted sum of all not kept.
+
+    strided: the share (PruMerge+: half) that is instead evenly strided over the others, none twice. The
+    original reads undivided q and k of the encoder's last layer, keeps a count that varies with the attention
+    and emits in order of attention; here attention and keys are those of the level that the connector reads,
+    the count is fixed, so that batches are dense, and the order is the raster's.
+    """
+    tokens, device = features.shape[1], features.device
+    with torch.no_grad():
+        spread = int((keep - 1) * strided)
+        kept = ranked(cls_attention)[:, : keep - 1 - spread]
+        left = others(kept, tokens)
+        kept = (
+            torch.cat([kept, left[:, centres(spread, left.shape[1], device)]], 1).sort(1).values
+        )  # (I, K-1)
+        key = unit(keys.transpose(1, 2).flatten(2))  # (I, P, H*d)
+        similarity = gather(key, kept) @ key.transpose(1, 2)  # (I, K-1, P)
+        near = ranked(similarity.scatter(2, kept[..., None], -math.inf))[..., : min(32, tokens - 1)]
+        member = torch.cat([marked(near, tokens), ~marked(kept, tokens)[:, None]], 1)  # (I, K, P)
+        weights = member * cls_attention.float()[:, None]
+    base = F.pad(gather(features, kept).float(), (0, 0, 0, 1))  # nothing under the last
+    return (base + weights @ features.float()).to(features.dtype)  # (I, K, D)
+
+
+def coarse_tokens(features: Tensor, keep: int, **_) -> Tensor:
+    """Chain-of-Sight's coarse scales, which come first: the same tokens that its stage 1 runs on."""
+    return torch.arange(keep, device=features.device).expand(len(features), -1)
+
+
+def coarse_count(keep: int, grid: int, scales) -> int:
+    """As many whole scales as fit into `keep`, at least the first. scales: tokens of each, coarse to fine."""
+    if not scales:
+        raise ValueError("pruner 'coarse' needs a connector with scales, coarse to fine")
+    return max([n for n in accumulate(scales) if n <= keep], default=scales[0])
+
+
+CLS_KEYS = ("cls_attention", "keys")
+PRUNERS = {
+    "random": Pruner(random_tokens, needs=("seeds",)),
+    "grid": Pruner(grid_tokens, needs=("grid",)),
+    "divprune": Pruner(divprune),
+    "cdpruner": Pruner(cdpruner, needs=("text",)),
+    "fastervlm": Pruner(fastervlm, "patches", ("cls_attention",)),
+    "vispruner": Pruner(vispruner, "patches", ("cls_attention",)),
+    "pool": Pruner(pool, "grid", ("grid",), True, lambda *sizes: math.prod(pool_shape(*sizes))),
+    "visionzip": Pruner(visionzip, "patches", ("cls", *CLS_KEYS), True),
+    "prumerge": Pruner(prumerge, "patches", CLS_KEYS, True),
+    "prumerge+": Pruner(partial(prumerge, strided=0.5), "patches", CLS_KEYS, True),
+    "coarse": Pruner(coarse_tokens, "scales", count=coarse_count),
+}
+
+
+def find(name: str) -> Pruner:
+    if name not in PRUNERS:
+        raise ValueError(f"pruner '{name}' is unknown: use one of {', '.join(PRUNERS)}")
+    return PRUNERS[name]
+
+
+def kept_tokens(name: str, keep: float, tokens: int, grid: int = 0, scales: Sequence[int] = ()) -> int:
+    """How many tokens pruner `name` makes of `tokens`. keep: a count if > 1, else round(keep * tokens), at
+    least one; pool and coarse take the nearest number below that they can give (coarse: at least a scale).
+
+    grid: patches a side, 0 if none. scales: tokens of each scale, coarse to fine. DualSpeed's code truncates
+    int((1 - 0.9) * 576) = 57 where we round to 58; pass keep=57 for parity.
+    """
+    wanted = min(tokens, max(1, round(keep if keep > 1 else keep * tokens)))
+    return find(name).count(wanted, grid, scales)
+
+
+def run_pruner(name: str, features: Tensor, keep: int, needs: dict) -> Tensor:
+    pruner = find(name)
+    if not 1 <= keep <= features.shape[1]:
+        raise ValueError(f"cannot keep {keep} of {features.shape[1]} tokens")
+    for need in pruner.needs:
+        if needs.get(need) is None and need != "cls":  # not every encoder has one
+            raise ValueError(f"pruner '{name}' needs {need}, which is not given")
+    device = "cpu" if features.is_meta else features.device.type  # meta knows no autocast
+    with torch.autocast(device, enabled=False):  # or the distances would come out in bf16
+        return pruner.run(features, keep, **{"cls": None, **needs})
 
 
 @torch.no_grad()
 def select(name: str, features: Tensor, keep: int, **needs) -> Tensor:
     """Indices of the `keep` tokens that pruner `name` keeps of each image: (I, V, D) -> (I, keep), sorted.
 
-    needs: grid (patches a side), seed (of "random").
+    needs: see Pruner. A pruner that merges has no indices: ValueError, as for an unknown name, a need that is
+    not given and a keep outside 1..V.
     """
-    if name not in PRUNERS:
-        raise ValueError(f"pruner '{name}' is unknown: use one of {', '.join(PRUNERS)}")
-    if not 1 <= keep <= features.shape[1]:
-        raise ValueError(f"cannot keep {keep} of {features.shape[1]} tokens")
-    device = "cpu" if features.is_meta else features.device.type  # meta knows no autocast
-    with torch.autocast(device, enabled=False):  # or the distances would come out in bf16
-        return PRUNERS[name](features, keep, **needs).sort(1).values
+    if find(name).merges:
+        raise ValueError(f"pruner '{name}' merges tokens, it selects none: use reduce")
+    return run_pruner(name, features, keep, needs).sort(1).values
+
+
+def reduce(name: str, features: Tensor, keep: int, **needs) -> Tensor:
+    """The pruned tokens of each image, with gradient and in the features' dtype: (I, V, D) -> (I, K', D).
+
+    K' is kept_tokens' count: `keep`, or fewer from pool, which takes what fits. For every pruner; errors as
+    in `select`.
+    """
+    if find(name).merges:
+        return run_pruner(name, features, keep, needs)
+    return gather(features, select(name, features, keep, **needs))
 
 
 def gather(features: Tensor, kept: Tensor) -> Tensor:

@@ -114,8 +114,6 @@ class PretrainConfig(RunConfig):
 
 def main(argv: list[str]) -> None:
     run, vlm, tokenizer, cfg = start("pretrain", PretrainConfig, argv, __doc__)
-    if cfg.pruner:
-        vlm.cfg.prune.name = cfg.pruner
     mode = "fast" if cfg.pruner else "full"
     optimizers = make_optimizers(vlm, cfg)
     first = resume(run, vlm, optimizers)
@@ -290,6 +288,10 @@ def read_flags(
     if begun and cfg.resolution != resolution:
         raise UserError(f"--resolution {cfg.resolution}: the run in {source} has '{resolution}' and keeps it")
     changed = model.changed_flags(before, model_cfg)
+    if pruner := getattr(cfg, "pruner", ""):  # stage 1's short name for it
+        if "prune.name" in changed and model_cfg.prune.name != pruner:
+            raise UserError(f"--pruner {pruner} and --prune.name {model_cfg.prune.name}: give one of them")
+        model_cfg.prune.name = pruner
     fixed = [name for name in changed if not name.startswith(("prune.", "lora.") if not begun else "prune.")]
     dense = not begun and not before.decoder.experts  # then it may get experts
     new_experts = [f"decoder.{name}" for name in model.EXPERT_FIELDS if dense]
@@ -607,7 +609,7 @@ def order_of(run: Run, vlm: model.VLM) -> dict:
     """What the order of the samples depends on, their lengths too, and so who shares a row."""
     names = "data seed rows batch_size row_length row_images row_limit resolution pruner slow_share mode"
     flags = {name: getattr(run.cfg, name) for name in names.split() if hasattr(run.cfg, name)}
-    return flags | {f"prune.{name}": getattr(vlm.cfg.prune, name) for name in ("keep", "isolator")}
+    return flags | {f"prune.{name}": value for name, value in dataclasses.asdict(vlm.cfg.prune).items()}
 
 
 def save(run: Run, vlm: model.VLM, tokenizer, optimizers, done: int) -> None:

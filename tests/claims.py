@@ -17,6 +17,7 @@ bench`. The error of a difference is over questions, those about one picture tak
 these two models differ. Whether their recipes do, only seeds tell; with several the larger of both decides.
 """
 
+import collections
 import hashlib
 import json
 import sys
@@ -36,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import model  # noqa: E402
+import prune  # noqa: E402
 import train_pretrain  # noqa: E402
 import train_sft  # noqa: E402
 
@@ -45,6 +47,8 @@ class Cell(NamedTuple):
     stage1: str | None  # flags of train_pretrain.py; None: fine-tuned from the halves
     stage2: str | None  # flags of train_sft.py; None: stage 1 alone
     ms: tuple[float, float]  # a sample of stage 1 and of stage 2, about, on two quiet cores
+    steps2: int = 0  # of stage 2, if not those of --steps2
+    pruned: bool = False  # also scored on pruned tokens
     mix: str = ""  # shares of captions, documents and text in stage 1, whose model is examined in few shots
 
 
@@ -72,7 +76,7 @@ CELLS = [
 # MM1's data mix: stage 1 alone, in packed rows that hold eight demonstrations of 32 tokens.
 ROWS = "--batch_size 0 --rows 5 --row_length 640 --steps 300"
 MIXES = ("100-0-0", "50-50-0", "0-100-0", "45-45-10", "50-0-50")
-CELLS += [Cell(f"mix.{mix}", ROWS, None, (0, 0), mix) for mix in MIXES]
+CELLS += [Cell(f"mix.{mix}", ROWS, None, (0, 0), mix=mix) for mix in MIXES]
 # MM1's connectors: tokens x resolution x type, stage 1 alone.
 POOLS = {"avg": "avgpool", "attn": "attnpool", "cabs": "cabstractor"}
 CELLS += [
@@ -80,6 +84,31 @@ CELLS += [
          f"--connector.levels 4 --connector.tokens {tokens}", None, (size // 8 + tokens // 16, 0))
     for size in (64, 128) for tokens in (16, 64) for name, kind in POOLS.items()
 ]  # fmt: skip
+# DualSpeed: one stage 1 for all, on 256 tokens a picture; fine-tuned fast on 26 of them, by default.
+LINEAR, LONG = "--vit.image_size 128 --connector.kind linear", {"steps2": 150, "pruned": True}
+DUO = {
+    "full": f"{FULL} --prune.isolator 0",  # pruned after training, never in it
+    "naive": "--slow_share 0 --prune.isolator 0",
+    "switch": "--prune.isolator 0 --distill_weight 0",
+    "isolator": "--distill_weight 0",
+    "distill": "",  # all of it
+    "batch": "--mode batch",  # as the paper draws
+    "full.short": f"{FULL} --prune.isolator 0",  # about as long as "distill" takes
+    **{f"prune.{n}": f"--prune.name {n}" for n in prune.PRUNERS if n not in ("divprune", "coarse")},
+    **{f"keep.{keep}": f"--prune.keep 0.{keep}" for keep in ("50", "25", "05")},
+    **{f"slow.{share}": f"--slow_share 0.{share}" for share in ("05", "20")},
+}  # fmt: skip
+CELLS += [
+    Cell(f"duo.{name}", LINEAR, f"--prune.keep 0.1 {flags}", (27, 23 if "full" in name else 9), **LONG)
+    for name, flags in DUO.items()
+]
+CELLS = [cell._replace(steps2=75) if cell.name == "duo.full.short" else cell for cell in CELLS]
+GROWN = "--scale 1:0x1,0x2,1x4 --prune.keep 80 --prune.name"  # of 336: the first two scales, or as many
+CELLS += [Cell("duo.chain.full", FEW, f"{GROW} --prune.isolator 0 --prune.keep 80", (10, 32), **LONG)]
+CELLS += [
+    Cell(f"duo.chain.{name}", FEW, f"{GROWN} {name}", (10, 20), **LONG)
+    for name in ("coarse", "divprune", "random")
+]
 TRAIN = {"stage1": train_pretrain.main, "stage2": train_sft.main}  # the command lines, in this process
 COMPARE = [(BASE, cell.name) for cell in CELLS if cell.name.startswith("cos.") and cell.name != BASE]
 COMPARE += [("mix.45-45-10", f"mix.{mix}") for mix in MIXES if mix != "45-45-10"]
@@ -87,6 +116,12 @@ COMPARE += [
     (f"pool.{name}.128px.64", f"pool.{name}.{other}") for name in POOLS for other in ("128px.16", "64px.64")
 ]
 COMPARE += [("pool.avg.128px.64", f"pool.{name}.128px.64") for name in ("attn", "cabs")]
+LADDER = ["full", "naive", "switch", "isolator", "distill"]
+COMPARE += [("duo.full", f"duo.{name}") for name in DUO if name != "full"]
+COMPARE += [(f"duo.{b}", f"duo.{a}") for a, b in zip(LADDER[1:], LADDER[2:])]
+COMPARE += [("duo.distill", f"duo.{name}") for name in ("full.short", "batch", "prune.random")]
+COMPARE += [("duo.chain.full", f"duo.chain.{n}") for n in ("coarse", "divprune", "random")]
+COMPARE += [("duo.chain.coarse", f"duo.chain.{n}") for n in ("divprune", "random")]
 COMPARE += [("cos.chain.336-336", "cos.resampler.336-336"), ("cos.chain.32-32", "cos.resampler.32-32")]
 
 
@@ -122,7 +157,7 @@ def stage_flags(cell: Cell, seed: int, cfg: ClaimsConfig) -> list[list[str] | No
     """The flags of both stages, but for --init, --out and --resume."""
     each = f"--seed {seed} --batch_size {cfg.batch_size} --log_every 10 --save_every 50 --steps"
     source = f"{cfg.out}/mix-{cell.mix}.json" if cell.mix else "scenes"
-    stages = ((cell.stage1, cfg.steps1), (cell.stage2, cfg.steps2))
+    stages = ((cell.stage1, cfg.steps1), (cell.stage2, cell.steps2 or cfg.steps2))
     return [flags if flags is None else f"--data {source} {each} {n} {flags}".split() for flags, n in stages]
 
 
@@ -163,7 +198,7 @@ def run_cell(cell: Cell, seed: int, cfg: ClaimsConfig) -> dict:
         if argv:
             last, facts[stage] = run_stage(stage, argv, last, out)
     name, began = config_hash(cell, seed, cfg), time.perf_counter()
-    answers = examine_shots(last, cfg) if cell.mix else examine(last, cfg)
+    answers = examine_shots(last, cfg) if cell.mix else examine(last, cfg, cell.pruned)
     seconds = {stage: told["seconds"] for stage, told in facts.items()}
     seconds["eval"] = round(time.perf_counter() - began, 1)
     np.savez_compressed(out / f"{name}.npz", **answers)
@@ -173,6 +208,7 @@ def run_cell(cell: Cell, seed: int, cfg: ClaimsConfig) -> dict:
         "seed": seed, "score": round(score, 2), "stderr": round(error, 2),
         "blind_score": round(100 * float(answers["blind"].mean()), 2), "n": len(answers["right"]),
         "ref": round(100 * float(answers["ref"].mean()), 2) if answers["ref"].size else None,
+        "pruned": round(100 * float(answers["pruned"].mean()), 2) if "pruned" in answers else None,
         "shots": {key: round(100 * float(x.mean()), 2) for key, x in answers.items() if key in SHOTS},
         "seconds": seconds,
         "visual_tokens": {stage: told["visual_tokens"] for stage, told in facts.items()},
@@ -198,24 +234,28 @@ def exam(n: int, size: int, resample: int) -> tuple:
 
 
 @torch.no_grad()
-def right_answers(vlm, tokenizer, questions, pixels, pictures: list[int], batch: int = 16) -> np.ndarray:
+def right_answers(
+    vlm, tokenizer, questions, pixels, pictures: list[int], batch: int = 16, mode: str = "full"
+) -> np.ndarray:
     """Whether question i, asked about picture pictures[i], gets exactly its answer: bool (questions,)"""
-    laid, asked, right = [], [[] for _ in pixels], np.ones(len(questions), bool)
+    laid, asked, right, heads = [], collections.defaultdict(list), np.ones(len(questions), bool), []
+    shared = mode == "full" or "text" not in prune.PRUNERS[vlm.cfg.prune.name].needs  # else a row a question
     for i, (question, picture) in enumerate(zip(questions, pictures)):
         pieces = data.prompt_pieces(question.text, 1, tokenizer)
+        heads.append(data.Sample([*pieces], pixels[picture][None].numpy()))
         pieces.append(([*tokenizer.encode(question.answers[0]), tokenizer.end], True))
-        x = data.lay_out(pieces, [np.arange(vlm.cfg.visual_tokens())])
+        x = data.lay_out(pieces, [np.arange(vlm.cfg.visual_tokens(mode))])
         who, positions = np.full(len(x.ids), i), np.arange(len(x.ids))
         laid.append(torch.from_numpy(np.stack([who, x.ids, x.slot, x.targets, positions], 1)))  # (T, 5)
-        asked[picture].append(i)
+        asked[picture if shared else -i].append(i)
     head = int((laid[0][:, 2] >= 0).nonzero()[-1]) + 1  # what all share: up to the end of the picture
     front = laid[0][:head] * torch.tensor([0, 1, 1, 1, 1]) - torch.tensor([2, 0, 0, 0, 0])  # its who is -2
-    rows = [(p, torch.cat([front, *(laid[i][head:] for i in own)])) for p, own in enumerate(asked) if own]
+    rows = [(heads[own[0]], torch.cat([front, *(laid[i][head:] for i in own)])) for own in asked.values()]
     rows.sort(key=lambda row: len(row[1]))
     for first in range(0, len(rows), batch):
-        chosen, parts = zip(*rows[first : first + batch])
+        prompts, parts = zip(*rows[first : first + batch])
         who, ids, slot, targets, positions = pad_sequence(parts, True, -1).unbind(-1)  # each (B, T)
-        bank = vlm.encode(pixels[list(chosen)]).flatten(0, 1)  # (B*V, D)
+        bank = vlm.bank(data.prompt_batch(prompts, mode, vlm.cfg))  # (B*V, D)
         index = torch.arange(len(bank))
         x = vlm.splice(data.Rows(ids.clamp(0), slot >= 0, positions, who, index, None, None), bank)
         mask = ((who[:, :, None] == who[:, None]) | (who[:, None] == -2)).tril()  # (B, T, T)
@@ -225,8 +265,10 @@ def right_answers(vlm, tokenizer, questions, pixels, pictures: list[int], batch:
     return right
 
 
-def examine(run: Path, cfg: ClaimsConfig) -> dict[str, np.ndarray]:
-    """right, blind and picture of every question of scenes_vqa; ref: hits of scenes_ref, decoded greedily."""
+def examine(run: Path, cfg: ClaimsConfig, pruned: bool) -> dict[str, np.ndarray]:
+    """right, blind and picture of every question of scenes_vqa; ref: hits of scenes_ref, decoded greedily;
+    pruned: right on pruned tokens behind the isolator.
+    """
     step = model.find_step(run)
     vlm = model.VLM.from_pretrained(step).eval()
     tokenizer = data.Tokenizer.from_pretrained(step / "tokenizer")
@@ -236,7 +278,10 @@ def examine(run: Path, cfg: ClaimsConfig) -> dict[str, np.ndarray]:
     boxes = [q.image for q in task.questions]
     said = evaluation.answer_all(vlm, tokenizer, task, boxes, "full", evaluation.EvalConfig())
     ref = np.array(evaluation.score_answers(task, said))
-    return {"right": both[: len(own)], "blind": both[len(own) :], "picture": np.array(own), "ref": ref}
+    found = {"right": both[: len(own)], "blind": both[len(own) :], "picture": np.array(own), "ref": ref}
+    if pruned:
+        found["pruned"] = right_answers(vlm, tokenizer, questions, pixels, own, mode="pruned")
+    return found
 
 
 SHOTS = ("vqa 0", "vqa 4", "vqa 8", "caption 0", "caption 4", "caption 8", "bind 0", "bind 8", "text nll")
@@ -287,11 +332,13 @@ def read_rows(cfg: ClaimsConfig, every: bool) -> dict[str, dict]:  # all, or tho
 def print_table(cells: list[Cell], cfg: ClaimsConfig) -> None:
     rows = read_rows(cfg, cfg.reuse)
     found = {(c.name, s): rows.get(config_hash(c, s, cfg)) for c in cells for s in cfg.seeds}
-    print(f"\n{'cell':<24}seed   score     ±  blind    ref    tokens  stage 1 s  stage 2 s  eval s  commit")
+    print(f"\n{'cell':<24}seed   score     ±  blind pruned    ref    tokens  stage 1 s  stage 2 s  eval s  "
+          "commit")  # fmt: skip
     for row in filter(None, found.values()):
         tokens, took = ">".join(map(str, row["visual_tokens"].values())), row["seconds"]
+        few, boxes = row.get("pruned") or 0, row["ref"] or 0
         print(f"{row['cell']:<24}{row['seed']:>4}{row['score']:>8.1f}{row['stderr']:>6.1f}"
-              f"{row['blind_score']:>7.1f}{row['ref'] or 0:>7.1f}{tokens:>10}{took.get('stage1', 0):>11.1f}"
+              f"{row['blind_score']:>7.1f}{few:>7.1f}{boxes:>7.1f}{tokens:>10}{took.get('stage1', 0):>11.1f}"
               f"{took.get('stage2', 0):>11.1f}{took['eval']:>8.1f}  {row['commit']}"
               + "*" * (row["code_hash"] != CODE))  # fmt: skip
     few = [row for row in found.values() if row and row.get("shots")]
@@ -317,7 +364,8 @@ def main(argv: list[str]) -> None:
         raise model.UserError(f"--only '{cfg.only}': no cell begins so; see --list")
     done, todo, shared, failed = read_rows(cfg, cfg.reuse), [], set(), []
     for seed, cell in ((seed, cell) for seed in cfg.seeds for cell in cells):
-        ms = cell.ms[0] * ((seed, cell.stage1) not in shared) * cfg.steps1 + cell.ms[1] * cfg.steps2
+        ms = cell.ms[0] * ((seed, cell.stage1) not in shared) * cfg.steps1
+        ms += cell.ms[1] * (cell.steps2 or cfg.steps2)
         shared.add((seed, cell.stage1))
         seconds = 120 if cell.mix else ms * cfg.batch_size / 1000 + 25  # for the hand-over and the questions
         ready = config_hash(cell, seed, cfg) in done

@@ -62,7 +62,7 @@ def calls(monkeypatch, tmp_path) -> list:
 
         return run
 
-    def examine(run, cfg):
+    def examine(run, cfg, pruned):
         seen.append(("eval", run.name))
         right = np.random.default_rng(len(seen)).random(50) < 0.5
         return {"right": right, "blind": ~right, "picture": np.arange(50) // 5, "ref": right[:4]}
@@ -147,12 +147,26 @@ def check_mm1_cell(cell: claims.Cell) -> None:
         assert cfg.connector.kind == claims.POOLS[kind] and flags.batch_size == 16
 
 
+def check_fast_cell(cell: claims.Cell) -> None:
+    cfg, flags = model.copy_config(model.preset("tiny")["model"]), claims.train_sft.SftConfig()
+    first, second = claims.stage_flags(cell, 0, claims.ClaimsConfig())
+    model.parse_cli(first, "", cfg, claims.train_pretrain.PretrainConfig())
+    cfg.check()
+    model.parse_cli(second, "", cfg, flags)
+    flags.check()
+    cfg = model.scaled_config(cfg, flags.scale) if flags.scale else cfg.check()
+    kept = {"prune.pool": 25, "keep.50": 128, "keep.25": 64, "keep.05": 13}.get(cell.name[4:], 26)
+    kept = 80 if ".chain." in cell.name else kept
+    assert cell.pruned and flags.steps == cell.steps2 and cfg.side == 16
+    assert cfg.visual_tokens() == (336 if flags.scale else 256) and cfg.kept_tokens() == kept
+
+
 def test_the_list_of_cells():
     names = [cell.name for cell in claims.CELLS]
     assert len(set(names)) == len(names) and {x for pair in claims.COMPARE for x in pair} <= set(names)
     for cell in claims.CELLS:
         if not cell.name.startswith("cos."):
-            check_mm1_cell(cell)
+            (check_fast_cell if cell.name.startswith("duo.") else check_mm1_cell)(cell)
             continue  # the geometry that each cell claims by its name
         cfg = model.copy_config(model.preset("tiny")["model"])
         given = (cell.stage1 or cell.stage2).split()
@@ -167,26 +181,33 @@ def test_the_list_of_cells():
             assert cfg.connector.windows == [16, 8, 1] and cfg.connector.queries == [16, 16, 1]
 
 
-@pytest.mark.parametrize("flags", [claims.FEW, "--connector.kind linear", "--connector.kind resampler"])
-def test_one_pass_equals_greedy_decoding_for_all_questions(flags):
+LINEAR = "--connector.kind linear"
+
+
+@pytest.mark.parametrize(
+    "flags, mode",
+    [(claims.FEW, "full"), (LINEAR, "full"), ("--connector.kind resampler", "full"), (LINEAR, "pruned"),
+     (f"{LINEAR} --prune.name cdpruner", "pruned"), (f"{LINEAR} --prune.name random", "pruned")],
+)  # fmt: skip
+def test_one_pass_equals_greedy_decoding_for_all_questions(flags, mode):
     """The shipped decoder already answers, often wrongly: nobody has shown it a picture."""
     torch.manual_seed(0)
     cfg = model.copy_config(model.preset("tiny")["model"])
     model.parse_cli(flags.split(), "", cfg)
     vlm, tokenizer = model.VLM.build(cfg).eval(), data.find_tokenizer(cfg)
     questions, pixels, own, other = claims.exam(24, cfg.vit.image_size, cfg.image.resample)
-    right = claims.right_answers(vlm, tokenizer, questions * 2, pixels, own + other, batch=5)
+    right = claims.right_answers(vlm, tokenizer, questions * 2, pixels, own + other, 5, mode)
     images = [q.image for q in questions]
     task = evaluation.Task("scenes_vqa", "vqa", questions, max_new_tokens=16)
     for mine, shown in zip(right.reshape(2, -1), (images, evaluation.derange(images, 0))):
-        said = evaluation.answer_all(vlm, tokenizer, task, shown, "full", evaluation.EvalConfig())
+        said = evaluation.answer_all(vlm, tokenizer, task, shown, mode, evaluation.EvalConfig())
         assert [*mine] == [s == q.answers[0] for s, q in zip(said, questions)]
         assert [*mine] == evaluation.score_answers(task, said)  # here nobody says "two" for 2
         assert 0 < mine.mean() < 1
         asked = [evaluation.Question(q.image, q.text, [s]) for q, s in zip(questions, said)]
         whole = [len(tokenizer.encode(s)) < 16 for s in said]  # ended by itself
         pictures = own if shown is images else other
-        assert (claims.right_answers(vlm, tokenizer, asked, pixels, pictures)[whole]).all()
+        assert (claims.right_answers(vlm, tokenizer, asked, pixels, pictures, mode=mode)[whole]).all()
 
 
 def test_a_whole_cell(small_halves, tmp_path, monkeypatch):

@@ -56,16 +56,18 @@ def test_rows_hold_every_sample_once_and_slots_point_at_their_own_image():
     modes = ["full", "fast", "slow", "fast", "full", "slow", "fast", "fast"]
     batch = data.make_batch(samples("chat", 8), modes, CFG, 256, 999)
     full, pruned = CFG.visual_tokens("full"), CFG.visual_tokens("pruned")
-    rows = batch.student
+    rows, whole, few = batch.student, batch.whole.tolist(), batch.pruned.tolist()
+    assert whole == [0, 2, 4, 5] and few == [1, 2, 3, 5, 6, 7]  # a slow sample's views are in both
     index = torch.full(rows.ids.shape, -1)
     index[rows.slot_mask] = rows.visual_index
     for i, mode in enumerate(modes):
         here = rows.doc_ids == i
         assert rows.positions[here].tolist() == list(range(int(here.sum())))
         mine = index[here & rows.slot_mask].tolist()
-        start, count = (8 * full + i * pruned, pruned) if mode == "fast" else (i * full, full)
+        start, count = whole.index(i) * full if i in whole else 0, full  # the bank: whole ones, then pruned
+        if mode == "fast":
+            start, count = len(whole) * full + few.index(i) * pruned, pruned
         assert mine == list(range(start, start + count))  # one unbroken run, all tokens of image i in order
-    assert batch.fast.tolist() == [m == "fast" for m in modes]
     assert (rows.ids[rows.slot_mask] == 0).all()
     slow = batch.teacher
     assert sorted(set(slow.doc_ids[slow.doc_ids >= 0].tolist())) == [0, 1]

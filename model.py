@@ -192,6 +192,10 @@ class ModelConfig:
         p, full = self.prune, self.visual_tokens()
         return prune.kept_tokens(p.name, p.keep, full, self.grid(), self.scale_tokens())
 
+    def coarse_scales(self) -> int:
+        """How many of Chain-of-Sight's scales the pruner "coarse" keeps."""
+        return [*accumulate(self.scale_tokens())].index(self.kept_tokens()) + 1
+
     def fits(self, pruner: str) -> bool:
         """Whether that pruner can act on this connector's tokens."""
         c, where = self.connector, prune.PRUNERS[pruner].where
@@ -1573,8 +1577,7 @@ class VLM(nn.Module):
         name, keep = self.cfg.prune.name, self.cfg.kept_tokens()
         needs, where = self.pruner_needs(name, states, batch), prune.PRUNERS[name].where
         if where == "scales":  # the finer ones are not computed
-            n_scales = [*accumulate(self.cfg.scale_tokens())].index(keep) + 1
-            tokens = self.connector(self.levels(states, batch.pruned), n_scales)
+            tokens = self.connector(self.levels(states, batch.pruned), self.cfg.coarse_scales())
         elif where == "patches":
             patches = self.levels(states, batch.pruned)[-1]
             tokens = self.connector([prune.reduce(name, patches, keep, **needs)])
@@ -2311,7 +2314,12 @@ def sample_cost(cfg: ModelConfig, train: list[str], text: int, mode: str, images
         depth = max(cfg.connector.levels)
         parts, bytes_kept = {"vit": depth * flops + stem}, depth * kept
         levels = [patches[:, int(vit.cls_token) :] for _ in cfg.connector.levels]
-        parts["connector"], kept = count(lambda: connector(levels))
+        where, scales = prune.PRUNERS[cfg.prune.name].where if mode == "fast" else "", {}
+        if where == "scales":  # these two spare the connector work: see VLM.pruned
+            scales["n_scales"] = cfg.coarse_scales()
+        elif where == "patches":
+            levels = [x[:, : cfg.kept_tokens()] for x in levels]
+        parts["connector"], kept = count(lambda: connector(levels, **scales))
         bytes_kept += kept
 
         sparse = sum(map(decoder.sparse, range(decoder.layers)))

@@ -110,3 +110,14 @@ def test_the_plan_scales_tokens_if_the_step_still_fits(capsys):
         model.main(["--preset", "cos-8b", "--plan", "--connector.plan", plan])
         out = capsys.readouterr().out
         assert full in out and ("its tokens are not scaled up: 80to1296" in out) == told
+
+
+@pytest.mark.parametrize("kind, name", [("chain", "coarse"), ("mlp", "fastervlm"), ("linear", "visionzip")])
+def test_what_a_pruner_spares_is_not_counted(kind, name):
+    """The connector on what is kept only; rel: the attention to patches is not counted either."""
+    cfg, train = small(kind=kind), ["connector", "decoder"]
+    cfg.prune = model.PruneConfig(name, 0.5, 2)
+    parts, _ = model.sample_cost(cfg.check(), train, 50, "fast", 1)
+    assert sum(parts.values()) == pytest.approx(whole(cfg, train, 50, "fast"), rel=0.03)
+    share = parts["connector"] / model.sample_cost(cfg, train, 50, "full", 1)[0]["connector"]
+    assert share == pytest.approx(0.5, abs=0.05)  # of two scales with 16 tokens each, one

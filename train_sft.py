@@ -10,6 +10,7 @@ A fast sample is trained on K pruned visual tokens behind the mode isolator, a s
 ones the model's own fast view is the teacher. Model and tokenizer come with --init.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -55,6 +56,17 @@ class SftConfig(RunConfig):
             raise UserError(f"--temperature {self.temperature}: must be above 0")
 
 
+def fast_slow_loss(
+    logits: Tensor, teacher: Tensor | None, batch: data.Batch, temperature: float, weight: float
+) -> dict[str, Tensor]:
+    """Sums: cross entropy of all samples, and `weight` times the KL from the fast view of the slow ones."""
+    ce = F.cross_entropy(logits, batch.student.targets, reduction="sum")
+    if teacher is None:
+        return {"loss": ce, "ce": ce, "kl": ce.new_zeros(())}
+    kl = prune.distillation_sum(logits[batch.distill], teacher, temperature)
+    return {"loss": ce + weight * kl, "ce": ce, "kl": kl}
+
+
 def main(argv: list[str]) -> None:
     run, vlm, tokenizer, cfg = start("sft", SftConfig, argv, __doc__)
     if not cfg.init and cfg.resume != "auto":
@@ -70,21 +82,14 @@ def main(argv: list[str]) -> None:
         mode = prune.draw_mode(cfg.seed, draw, cfg.slow_share)
         return "full" if mode == "slow" and cfg.distill_weight == 0 else mode  # then it needs no teacher
 
-    def fast_slow_loss(logits: Tensor, teacher: Tensor | None, batch: data.Batch) -> dict[str, Tensor]:
-        """Sums: cross entropy of all samples, and the KL from the fast view of the slow ones."""
-        ce = F.cross_entropy(logits, batch.student.targets, reduction="sum")
-        if teacher is None:
-            return {"loss": ce, "ce": ce, "kl": ce.new_zeros(())}
-        kl = prune.distillation_sum(logits[batch.distill], teacher, cfg.temperature)
-        return {"loss": ce + cfg.distill_weight * kl, "ce": ce, "kl": kl}
-
+    loss_of = functools.partial(fast_slow_loss, temperature=cfg.temperature, weight=cfg.distill_weight)
     batches = load_batches(run, vlm.cfg, tokenizer, first, choose_mode)
     full, pruned = data.square_tokens(vlm.cfg), data.square_tokens(vlm.cfg, "pruned")
     mean_tokens = round(cfg.slow_share * full + (1 - cfg.slow_share) * pruned)
     run.say(f"{1 - cfg.slow_share:.0%} fast on {pruned} visual tokens ({vlm.cfg.prune.name}), slow on {full}")
     for step in run.bar(first):
         micro, waited = fetch(batches, run)
-        stats = optimizer_step(run, ddp, micro, optimizers, step, fast_slow_loss)
+        stats = optimizer_step(run, ddp, micro, optimizers, step, loss_of)
         run.log(step, stats, micro, waited, visual_tokens=mean_tokens)
         finish_step(run, vlm, tokenizer, optimizers, step)
     run.close()

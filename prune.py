@@ -24,8 +24,6 @@ from torch import Tensor, nn
 # Choices are made without gradient, in fp32, on the device, for all images at once and for each by itself;
 # equal scores go to the lowest index. So every device, batch and precision policy chooses the same tokens.
 
-RELEVANCE_SIGN = 1.0  # CDPruner in the decoder's own space: is a token near the words of the question wanted?
-
 
 class Pruner(NamedTuple):
     """What the model has to know of a pruner.
@@ -124,32 +122,38 @@ def divprune(features: Tensor, keep: int, **_) -> Tensor:
     return torch.stack(kept, 1)
 
 
-def relevance(features: Tensor, text: Tensor, sign: float) -> Tensor:
-    """How relevant each token is to the question, in (0, about 1] for each image: (I, V).
-
-    sign * mean over words of the cosine, stretched to (x - min + 1e-6) / (max - min) as CDPruner's code does,
-    but not over the whole batch: that would choose by batch mates. A flat one (no question) is 1 throughout.
+def stretch(x: Tensor) -> Tensor:
+    """Scores (I, V) of each image to (x - min + 1e-6) / (max - min), as CDPruner's code does, though over the
+    whole batch, which would choose by batch mates. Flat ones (nothing is asked) are 1 throughout.
     """
-    words = unit(text)  # (I, M, C)
-    mean = words.sum(1) / words.any(2).sum(1, keepdim=True).clamp_min(1)  # of real words: padding is no word
-    x = sign * (unit(features) @ mean[..., None])[..., 0]  # mean of cosines = product with the mean
     low, high = x.aminmax(dim=1, keepdim=True)
-    return (x - low + 1e-6) / (high - low).clamp_min(1e-6)
+    return torch.where(high - low > 1e-6, (x - low + 1e-6) / (high - low).clamp_min(1e-6), 1.0)
 
 
-def cdpruner(
-    features: Tensor, keep: int, text: Tensor, patch_embeds: Tensor | None = None, sign=None, **_
-) -> Tensor:
+def relevance(features: Tensor, text: Tensor) -> Tensor:
+    """In the decoder's own space: how near a token (I, V, D) is to the nearest word of the question (I, V).
+
+    Ours. CDPruner's mean over the text, of either sign, misses what is asked about: all words have much in
+    common, and paper white is nearest to that. The nearest word finds it (LOG.md), so near is relevant.
+    """
+    words = unit(text)  # (I, M, D)
+    cosine = unit(features) @ words.transpose(1, 2)  # (I, V, M)
+    padding = ~words.any(2)[:, None]
+    return cosine.masked_fill(padding, -1.0).amax(2)
+
+
+def cdpruner(features: Tensor, keep: int, text: Tensor, patch_embeds: Tensor | None = None, **_) -> Tensor:
     """CDPruner: a subset that is diverse and fits the question, by greedy MAP of a conditional DPP.
 
     Always the token that raises det of L = diag(rel) S diag(rel) most, S the cosine similarity; incremental
     Cholesky keeps each token's d^2, what is new about it. patch_embeds (I, V, C): the patches in CLIP's space
-    shared with `text`, where the official code finds LOW similarity relevant (sign -1); else the features
-    themselves, in the decoder's space, with RELEVANCE_SIGN. Once K passes the rank of L, nothing is new.
+    shared with `text`, where the official code finds a LOW mean similarity relevant; else `relevance` of the
+    features themselves. Once K passes the rank of L, nothing is new.
     """
-    if sign is None:
-        sign = RELEVANCE_SIGN if patch_embeds is None else -1.0
-    wanted = relevance(features if patch_embeds is None else patch_embeds, text, sign)  # (I, V)
+    if patch_embeds is None:
+        wanted = stretch(relevance(features, text))  # (I, V)
+    else:
+        wanted = stretch(-(unit(patch_embeds) @ unit(text).transpose(1, 2)).mean(2))
     x = wanted[..., None] * unit(features)
     kernel = x @ x.transpose(1, 2)  # (I, V, V)
     images, tokens, _ = kernel.shape

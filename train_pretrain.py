@@ -373,6 +373,8 @@ def start(stage: str, config: type, argv: list[str], doc: str):
             hand_over(run, vlm, tokenizer, model.read_run_config(step)["train"]["data"])
         model.set_resolution(vlm, cfg.resolution)
         settle(vlm, cfg)  # new scales and position tables
+    if "cls_attention" in prune.PRUNERS[vlm.cfg.prune.name].needs and not vlm.cfg.vit.cls_token:
+        run.say(f"{vlm.cfg.prune.name}: this encoder has no CLS token, the mean over all patches stands in")
     if cfg.resolution:
         run.say(
             f"--resolution {cfg.resolution}: {data.square_tokens(vlm.cfg)} visual tokens in a large square"

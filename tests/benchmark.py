@@ -1,6 +1,6 @@
 """The speed table: what fewer visual tokens are worth in time. `make bench` writes runs/bench.json.
 
-    python tests/benchmark.py                         everything, six to ten minutes on two cores
+    python tests/benchmark.py                         everything, ten to fifteen minutes on two cores
     python tests/benchmark.py --only cos.stage1.time --rounds 3 --out runs/quick.json
 
 Every row is a ratio of real steps (train_pretrain.optimizer_step on one micro-batch made by data.make_batch:
@@ -12,14 +12,23 @@ warm-up, so that a busy machine slows both sides of a ratio. Weights are random 
     floor       the same ratio in counted FLOPs (model.sample_cost: no padding, no optimizer, no launches)
     efficiency  floor / value, of a speedup value / floor: the share of the possible that is reached; above 1
                 the other side has less
-    at_7b       the floor of preset cos-7b / efficiency: only this may stand beside "published"
+    at_7b       the floor with CLIP-L and a 7B decoder (preset cos-7b, of dualspeed llava-1.5-vicuna) /
+                efficiency, of a speedup * efficiency: only this may stand beside "published"
 
 One geometry for all rows (GEOMETRY below), small enough for a CPU. Its encoder has the share of the FLOPs
 that CLIP-L has beside a 7B decoder: 9 % at 32 tokens and 1.4 % at 336 (there 9 and 1.5). Its connector has
 21 % (there 1): as wide as this decoder, and all of it trains. Captions have 23 tokens each.
+
+Rows of dualspeed: the same decoder, all of which trains, and encoder, on 24 x 24 patches behind LLaVA's
+connector: 576 tokens a view, or 58 and the isolator's 4. llava15 is one view, next five; 100, 200 or 300
+tokens of text, of which the last 40 % are supervised. Encoder's share of a fast step at 200: 5 and 11 %
+(there 3 and 8). Attention, fp32 on a CPU, is slower for its FLOPs than all else, and full steps have most of
+it: an efficiency above 1, and at_7b as far above its floor, is that and no merit.
 """
 
 import dataclasses
+import functools
+import itertools
 import statistics
 import subprocess
 import sys
@@ -35,7 +44,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import model  # noqa: E402
+import prune  # noqa: E402
 import train_pretrain  # noqa: E402
+import train_sft  # noqa: E402
 
 GEOMETRY = model.ModelConfig(
     vit=model.ViTConfig(128, 8, width=128, layers=6, heads=4, mlp_width=512),  # 16 x 16 patches
@@ -58,22 +69,22 @@ class BenchConfig:
 
 
 class Trainer:
-    """A model with its optimizers and one synthetic batch, at the start of stage 1."""
+    """A model with its optimizers and a synthetic batch of captions; `step` also takes other batches."""
 
-    def __init__(self, cfg: model.ModelConfig, recipe: dict, samples: int):
+    def __init__(self, cfg: model.ModelConfig, recipe: dict, samples=0, config=train_pretrain.RunConfig):
         torch.manual_seed(0)
-        self.flags = flags_of(recipe)
+        self.flags, self.loss = flags_of(recipe, config), train_pretrain.caption_loss
         self.run = train_pretrain.Run("pretrain", self.flags, 0, 1, torch.device("cpu"))
         self.vlm = model.VLM.build(model.copy_config(cfg))
-        self.vlm.set_trainable(model.trainable_parts(self.flags.train), isolator=False)
+        self.vlm.set_trainable(model.trainable_parts(self.flags.train), self.flags.trains_isolator())
         train_pretrain.set_precision(self.vlm, self.flags)
         self.optimizers = train_pretrain.make_optimizers(self.vlm, self.flags)
         train_pretrain.prepare(self.run, self.vlm)
-        self.batch = captions(self.vlm.cfg, samples, self.flags.row_length)
+        self.batch = captions(self.vlm.cfg, samples, self.flags.row_length) if samples else None
 
-    def step(self) -> None:
-        loss = train_pretrain.caption_loss
-        train_pretrain.optimizer_step(self.run, self.vlm, [self.batch], self.optimizers, 0, loss)
+    def step(self, batch: data.Batch | None = None) -> None:
+        micro = [batch or self.batch]
+        train_pretrain.optimizer_step(self.run, self.vlm, micro, self.optimizers, 0, self.loss)
 
     def connector_alone(self) -> Callable[[], None]:
         """Forward and backward of the connector in this step, the encoder's output given."""
@@ -92,19 +103,21 @@ class Trainer:
         return run
 
 
-def flags_of(recipe: dict) -> train_pretrain.RunConfig:
+def flags_of(recipe: dict, config=train_pretrain.RunConfig) -> train_pretrain.RunConfig:
     """A stage's flags as a run on this CPU resolves them."""
-    flags = train_pretrain.RunConfig(**recipe)
+    flags = config(**recipe)
     train_pretrain.resolve_auto(flags, torch.device("cpu"), 1)
     return flags
 
 
-def draw(cfg: model.ModelConfig, lengths: list[int]) -> list[tuple]:
-    """Noise as pictures, each with a caption of so many tokens."""
+def draw(cfg: model.ModelConfig, lengths: list[int], views: int = 1, answer: float = 1.0) -> list[tuple]:
+    """Samples of so many tokens behind pictures of noise; the last share `answer` of them is supervised."""
     rng, size, drawn = np.random.default_rng(0), cfg.vit.image_size, []
     for length in lengths:
         text = rng.integers(1, cfg.decoder.vocab_size, length).tolist()
-        drawn.append(([0, (text, True)], rng.integers(0, 256, (1, 3, size, size), dtype=np.uint8)))
+        asked = length - round(answer * length)
+        pieces = [*range(views), (text[:asked], False), (text[asked:], True)]
+        drawn.append((pieces, rng.integers(0, 256, (views, 3, size, size), dtype=np.uint8)))
     return drawn
 
 
@@ -126,11 +139,12 @@ def alternate(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, li
 
 def make_row(name: str, ratios: list[float], floor: float, at_7b=None, published=None, note="") -> dict:
     """A row of bench.json from the ratios of all rounds; at_7b: the floor there."""
-    value = statistics.median(ratios)
+    value, speedup = statistics.median(ratios), name.endswith("speedup")
     quartiles = np.quantile(ratios, [0.25, 0.75]).round(4).tolist()
-    efficiency = value / floor if name.endswith("speedup") else floor / value
+    efficiency = value / floor if speedup else floor / value
+    there = at_7b and (at_7b * efficiency if speedup else at_7b / efficiency)
     row = {"name": name, "value": value, "spread": quartiles, "floor": floor}
-    row |= {"efficiency": efficiency, "at_7b": at_7b and at_7b / efficiency, "published": published}
+    row |= {"efficiency": efficiency, "at_7b": there, "published": published}
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} | {"note": note}
 
 
@@ -228,7 +242,7 @@ def packing(bench: BenchConfig) -> list[dict]:
     layouts = {"padded": (max(taken), [[i] for i in range(n)]), "packed": (512, data.best_fit(taken, 512))}
     trainers, flops, fill = {}, {}, {}
     for name, (T, rows) in layouts.items():
-        trainers[name] = trainer = Trainer(cfg, recipe, 1)
+        trainers[name] = trainer = Trainer(cfg, recipe)
         trainer.batch = data.make_batch(samples, ["full"] * n, cfg, T, 4096, rows=rows)
         parts = model.sample_cost(cfg, model.trainable_parts(recipe["train"]), T - V, "full", 1)[0]
         flops[name] = n * (parts["vit"] + parts["connector"]) + len(rows) * parts["decoder"]
@@ -242,7 +256,103 @@ def packing(bench: BenchConfig) -> list[dict]:
     return [make_row("packing.speedup", ratios, flops["padded"] / flops["packed"], note=note)]
 
 
-MEASURES = [stage1, connector_share, packing]
+# DualSpeed's stage 2 (connector and decoder train): name -> views a sample, samples a step, paper's speedup
+DUAL = {"llava15": (1, 4, 2.1), "next": (5, 1, 4.0)}
+DUAL_SIDE = 24  # patches
+DUAL_TEXT = 200, 100, 300  # tokens of text; the first where a name has none. The paper gives no lengths
+ANSWER = 0.4  # the share of them that is supervised
+DUAL_ROUNDS = 5  # at most: a full step of 3080 positions takes seconds
+
+
+def dual_config(cfg: model.ModelConfig) -> model.ModelConfig:
+    """`cfg` with LLaVA's connector on 24 x 24 patches: 576 tokens a view, pruned to 58 behind 4 isolators."""
+    vit = dataclasses.replace(cfg.vit, image_size=DUAL_SIDE * cfg.vit.patch_size)
+    connector = dataclasses.replace(cfg.connector, kind="mlp", levels=[cfg.vit.layers])
+    changed = {"vit": vit, "connector": connector, "lora": model.LoraConfig(0)}
+    return dataclasses.replace(cfg, **changed, prune=model.PruneConfig("divprune", 0.1, 4)).check()
+
+
+def dual_parts(cfg: model.ModelConfig, text: int, mode: str, views: int) -> dict[str, float]:
+    """FLOPs by part of a sample: sample_cost, whose head sees all text, with a head that sees the answers."""
+    parts = model.sample_cost(cfg, ["connector", "decoder"], text, mode, views)[0]
+    unseen = (1 - ANSWER) * parts["head"]
+    if mode == "slow":
+        parts["teacher"] -= unseen / 3  # a forward pass
+    return {**parts, "head": parts["head"] - unseen}
+
+
+def dual_flops(cfg: model.ModelConfig, step: tuple, views: int) -> float:
+    modes, text = step
+    return sum(modes.count(mode) * sum(dual_parts(cfg, text, mode, views).values()) for mode in {*modes})
+
+
+def dual_batch(cfg: model.ModelConfig, step: tuple, views: int) -> data.Batch:
+    """A sample a row; where modes mix, packed: rows of the width up to 1024 that leaves least padding."""
+    modes, text = step
+    samples = draw(cfg, [text] * len(modes), views, ANSWER)
+    return data.make_batch(samples, modes, cfg, 1024 if len({*modes}) > 1 else 1, limit=4096)
+
+
+def one_in_ten(full: float, fast: float, slow: float) -> float:
+    return full / (0.9 * fast + 0.1 * slow)
+
+
+def one_in_twenty(full: float, fast: float, slow: float) -> float:
+    return full / (0.95 * fast + 0.05 * slow)
+
+
+def dual_rows(name: str) -> dict[str, tuple]:
+    """Row -> its steps, each (mode of every sample, tokens of text), their ratio, what is published."""
+    _, n, published = DUAL[name]
+    steps = [[((mode,) * n, text) for mode in ("full", "fast", "slow")] for text in DUAL_TEXT]
+    full, fast, slow = steps[0]
+    rows = {"fast.t200": ([full, fast], lambda full, fast: fast / full, None)}
+    rows |= {"slow.t200": ([full, slow], lambda full, slow: slow / full, None)}
+    rows |= {"speedup": (steps[0], one_in_ten, published), "r05.speedup": (steps[0], one_in_twenty, None)}
+    rows |= {f"t{three[0][1]}.speedup": (three, one_in_ten, None) for three in steps[1:]}
+    if name == "llava15":  # ours, --mode sample: both in one micro-batch
+        ten = [(("full",) * 10, full[1]), (("slow", *["fast"] * 9), full[1])]
+        rows |= {"mixed.speedup": (ten, lambda full, mixed: full / mixed, None)}
+    return {f"dualspeed.{name}.{key}": row for key, row in rows.items()}
+
+
+def dualspeed(bench: BenchConfig) -> list[dict]:
+    """Fast and slow steps as a share of the full one, and what nine fast in ten are worth."""
+    rows, seven, cfg = [], model.preset("llava-1.5-vicuna"), dual_config(GEOMETRY)
+    for name, (views, n, _) in DUAL.items():
+        asked = {key: row for key, row in dual_rows(name).items() if bench.wants(key)}
+        fast, share = (("fast",) * n, DUAL_TEXT[0]), f"dualspeed.select.share.{name}"
+        wanted = dict.fromkeys(step for steps, *_ in asked.values() for step in steps)
+        wanted |= {fast: None} if bench.wants(share) else {}
+        if not wanted:
+            continue
+        trainer = Trainer(cfg, seven["sft"], config=train_sft.SftConfig)
+        flags, batches = trainer.flags, {step: dual_batch(cfg, step, views) for step in wanted}
+        weights = {"temperature": flags.temperature, "weight": flags.distill_weight}
+        trainer.loss = functools.partial(train_sft.fast_slow_loss, **weights)
+        runs = {step: functools.partial(trainer.step, batch) for step, batch in batches.items()}
+        if bench.wants(share):
+            with torch.no_grad(), trainer.run.autocast():
+                seen = trainer.vlm.encode(batches[fast].pixels)  # (n * views, 576, D)
+            runs[share] = functools.partial(prune.select, cfg.prune.name, seen, cfg.kept_tokens())
+        seconds = alternate(runs, min(bench.rounds, DUAL_ROUNDS))
+        flops = [{step: dual_flops(c, step, views) for step in wanted} for c in (cfg, seven["model"])]
+        for key, (steps, ratio, published) in asked.items():
+            ratios = [ratio(*times) for times in zip(*(seconds[step] for step in steps))]
+            floors = [ratio(*(counted[step] for step in steps)) for counted in flops]
+            told = [(*batches[step].student.ids.shape, statistics.median(seconds[step])) for step in steps]
+            note = "; ".join(f"{b} x {t}, {1e3 * took:.0f} ms" for b, t, took in told)
+            rows.append(make_row(key, ratios, *floors, published, note))
+        if bench.wants(share):
+            ratios = [a / b for a, b in zip(seconds[share], seconds[fast])]
+            distances = 2 * len(seen) * seen.shape[1] ** 2 * seen.shape[2]
+            note = f"divprune of {len(seen)} views; floor: FLOPs of their distances alone; aim: below 0.02"
+            row = make_row(share, ratios, distances / flops[0][fast], note=note)
+            rows.append({**row, "efficiency": None})  # choosing, one token after another, counts no FLOPs
+    return rows
+
+
+MEASURES = [stage1, connector_share, packing, dualspeed]
 
 
 def describe_geometry() -> dict:
@@ -252,6 +362,9 @@ def describe_geometry() -> dict:
     connector = {key: getattr(GEOMETRY.connector, key) for key in ("levels", "width", "heads")}
     run = {"trains": flags.train, "autocast": flags.dtype, "row_length": flags.row_length}
     flops = {name: shares(stage1_flops(GEOMETRY, name)) for name in STAGE1}
+    cfg = dual_config(GEOMETRY)
+    for name, mode in itertools.product(DUAL, ("full", "fast", "slow")):
+        flops[f"dualspeed.{name}.{mode}"] = shares(dual_parts(cfg, DUAL_TEXT[0], mode, DUAL[name][0]))
     return {**parts, "connector": connector, **run, "text": TEXT, "samples": SAMPLES, "flop_shares": flops}
 
 

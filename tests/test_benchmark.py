@@ -4,6 +4,7 @@ import json
 
 import benchmark
 import pytest
+import torch
 
 import model
 
@@ -22,6 +23,8 @@ def test_a_row_from_given_ratios():
     assert row["value"] == 0.25 and row["spread"] == [0.25, 0.3]
     assert row["efficiency"] == pytest.approx(0.2 / 0.25)
     assert row["at_7b"] == pytest.approx(0.16 / 0.8)  # at that model's own floor it would be 0.16
+    faster = benchmark.make_row("x.speedup", [1.5], 2.0, 4.0, 2.1)  # three quarters, there too
+    assert faster["efficiency"] == 0.75 and faster["at_7b"] == 3.0
     counted = benchmark.make_row("x", [0.1], 0.1)
     assert counted["at_7b"] is None and counted["spread"] == [0.1, 0.1] and counted["efficiency"] == 1
 
@@ -47,9 +50,70 @@ def test_the_floors_at_7b_are_those_of_the_plan():
     assert flops["resampler336"] == pytest.approx(flops["336"], rel=0.01)
 
 
+@pytest.mark.parametrize("views", [1, 5])
+def test_flops_of_dualspeed_by_hand(views):
+    cfg = benchmark.dual_config(benchmark.GEOMETRY)
+    d, v, text, answers = cfg.decoder, cfg.vit, 200, 80
+
+    def forward(visual):
+        T, weights = visual + text, 4 * d.width**2 + 3 * d.width * d.mlp_width
+        return d.layers * (2 * weights * T + 4 * T * T * d.width) + 2 * answers * d.width * d.vocab_size
+
+    P = 24 * 24 + 1
+    vit = v.layers * (2 * 12 * v.width**2 * P + 4 * P * P * v.width) + 2 * (P - 1) * 3 * 8 * 8 * v.width
+    mlp = 2 * (P - 1) * (2 * v.width * d.width + 3 * d.width**2)  # nothing behind its first layer trains
+    full, fast = (views * (vit + mlp) + 3 * forward(views * n) for n in (576, 58 + 4))
+    slow = full + forward(views * (58 + 4))
+    for mode, flops in (("full", full), ("fast", fast), ("slow", slow)):
+        assert benchmark.dual_flops(cfg, ((mode,), text), views) == pytest.approx(flops, rel=1e-9)
+    nine_to_one = benchmark.dual_flops(cfg, (("slow", *["fast"] * 9), text), views)
+    assert 10 * full / nine_to_one == pytest.approx(benchmark.one_in_ten(full, fast, slow))
+
+
+def test_the_speedups_at_7b_are_those_of_the_plan():
+    seven = model.preset("llava-1.5-vicuna")
+    lines = model.savings(*model.stages_of(seven, seven["model"]))
+    told = [float(line.split("text: ")[1].split()[0]) for line in lines if "200 of text" in line]
+    steps = [((mode,), 200) for mode in ("full", "fast", "slow")]
+    flops = ([benchmark.dual_flops(seven["model"], step, views) for step in steps] for views in (1, 5))
+    assert [benchmark.one_in_ten(*three) for three in flops] == pytest.approx(told, abs=0.1)  # of one decimal
+
+
+@pytest.mark.parametrize("views", [1, 5])
+@pytest.mark.parametrize("text", benchmark.DUAL_TEXT)
+def test_a_dualspeed_batch_has_the_tokens_it_is_named_for(views, text):
+    cfg = benchmark.dual_config(SMALL)
+    for mode, visual in (("full", 576), ("fast", 62), ("slow", 576)):
+        batch = benchmark.dual_batch(cfg, ((mode,) * 2, text), views)
+        rows = batch.student
+        assert len(batch.pixels) == 2 * views and len(rows.ids) == 2  # a sample a row
+        assert [(rows.doc_ids == i).sum() for i in (0, 1)] == [views * visual + text] * 2
+        assert rows.ids.shape[1] - views * visual - text < 16
+        assert len(rows.targets) == 2 * 0.4 * text
+        last = rows.supervised.view(2, -1) - torch.tensor([[0], [rows.ids.shape[1]]])
+        assert last.tolist() == 2 * [[*range(views * visual + text * 6 // 10 - 1, views * visual + text - 1)]]
+        assert (batch.teacher is None) == (mode != "slow")
+        if mode == "slow":
+            assert len(batch.distill) == len(rows.targets)
+            assert batch.teacher.targets.tolist() == rows.targets[batch.distill].tolist()
+            assert (batch.teacher.doc_ids == 0).sum() == views * 62 + text
+
+
+def test_a_mixed_batch_is_packed():
+    step = ("slow", *["fast"] * 9), 200
+    batch = benchmark.dual_batch(benchmark.dual_config(SMALL), step, 1)
+    rows = batch.student
+    lengths = [(rows.doc_ids == i).sum() for i in range(10)]
+    assert lengths == [576 + 200] + 9 * [62 + 200] and len(rows.ids) == 4
+    assert (rows.doc_ids >= 0).float().mean() > 0.97
+    assert (batch.teacher.doc_ids >= 0).sum() == 62 + 200 and len(batch.distill) == 80
+    assert batch.whole.tolist() == [0] and batch.pruned.tolist() == [*range(10)]
+
+
 def test_the_script_writes_every_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "GEOMETRY", SMALL)
     monkeypatch.setattr(benchmark, "SAMPLES", 4)
+    monkeypatch.setattr(benchmark, "DUAL_SIDE", 8)
     out = tmp_path / "bench.json"
     benchmark.main(["--rounds", "1", "--out", str(out)])
     report = json.loads(out.read_text())
@@ -57,9 +121,21 @@ def test_the_script_writes_every_row(tmp_path, monkeypatch, capsys):
     assert report["geometry"]["decoder"]["width"] == 16
     rows = {row["name"]: row for row in report["rows"]}
     assert all(list(row) == KEYS and row["value"] > 0 and row["floor"] > 0 for row in rows.values())
+    flops = report["geometry"]["flop_shares"]
+    assert flops["dualspeed.next.slow"]["teacher"] > 0 and "teacher" not in flops["dualspeed.next.fast"]
     names = [f"cos.stage1.time.{name}" for name in ("32", "48", "80", "linear256", "resampler336")]
     names += [f"cos.stage1.budget.{name}" for name in ("32", "48", "80", "linear256")]
-    assert list(rows) == [*names, "connector.share.tiny", "connector.share.7b", "packing.speedup"]
+    dual = ["fast.t200", "slow.t200", "speedup", "r05.speedup", "t100.speedup", "t300.speedup"]
+    one = [*(f"dualspeed.llava15.{x}" for x in [*dual, "mixed.speedup"]), "dualspeed.select.share.llava15"]
+    five = [*(f"dualspeed.next.{x}" for x in dual), "dualspeed.select.share.next"]
+    others = ["connector.share.tiny", "connector.share.7b", "packing.speedup"]
+    assert list(rows) == [*names, *others, *one, *five]
+    told = {name: rows[name]["published"] for name in one + five if rows[name]["published"]}
+    assert told == {"dualspeed.llava15.speedup": 2.1, "dualspeed.next.speedup": 4.0}
+    assert rows["dualspeed.llava15.speedup"]["floor"] == rows["dualspeed.llava15.mixed.speedup"]["floor"]
+    for name in one + five:
+        row = rows[name]
+        assert (row["at_7b"] is None) == (row["efficiency"] is None) == ("select" in name)
     published = [0.27, 0.35, 0.42, 0.82, 1.0]
     assert [rows[name]["published"] for name in names] == published + published[:4]
     assert rows["connector.share.7b"]["value"] < 0.05
@@ -69,8 +145,11 @@ def test_the_script_writes_every_row(tmp_path, monkeypatch, capsys):
 
 def test_only_some_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "GEOMETRY", SMALL)
+    monkeypatch.setattr(benchmark, "DUAL_SIDE", 8)
     out = tmp_path / "bench.json"
     benchmark.main(["--rounds", "1", "--only", "cos.stage1.budget.8", "--out", str(out)])
     assert [row["name"] for row in json.loads(out.read_text())["rows"]] == ["cos.stage1.budget.80"]
+    benchmark.main(["--rounds", "1", "--only", "dualspeed.select.share.l", "--out", str(out)])
+    assert [row["name"] for row in json.loads(out.read_text())["rows"]] == ["dualspeed.select.share.llava15"]
     with pytest.raises(model.UserError, match="no row's name"):
         benchmark.main(["--only", "cos.stage2", "--out", str(out)])

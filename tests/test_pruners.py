@@ -77,8 +77,8 @@ def test_official_visionzip(seed):
 
 
 # --- Plain loops over one image
-def naive_relevance(patches: np.ndarray, words: np.ndarray, sign: float) -> np.ndarray:
-    x = np.array([sign * np.mean([cosine(p, w) for w in words]) for p in patches])
+def naive_relevance(patches: np.ndarray, words: np.ndarray, best) -> np.ndarray:
+    x = np.array([best([cosine(p, w) for w in words]) for p in patches])
     return (x - x.min() + 1e-6) / (x.max() - x.min())
 
 
@@ -96,21 +96,28 @@ def naive_dpp(features: np.ndarray, wanted: np.ndarray, keep: int) -> list[int]:
 def test_cdpruner_is_the_greedy_determinant(seed):
     x, needs = inputs(2, 4, 8, seed)
     text, embeds = needs["text"], torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(seed + 100))
-    own, official = {"patch_embeds": None}, {"patch_embeds": embeds}
-    for options, sign in ((own, prune.RELEVANCE_SIGN), (own | {"sign": -1.0}, -1.0), (official, -1.0)):
-        patches = x if options["patch_embeds"] is None else embeds
+    for patches, options, best in ((x, {}, max), (embeds, {"patch_embeds": embeds}, lambda c: -np.mean(c))):
         for keep in (1, 3, 6):
             kept = prune.select("cdpruner", x, keep, text=text, **options)
             for i in range(2):
-                wanted = naive_relevance(fp64(patches[i]), fp64(text[i, :3]), sign)
+                wanted = naive_relevance(fp64(patches[i]), fp64(text[i, :3]), best)
                 assert kept[i].tolist() == naive_dpp(fp64(x[i]), wanted, keep)
 
 
 def test_cdpruner_without_a_question_is_only_diverse():
     x, _ = inputs(2, 4, 8)
-    for text in (torch.zeros(2, 3, 8), torch.zeros(2, 0, 8)):
-        kept = prune.select("cdpruner", x, 6, text=text)
-        assert kept.tolist() == [naive_dpp(fp64(image), np.ones(16), 6) for image in x]
+    kept = prune.select("cdpruner", x, 6, text=torch.zeros(2, 3, 8))
+    assert kept.tolist() == [naive_dpp(fp64(image), np.ones(16), 6) for image in x]
+
+
+def test_cdpruner_finds_the_patch_that_the_question_names():
+    """Patches have much in common, which the other word shares; only one has what its word has of its own."""
+    common, own = torch.eye(8)[0], torch.eye(8)
+    x = (0.7 * common + 0.7 * own[torch.tensor([1, 2, 3, 4, 5, 6])])[None]  # (1, 6, 8)
+    for named in range(6):
+        text = torch.stack([common + own[7], 0.5 * common + own[named + 1], torch.zeros(8)])[None]
+        assert prune.relevance(x, text).argmax().item() == named
+        assert prune.select("cdpruner", x, 1, text=text).item() == named
 
 
 def test_cdpruner_past_the_rank_takes_the_lowest():

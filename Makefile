@@ -1,7 +1,7 @@
 # make demo: the whole chain on the built-in world, about six minutes on two CPU cores
 # make test, make test-all: the tests; make assets: the shipped halves anew, about 50 minutes
-# make bench: the speed table, six to ten minutes
-# make claims: the science table, about 30 minutes, ONLY=prefix of its cells, SEEDS=0,1
+# make bench: the speed table, ten to fifteen minutes
+# make claims: the science table, about 30 minutes, ONLY=prefix of its cells (duo. mix. pool.), SEEDS=0,1
 PYTHON ?= python3
 SEED ?= 0
 SEEDS ?= 0

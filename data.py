@@ -572,9 +572,10 @@ def picture_slots(cfg: ModelConfig, mode: str, size: tuple[int, int]) -> np.ndar
     V, g = cfg.visual_tokens(mode), cfg.grid()
     columns, rows = tiling_of(cfg, size)
     flat = np.arange(view_count(cfg, size) * V)
-    if mode == "pruned" and cfg.prune.isolator_per == "image":
-        return flat[(flat < V) | (flat % V >= cfg.prune.isolator)]
-    if cfg.image.cut != "unpad" or mode == "pruned":
+    if mode != "full":
+        per_tile = cfg.prune.isolator_per == "tile"
+        return flat if per_tile else flat[(flat < V) | (flat % V >= cfg.prune.isolator)]
+    if cfg.image.cut != "unpad":
         return flat
     grid = flat[V:].reshape(rows, columns, g, g).transpose(0, 2, 1, 3).reshape(rows * g, columns * g)
     w, h = inside(size, (columns * g, rows * g))
@@ -636,8 +637,8 @@ class Rows:
 @dataclass
 class Batch:
     pixels: Tensor  # (I, 3, size, size) uint8, all views of all pictures
-    whole: Tensor  # views, of I, of which some slot wants all tokens
-    pruned: Tensor  # views of which some slot, of student or teacher, wants the pruned tokens
+    full_views: Tensor  # of I, those of which slots want all tokens
+    pruned_views: Tensor  # those of which slots, of student or teacher, want the pruned tokens
     student: Rows
     teacher: Rows | None  # the slow samples once more, on pruned tokens, their targets in the same order
     distill: Tensor | None  # (R of teacher,) rows of student's `supervised` that the teacher's rows belong to
@@ -737,8 +738,8 @@ def make_batch(
     """modes: "full", "fast" or "slow" for each sample.
 
     A slow sample is one whose student row holds all visual tokens and whose teacher row holds the pruned
-    ones. The bank of visual tokens (VLM.bank) lists the full tokens of the views in Batch.whole, then the
-    pruned ones of those in Batch.pruned: nothing that no slot refers to.
+    ones. The bank of visual tokens (VLM.bank) lists the full tokens of Batch.full_views, then the pruned ones
+    of Batch.pruned_views. Samples whose pictures were cut off are in neither.
     rows: which samples share a row of row_length positions; None: best-fit, in rows as wide as they need.
     capacity: blank pictures make up the number of images to it, so that compiled code sees one shape.
     """
@@ -746,18 +747,19 @@ def make_batch(
     full, pruned = cfg.visual_tokens("full"), cfg.visual_tokens("pruned")
     views, size = [len(sample.pixels) for sample in samples], cfg.vit.image_size
     blank = np.zeros((max(0, capacity - sum(views)), 3, size, size), np.uint8)
-    wants_all, wants_few = (np.isin(modes, those) for those in (("full", "slow"), ("fast", "slow")))
+    slots = [s.slots(cfg, "pruned" if mode == "fast" else "full") for s, mode in zip(samples, modes)]
+    pieces = [split(sample.pieces, own, limit)[0] for sample, own in zip(samples, slots)]
+    student = [lay_out(own, where) for own, where in zip(pieces, slots)]
+    shown = np.array([laid.images > 0 for laid in student])
+    wants_all, wants_few = (shown & np.isin(modes, those) for those in (["full", "slow"], ["fast", "slow"]))
     before_all, before_few = (np.cumsum(np.where(those, views, 0)) for those in (wants_all, wants_few))
-    student, student_slot, teacher, teacher_slot, slow = [], [], [], [], []
+    student_slot, teacher, teacher_slot, slow = [], [], [], []
     for i, (sample, mode) in enumerate(zip(samples, modes)):
-        slots = sample.slots(cfg, "pruned" if mode == "fast" else "full")
-        pieces = split(sample.pieces, slots, limit)[0]
-        student.append(lay_out(pieces, slots))
         pruned_slot = before_all[-1] * full + (before_few[i] - views[i]) * pruned
         student_slot.append(pruned_slot if mode == "fast" else (before_all[i] - views[i]) * full)
-        if mode == "slow" and student[-1].images:  # without images teacher and student would be the same
+        if mode == "slow" and shown[i]:  # without images teacher and student would be the same
             slow.append(i)
-            teacher.append(lay_out(pieces, sample.slots(cfg, "pruned")))
+            teacher.append(lay_out(pieces[i], sample.slots(cfg, "pruned")))
             teacher_slot.append(pruned_slot)
     fixed, lengths = rows is not None, [len(s.ids) for s in student]
     T = row_length if fixed else row_width(lengths, row_length)
@@ -770,21 +772,25 @@ def make_batch(
         order = np.argsort(np.concatenate(theirs))
         distill = torch.from_numpy(np.concatenate([entries[i] for i in slow])[order])
     pixels = torch.from_numpy(np.concatenate([s.pixels for s in samples] + [blank]))
-    whole, few = (torch.from_numpy(np.flatnonzero(np.repeat(w, views))) for w in (wants_all, wants_few))
+    own = (torch.from_numpy(np.flatnonzero(np.repeat(w, views))) for w in (wants_all, wants_few))
     return Batch(
-        pixels, whole, few, student_rows, teacher_rows, distill, len(samples), next_sample,
+        pixels, *own, student_rows, teacher_rows, distill, len(samples), next_sample,
         asked(samples, len(pixels), cfg),
     )  # fmt: skip
 
 
 def asked(samples: list[Sample], views: int, cfg: ModelConfig) -> Tensor | None:
-    """Ids of the text that is not supervised, so no answers, of each view's sample: (I, M), -1 behind.
+    """What is asked about each view, for pruners that read it: ids (I, M), -1 behind; None for the others.
 
-    None unless the pruner looks at it. Blank views have no text.
+    The text behind its sample's last picture but for what is supervised, the answers: all questions of a
+    dialogue, with the words of the template; of few-shot prompts the last question alone.
     """
     if "text" not in prune.PRUNERS[cfg.prune.name].needs:
         return None
-    texts = [[i for p in s.pieces if not isinstance(p, int) and not p[1] for i in p[0]] for s in samples]
+    texts = []
+    for s in samples:
+        behind = max((n for n, piece in enumerate(s.pieces) if isinstance(piece, int)), default=len(s.pieces))
+        texts.append([i for ids, supervised in s.pieces[behind + 1 :] if not supervised for i in ids])
     ids = np.full((views, max(1, *map(len, texts))), -1)
     view = 0
     for sample, text in zip(samples, texts):
@@ -811,8 +817,8 @@ def prompt_batch(samples: list[Sample], mode: str, cfg: ModelConfig) -> Batch:
     t, none, slot_mask = torch.from_numpy, torch.zeros(0, dtype=torch.long), index != -1
     rows = Rows(t(ids), t(slot_mask), t(positions), t(doc_ids), t(index[slot_mask].clip(-1)), none, none)
     views = [torch.arange(len(pixels)), torch.arange(0)]
-    whole, few = views if mode == "full" else views[::-1]
-    return Batch(pixels, whole, few, rows, None, None, len(samples), 0, asked(samples, len(pixels), cfg))
+    views = views if mode == "full" else views[::-1]
+    return Batch(pixels, *views, rows, None, None, len(samples), 0, asked(samples, len(pixels), cfg))
 
 
 # ---------------------------------------------------------------------------------------------------------

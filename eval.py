@@ -1070,14 +1070,16 @@ def make_report(path: Path, vlm, step: Path, summary: dict, examples: list[dict]
 
 @torch.no_grad()
 def draw_overlays(vlm, images: list[Image.Image]) -> list[dict]:
-    """For each pruner, how much of every patch survives: its share of the kept tokens that cover it."""
+    """For each pruner that chooses, how much of every patch survives: its share of the kept tokens that cover
+    it, in the whole picture. Not for those that merge, nor for those that read the question.
+    """
     shown, cfg = [], vlm.cfg
     for image in images:
         device = next(vlm.parameters()).device
         batch = data.prompt_batch([data.load_sample([0], [image], cfg)], "pruned", cfg).to(device)
         states = vlm.states(batch.pixels)
         levels = vlm.levels(states)
-        tokens, V = vlm.connector(levels), cfg.visual_tokens()  # (1, V, D)
+        tokens, V = vlm.connector(levels), cfg.visual_tokens()  # (views, V, D), of which the first is shown
         for name, pruner in prune.PRUNERS.items():
             if pruner.merges or "text" in pruner.needs or not cfg.fits(name):
                 continue
@@ -1121,7 +1123,7 @@ def draw_scales(vlm, step: Path, image: Image.Image) -> list[tuple[str, list[dic
 
 def token_window(cfg: model.ModelConfig, token: int) -> tuple[slice, slice, float]:
     """The patches that visual token number `token` looks at (rows, columns), and 1 / how many they are."""
-    windows = zip(cfg.connector.windows, cfg.connector.queries) if cfg.connector.kind == "chain" else [(1, 1)]
+    windows = [(cfg.side // cfg.grid(), 1)] if cfg.grid() else cfg.scales()  # a resampler's tokens see all
     for window, queries in windows:
         per_side = cfg.side // window
         if token < per_side**2 * queries:

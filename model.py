@@ -242,8 +242,10 @@ class ModelConfig:
             raise UserError(f"connector.tokens {c.tokens}: must be at least 1")
         if c.kind in ("avgpool", "cabstractor") and math.isqrt(c.tokens) ** 2 != c.tokens:
             raise UserError(f"connector.tokens {c.tokens}: {c.kind} needs a square number, such as 64 or 144")
-        if not c.levels or min(c.levels) < 0 or max(c.levels) > v.layers:
-            raise UserError(f"connector.levels {c.levels} must lie in 0..{v.layers}, the ViT's hidden states")
+        if not c.levels or c.levels != sorted(c.levels) or c.levels[0] < 0 or c.levels[-1] > v.layers:
+            raise UserError(
+                f"connector.levels {c.levels} must lie in 0..{v.layers}, the ViT's hidden states, low to high"
+            )
         if c.width % c.heads:
             raise UserError(f"connector.width {c.width} is not a multiple of connector.heads {c.heads}")
         if self.image.cut not in CUTS or (self.image.cut == "unpad" and not self.grid()):
@@ -276,7 +278,7 @@ class ModelConfig:
             fit = ", ".join(name for name in prune.PRUNERS if self.fits(name))
             why = f"does not fit connector.kind {kind}" if known else "is unknown"
             raise UserError(f"prune.name '{p.name}' {why}: use one of {fit}")
-        if p.keep <= 0 or p.isolator < 0 or p.isolator_per not in ("tile", "image"):
+        if not p.keep > 0 or p.isolator < 0 or p.isolator_per not in ("tile", "image"):
             raise UserError(
                 f"prune.keep {p.keep:g} must be above 0, prune.isolator {p.isolator} at least 0, "
                 f"prune.isolator_per '{p.isolator_per}' tile or image"
@@ -469,7 +471,7 @@ class ViT(nn.Module):
         """What transformers returns: embeddings (CLIP's after its pre-LayerNorm), then each block's output.
 
         pixels: (I, 3, side, side), normalised. Every entry is (I, 1 + P, D), or (I, P, D) without a CLS
-        token. Stops after block `last`; of all states but those in `only`, None is left.
+        token. Stops after block `last`; of all states but the last and those in `only`, None is left.
         """
         states = [self.embeddings(pixels, self.pre_layrnorm)]
         for block in self.encoder["layers"][:last]:
@@ -485,7 +487,8 @@ class ViT(nn.Module):
         heads; and the patches' keys (I, H, P, d).
 
         By the CLS token: one row of the matrix that fused attention never shows. Where there is none (SigLIP,
-        AIMv2), by all patches on average, a substitute: the whole matrix, one head after the other.
+        AIMv2), by all patches on average, a substitute: the whole matrix, one head after the other. Queries
+        and keys come in the run's precision, as those of the block itself.
         """
         block, first = self.encoder["layers"][layer], int(self.cfg.cls_token)
         x, heads = block.layer_norm1(x), block.self_attn.heads
@@ -1551,44 +1554,45 @@ class VLM(nn.Module):
         return self.connector(self.levels(self.states(pixels)))
 
     def bank(self, batch) -> Tensor | None:
-        """The visual tokens that slots refer to, one after the other: all of batch.whole's views (V each),
-        the pruned ones of batch.pruned's (l + K each), the newline. (rows, D); None without pictures.
+        """The visual tokens that slots refer to, one after the other: all of batch.full_views (V each), the
+        pruned ones of batch.pruned_views (l + K each), the newline. (rows, D); None if no slot wants any.
         """
-        if not len(batch.pixels):
+        full, pruned = batch.full_views, batch.pruned_views
+        if not len(full) and not len(pruned):
             return None
-        states, whole, few = self.states(batch.pixels), batch.whole, batch.pruned
-        if len(few) and prune.PRUNERS[self.cfg.prune.name].where in ("tokens", "grid"):
+        states = self.states(batch.pixels)
+        if len(pruned) and prune.PRUNERS[self.cfg.prune.name].where in ("tokens", "grid"):
             every = self.connector(self.levels(states))  # (I, V, D): it chooses among them
-            bank = [of_views(every, whole), self.pruned(states, batch, of_views(every, few))]
+            bank = [of_views(every, full), self.pruned_tokens(states, batch, of_views(every, pruned))]
         else:
-            bank = [self.connector(self.levels(states, whole))] if len(whole) else []
-            bank += [self.pruned(states, batch)] if len(few) else []
-        bank = torch.cat([x.flatten(0, 1) for x in bank] or [states[0].new_zeros(0, self.cfg.decoder.width)])
-        slots = len(whole) * self.cfg.visual_tokens() + len(few) * self.cfg.visual_tokens("pruned")
+            bank = [self.connector(self.levels(states, full))] if len(full) else []
+            bank += [self.pruned_tokens(states, batch)] if len(pruned) else []
+        bank = torch.cat([x.flatten(0, 1) for x in bank])
+        slots = len(full) * self.cfg.visual_tokens() + len(pruned) * self.cfg.visual_tokens("pruned")
         if len(bank) != slots:
             raise RuntimeError(f"connector and pruner give {len(bank)} visual tokens, slots are {slots}")
         return bank if self.newline is None else torch.cat([bank, self.newline[None].to(bank.dtype)])
 
-    def pruned(self, states: tuple[Tensor, ...], batch, tokens: Tensor | None = None) -> Tensor:
-        """What the fast mode sees of batch.pruned's views, behind the isolator: (F, l + K, D).
+    def pruned_tokens(self, states: tuple, batch, tokens: Tensor | None = None) -> Tensor:
+        """What the fast mode sees of batch.pruned_views, behind the isolator: (F, l + K, D).
 
         tokens (F, V, D): where the pruner chooses among the connector's. Others spare the connector work.
         """
         name, keep = self.cfg.prune.name, self.cfg.kept_tokens()
         needs, where = self.pruner_needs(name, states, batch), prune.PRUNERS[name].where
         if where == "scales":  # the finer ones are not computed
-            tokens = self.connector(self.levels(states, batch.pruned), self.cfg.coarse_scales())
+            tokens = self.connector(self.levels(states, batch.pruned_views), self.cfg.coarse_scales())
         elif where == "patches":
-            patches = self.levels(states, batch.pruned)[-1]
+            patches = self.levels(states, batch.pruned_views)[-1]
             tokens = self.connector([prune.reduce(name, patches, keep, **needs)])
         else:
             tokens = prune.reduce(name, tokens, keep, **needs)
         return self.isolator(tokens)
 
-    def pruner_needs(self, name: str, states: tuple[Tensor, ...], batch) -> dict:
-        """What that pruner asks for besides the features, of batch.pruned's views; no more is computed."""
-        asks, views, given = prune.PRUNERS[name].needs, batch.pruned, {"grid": self.cfg.grid()}
-        if "seeds" in asks:  # the picture's own pixels and the step: its place in the batch is no matter
+    def pruner_needs(self, name: str, states: tuple, batch) -> dict:
+        """What that pruner asks for besides the features, of batch.pruned_views; no more is computed."""
+        asks, views, given = prune.PRUNERS[name].needs, batch.pruned_views, {"grid": self.cfg.grid()}
+        if "seeds" in asks:  # picture and step: neither its place in the batch nor the run's seed matters
             pixels = of_views(batch.pixels, views).flatten(1)
             given["seeds"] = pixels.sum(1) + 1_000_003 * batch.next_sample
         if "cls" in asks:
@@ -1618,7 +1622,7 @@ class VLM(nn.Module):
     def forward(self, batch) -> tuple[Tensor, Tensor | None]:
         """Student logits (R, N), and for slow samples the teacher's (R', N): pruned tokens, no gradient.
 
-        Student and teacher share one pass of the encoder and the connector.
+        Student and teacher share one pass of the encoder, and of the connector if the pruner stands behind.
         """
         bank = self.bank(batch)
         teacher = None
@@ -1627,8 +1631,9 @@ class VLM(nn.Module):
                 teacher = self.logits(batch.teacher, self.splice(batch.teacher, bank.detach()))
         x = self.splice(batch.student, bank)
         # What this batch leaves out (of text: all but the decoder) is touched, or DDP misses its gradients.
-        unused = [] if len(batch.pruned) else [*self.isolator.parameters()]
-        if not len(batch.whole):  # the finer scales, where the first are the pruned view
+        # A gradient of zero, where DualSpeed's code has none: Adam's momentum goes on.
+        unused = [] if len(batch.pruned_views) else [*self.isolator.parameters()]
+        if not len(batch.full_views) and self.cfg.prune.name == "coarse":  # it leaves the finer scales out
             unused += self.connector.parameters()
         if not len(batch.student.visual_index):
             unused = [p for name, p in self.named_parameters() if not name.startswith("decoder.")]
@@ -2315,7 +2320,7 @@ def sample_cost(cfg: ModelConfig, train: list[str], text: int, mode: str, images
         parts, bytes_kept = {"vit": depth * flops + stem}, depth * kept
         levels = [patches[:, int(vit.cls_token) :] for _ in cfg.connector.levels]
         where, scales = prune.PRUNERS[cfg.prune.name].where if mode == "fast" else "", {}
-        if where == "scales":  # these two spare the connector work: see VLM.pruned
+        if where == "scales":  # these two spare the connector work: see VLM.pruned_tokens
             scales["n_scales"] = cfg.coarse_scales()
         elif where == "patches":
             levels = [x[:, : cfg.kept_tokens()] for x in levels]
@@ -2327,6 +2332,8 @@ def sample_cost(cfg: ModelConfig, train: list[str], text: int, mode: str, images
 
         def run(mode: str) -> tuple[float, float, float]:
             T = text + images * cfg.visual_tokens(mode)
+            if mode == "pruned" and cfg.prune.isolator_per == "image":
+                T -= (images - 1) * cfg.prune.isolator
             x = torch.zeros(1, T, decoder.width).bfloat16().requires_grad_()
             rope, mask = rope_tables(torch.zeros(1, T), decoder), torch.zeros(1, 1, T, T, dtype=torch.bool)
             outs = [lambda: one.layers[0](x, rope, mask), lambda: one.layers[1](x, rope, mask)[0]]

@@ -1,8 +1,9 @@
 """Visual token pruning as a training tool: pruners, the mode isolator, fast or slow, self-distillation.
 
 DualSpeed (arXiv 2602.03815) trains most samples on pruned visual tokens (fast mode) and a few on all of them
-(slow mode), where the model's own fast mode is the teacher. Everything that paper adds is in this file,
-except the loop itself, which is train_sft.py.
+(slow mode), where the model's own fast mode is the teacher. What that paper adds is in this file; where it is
+used: data.make_batch lays slow samples out twice, VLM.bank and VLM.forward make both views, train_sft.py
+adds the losses up.
 
     fast:  text | isolator (l) | kept tokens (K) | text      loss = CE
     slow:  text | all tokens (V)                 | text      loss = CE + weight * T^2 * KL(fast || slow)
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 # ---------------------------------------------------------------------------------------------------------
 # Pruners: which tokens of an image the fast mode keeps, a function each and one dict (PRUNERS, below them).
 # Choices are made without gradient, in fp32, on the device, for all images at once and for each by itself;
-# equal scores go to the lowest index. So every device, batch and precision policy chooses the same tokens.
+# equal scores go to the lowest index. So equal features give equal choices, on every device, in every batch.
 
 
 class Pruner(NamedTuple):
@@ -30,7 +31,8 @@ class Pruner(NamedTuple):
 
     where: "tokens" behind any connector; "grid" behind one whose tokens form a square raster; "patches" in
     front of a per-patch connector (linear, mlp), which then runs on what is kept; "scales" Chain-of-Sight's.
-    needs: what `run` gets besides features and keep. seeds (I,) int64; grid, patches a side, 0 if none; cls
+    Who reads it: ModelConfig.fits, VLM.bank and VLM.pruned_tokens, sample_cost.
+    needs: what `run` gets besides features and keep. seeds (I,) int64; grid, tokens a side, 0 if none; cls
     (I, 1, C), the encoder's CLS state or None; cls_attention (I, P), mean over heads; keys (I, H, P, d);
     text (I, M, C), the embedded words of the question, zeros at padding.
     """
@@ -185,7 +187,8 @@ def vispruner(features: Tensor, keep: int, cls_attention: Tensor, important: flo
 
     The rest, in order of attention, is split into even and odd positions; of the even ones the 8 (fewer in
     the last round) most similar to an odd one go; what stays comes before the odd ones in the next round. An
-    odd rest, where the official code fails, has one more even position.
+    odd rest, where the official code fails, has one more even position. Pairs follow the ranks of attention,
+    so that features in bf16 keep other patches than those in fp32 (of 16, 11 the same; LOG.md).
     """
     order = ranked(cls_attention)  # (I, V)
     first = int(keep * important)
@@ -212,7 +215,9 @@ def pool_shape(keep: int, grid: int, scales=()) -> tuple[int, int]:
 
 
 def pool(features: Tensor, keep: int, grid: int, **_) -> Tensor:
-    """Means over an h x w partition of the grid (pool_shape); cells overlap where it does not divide."""
+    """Means over an h x w partition of the grid (pool_shape); cells overlap where it does not divide, and
+    their gradients on CUDA are then not added up in a fixed order.
+    """
     if grid * grid != features.shape[1]:
         raise ValueError(
             f"pruner 'pool' needs a square grid: {features.shape[1]} tokens are not {grid} x {grid}"

@@ -288,10 +288,13 @@ def read_flags(
     if begun and cfg.resolution != resolution:
         raise UserError(f"--resolution {cfg.resolution}: the run in {source} has '{resolution}' and keeps it")
     changed = model.changed_flags(before, model_cfg)
-    if pruner := getattr(cfg, "pruner", ""):  # stage 1's short name for it
-        if "prune.name" in changed and model_cfg.prune.name != pruner:
-            raise UserError(f"--pruner {pruner} and --prune.name {model_cfg.prune.name}: give one of them")
-        model_cfg.prune.name = pruner
+    if pruner := getattr(cfg, "pruner", ""):  # stage 1's; that of a recipe gives way
+        given, named = any(word.split("=")[0] == "--pruner" for word in argv), model_cfg.prune.name
+        if given and "prune.name" in changed and named != pruner:
+            raise UserError(f"--pruner {pruner} and --prune.name {named}: give one of them")
+        if not given and (source or "prune.name" in changed):
+            cfg.pruner = named
+        model_cfg.prune.name = cfg.pruner
     fixed = [name for name in changed if not name.startswith(("prune.", "lora.") if not begun else "prune.")]
     dense = not begun and not before.decoder.experts  # then it may get experts
     new_experts = [f"decoder.{name}" for name in model.EXPERT_FIELDS if dense]
@@ -338,6 +341,8 @@ def start(stage: str, config: type, argv: list[str], doc: str):
         saved = None if cfg.dtype == "bfloat16" else torch.float32  # halved matrices need autocast
         vlm = model.VLM.from_pretrained(step, dtype=saved)
         if model_cfg.prune.isolator != vlm.cfg.prune.isolator:
+            before, now = vlm.cfg.prune.isolator, model_cfg.prune.isolator
+            run.say(f"--prune.isolator {now}: a new isolator instead of the {before} vectors in {step}")
             vlm.isolator = prune.ModeIsolator(model_cfg.prune.isolator, vlm.cfg.decoder.width)
         vlm.cfg.prune = model_cfg.prune
         if vlm.cfg.lora.rank and model_cfg.lora != vlm.cfg.lora:
@@ -373,7 +378,8 @@ def start(stage: str, config: type, argv: list[str], doc: str):
             hand_over(run, vlm, tokenizer, model.read_run_config(step)["train"]["data"])
         model.set_resolution(vlm, cfg.resolution)
         settle(vlm, cfg)  # new scales and position tables
-    if "cls_attention" in prune.PRUNERS[vlm.cfg.prune.name].needs and not vlm.cfg.vit.cls_token:
+    needs = prune.PRUNERS[vlm.cfg.prune.name].needs if cfg.trains_isolator() else ()
+    if "cls_attention" in needs and not vlm.cfg.vit.cls_token:
         run.say(f"{vlm.cfg.prune.name}: this encoder has no CLS token, the mean over all patches stands in")
     if cfg.resolution:
         run.say(
@@ -593,7 +599,8 @@ def finish_step(run: Run, vlm: model.VLM, tokenizer, optimizers, step: int) -> N
         save(run, vlm, tokenizer, optimizers, done)
     if evaluate:
         vlm.eval()
-        kinds = validation_loss(run, vlm, tokenizer, cfg.val_data or cfg.data, run.stage)
+        mode = "fast" if getattr(cfg, "pruner", "") else "full"  # in the one mode that stage 1 trains
+        kinds = validation_loss(run, vlm, tokenizer, cfg.val_data or cfg.data, run.stage, mode)
         loss = kinds.pop("all")
         told = ", ".join(f"{kind} {value:.4f}" for kind, value in kinds.items())
         run.say(f"step {done}: validation loss {loss:.4f} ({told})" + " (best)" * (loss < run.best))
@@ -603,7 +610,7 @@ def finish_step(run: Run, vlm: model.VLM, tokenizer, optimizers, step: int) -> N
             if run.main:
                 write_text(run.folder / "best", f"step-{done:08d}\n")
         if run.main:
-            show_answers(run, vlm, tokenizer, cfg.val_data or cfg.data)
+            show_answers(run, vlm, tokenizer, cfg.val_data or cfg.data, mode)
         vlm.train()
 
 
@@ -655,8 +662,8 @@ def resume(run: Run, vlm: model.VLM, optimizers) -> int:
             f"{folder}: an older version wrote it, it cannot be continued; start from it by --init"
         )
     for name, value in order_of(run, vlm).items():
-        if value != state["order"].get(name):
-            before = state["order"].get(name)
+        before = state["order"].get(name, value)  # an older version knew fewer
+        if value != before:
             raise UserError(f"{folder}: was trained with --{name} {before}, its data order ends with another")
     layout = [[len(g["params"]) for g in o["param_groups"]] for o in state["optimizers"]]
     if layout != [[len(g["params"]) for g in o.param_groups] for o in optimizers]:
@@ -681,9 +688,9 @@ def resume(run: Run, vlm: model.VLM, optimizers) -> int:
 
 
 @torch.no_grad()
-def validation_loss(run: Run, vlm: model.VLM, tokenizer, spec: str, stage: str) -> dict[str, float]:
-    """Mean loss per supervised token of every kind, with all visual tokens, on unseen scenes or --val_data;
-    "all" weighs the kinds as that data does. About 128 samples in all.
+def validation_loss(run: Run, vlm, tokenizer, spec: str, stage: str, mode: str = "full") -> dict[str, float]:
+    """Mean loss per supervised token of every kind, on unseen scenes or --val_data; "all" weighs the kinds as
+    that data does. About 128 samples in all. mode: full (all visual tokens) or fast.
     """
     kinds, losses = {}, {}
     for s, weight in data.open_sources(spec, stage):
@@ -693,7 +700,7 @@ def validation_loss(run: Run, vlm: model.VLM, tokenizer, spec: str, stage: str) 
     c, size = run.cfg, 128 // len(kinds)
     for kind, sources in kinds.items():
         plan = data.Plan(
-            sources, tokenizer, vlm.cfg, lambda n: "full", 1, range(4), 0, size // 4, row_length=c.row_length,
+            sources, tokenizer, vlm.cfg, lambda n: mode, 1, range(4), 0, size // 4, row_length=c.row_length,
             limit=longest_sample(c),
         )  # fmt: skip
         total, count = 0.0, 0
@@ -711,7 +718,7 @@ def validation_loss(run: Run, vlm: model.VLM, tokenizer, spec: str, stage: str) 
     return {"all": mean, **losses}
 
 
-def show_answers(run: Run, vlm: model.VLM, tokenizer, spec: str, n: int = 4) -> None:
+def show_answers(run: Run, vlm: model.VLM, tokenizer, spec: str, mode: str, n: int = 4) -> None:
     """A few generated answers beside the right ones, so that one sees what a loss of 0.4 means."""
     source = next((s for s, _ in data.open_sources(spec, run.stage) if s.kind == "chat"), None)
     if source is None:
@@ -723,7 +730,7 @@ def show_answers(run: Run, vlm: model.VLM, tokenizer, spec: str, n: int = 4) -> 
         images = record.images[: sum(isinstance(part, int) for part in asked)]
         pieces = data.chat_pieces([("user", asked), ("assistant", [])], tokenizer, to_answer=True)
         sample = data.load_sample(pieces, images, vlm.cfg, record.name)
-        batch = data.prompt_batch([sample], "full", vlm.cfg)
+        batch = data.prompt_batch([sample], "pruned" if mode == "fast" else "full", vlm.cfg)
         with run.autocast():
             said = tokenizer.decode(vlm.generate(batch.to(run.device), tokenizer.end, 24)[0])
         question = " ".join(part for part in asked if isinstance(part, str))

@@ -52,8 +52,11 @@ class SftConfig(RunConfig):
             raise UserError("--mode batch draws once for a number of samples: add --batch_size 32 or so")
         if not 0 <= self.slow_share <= 1:
             raise UserError(f"--slow_share {self.slow_share} is not a share between 0 and 1")
+        model.require_at_least(self, 0, "distill_weight")
         if self.temperature <= 0:
             raise UserError(f"--temperature {self.temperature}: must be above 0")
+        if self.temperature != 1 and not (self.slow_share and self.distill_weight):
+            raise UserError("--temperature has no effect without slow samples and --distill_weight above 0")
 
 
 def main(argv: list[str]) -> None:

@@ -84,25 +84,36 @@ CELLS += [
          f"--connector.levels 4 --connector.tokens {tokens}", None, (size // 8 + tokens // 16, 0))
     for size in (64, 128) for tokens in (16, 64) for name, kind in POOLS.items()
 ]  # fmt: skip
-# DualSpeed: one stage 1 for all, on 256 tokens a picture; fine-tuned fast on 26 of them, by default.
+# DualSpeed: fine-tuned fast on 26 of 256 tokens a picture. One stage 1 for all, on 256; for those of duo.fast
+# the paper's, on 26.
 LINEAR, LONG = "--vit.image_size 128 --connector.kind linear", {"steps2": 150, "pruned": True}
-DUO = {
+LADDER = {
     "full": f"{FULL} --prune.isolator 0",  # pruned after training, never in it
     "naive": "--slow_share 0 --prune.isolator 0",
     "switch": "--prune.isolator 0 --distill_weight 0",
     "isolator": "--distill_weight 0",
     "distill": "",  # all of it
+}
+DUO = LADDER | {
     "batch": "--mode batch",  # as the paper draws
-    "full.short": f"{FULL} --prune.isolator 0",  # about as long as "distill" takes
+    "batch.long": "--mode batch",  # about as long as "distill" takes, by the bench
+    "full.short": f"{FULL} --prune.isolator 0",  # the same
     **{f"prune.{n}": f"--prune.name {n}" for n in prune.PRUNERS if n not in ("divprune", "coarse")},
     **{f"keep.{keep}": f"--prune.keep 0.{keep}" for keep in ("50", "25", "05")},
     **{f"slow.{share}": f"--slow_share 0.{share}" for share in ("05", "20")},
 }  # fmt: skip
 CELLS += [
-    Cell(f"duo.{name}", LINEAR, f"--prune.keep 0.1 {flags}", (27, 23 if "full" in name else 9), **LONG)
+    Cell(f"duo.{name}", LINEAR, f"--prune.keep 0.1 {flags}", (27, 25 if "full" in name else 15), **LONG)
     for name, flags in DUO.items()
 ]
-CELLS = [cell._replace(steps2=75) if cell.name == "duo.full.short" else cell for cell in CELLS]
+STEPS = {"duo.full.short": 95, "duo.batch.long": 165}
+CELLS = [cell._replace(steps2=STEPS.get(cell.name, cell.steps2)) for cell in CELLS]
+FAST = f"{LINEAR} --pruner divprune --prune.keep 0.1"
+CELLS += [Cell("duo.stage1", LINEAR, None, (27, 0))]  # what the cells above start from
+CELLS += [
+    Cell("duo.fast.naive", f"{FAST} --prune.isolator 0", LADDER["naive"], (12, 15), **LONG),
+    *(Cell(f"duo.fast.{name}", FAST, LADDER[name], (12, 15), **LONG) for name in ("isolator", "distill")),
+]
 GROWN = "--scale 1:0x1,0x2,1x4 --prune.keep 80 --prune.name"  # of 336: the first two scales, or as many
 CELLS += [Cell("duo.chain.full", FEW, f"{GROW} --prune.isolator 0 --prune.keep 80", (10, 32), **LONG)]
 CELLS += [
@@ -116,10 +127,11 @@ COMPARE += [
     (f"pool.{name}.128px.64", f"pool.{name}.{other}") for name in POOLS for other in ("128px.16", "64px.64")
 ]
 COMPARE += [("pool.avg.128px.64", f"pool.{name}.128px.64") for name in ("attn", "cabs")]
-LADDER = ["full", "naive", "switch", "isolator", "distill"]
-COMPARE += [("duo.full", f"duo.{name}") for name in DUO if name != "full"]
-COMPARE += [(f"duo.{b}", f"duo.{a}") for a, b in zip(LADDER[1:], LADDER[2:])]
-COMPARE += [("duo.distill", f"duo.{name}") for name in ("full.short", "batch", "prune.random")]
+COMPARE += [("duo.full", f"duo.{name}") for name in [*DUO, "stage1", "fast.naive", "fast.distill"][1:]]
+COMPARE += [(f"duo.{b}", f"duo.{a}") for a, b in list(zip(LADDER, [*LADDER][1:]))[1:]]
+COMPARE += [("duo.fast.isolator", "duo.fast.naive"), ("duo.fast.distill", "duo.fast.isolator")]
+COMPARE += [("duo.distill", name) for name in [cell.name for cell in CELLS if "duo.prune." in cell.name]]
+COMPARE += [("duo.distill", f"duo.{name}") for name in ("full.short", "batch", "batch.long")]
 COMPARE += [("duo.chain.full", f"duo.chain.{n}") for n in ("coarse", "divprune", "random")]
 COMPARE += [("duo.chain.coarse", f"duo.chain.{n}") for n in ("divprune", "random")]
 COMPARE += [("cos.chain.336-336", "cos.resampler.336-336"), ("cos.chain.32-32", "cos.resampler.32-32")]
@@ -316,9 +328,9 @@ def mean_and_error(values: np.ndarray, groups: np.ndarray) -> tuple[float, float
     return float(values.mean()), float(np.sqrt(square)) / len(values)
 
 
-def difference(ours: list[dict], theirs: list[dict]) -> tuple[float, float, float]:
+def difference(ours: list[dict], theirs: list[dict], key: str = "right") -> tuple[float, float, float]:
     """Mean of a - b in points, its error over questions, and over seeds (0 for one); an entry a seed."""
-    each = np.array([100.0 * a["right"] - 100.0 * b["right"] for a, b in zip(ours, theirs)])  # (seeds, n)
+    each = np.array([100.0 * a[key] - 100.0 * b[key] for a, b in zip(ours, theirs)])  # (seeds, n)
     mean, error = mean_and_error(each.mean(0), ours[0]["picture"])
     return mean, error, each.mean(1).std(ddof=1) / len(each) ** 0.5 if len(each) > 1 else 0.0
 
@@ -346,14 +358,21 @@ def print_table(cells: list[Cell], cfg: ClaimsConfig) -> None:
         print("\n" + "cell".ljust(24) + "seed" + "".join(key.rjust(11) for key in SHOTS))
     for row in few:
         print(f"{row['cell']:<24}{row['seed']:>4}" + "".join(f"{row['shots'][key]:>11.2f}" for key in SHOTS))
-    print(f"\n{'a':<24}{'b':<24}  a - b     ±  ± seeds")
+    print(f"\n{'a':<24}{'b':<24}  a - b     ±  ± seeds  on pruned tokens")
     for pair in COMPARE:
         seeds = [s for s in cfg.seeds if all(found.get((name, s)) for name in pair)]
         files = [[f"{cfg.out}/{found[name, s]['config_hash']}.npz" for s in seeds] for name in pair]
         if seeds:
-            mean, error, spread = difference(*([np.load(file) for file in side] for side in files))
-            told = "  below resolution" * (abs(mean) <= 2 * max(error, spread))
-            print(f"{pair[0]:<24}{pair[1]:<24}{mean:>+7.1f}{error:>6.1f}{spread or float('nan'):>9.1f}{told}")
+            loaded, line = [[np.load(file) for file in side] for side in files], f"{pair[0]:<24}{pair[1]:<24}"
+            keys = (
+                ("right", "pruned")
+                if all("pruned" in each for side in loaded for each in side)
+                else ("right",)
+            )
+            for mean, error, spread in (difference(*loaded, key) for key in keys):
+                told = "below resolution" * (abs(mean) <= 2 * max(error, spread))
+                line += f"{mean:>+7.1f}{error:>6.1f}{spread or float('nan'):>9.1f}  {told:<18}"
+            print(line)
 
 
 def main(argv: list[str]) -> None:

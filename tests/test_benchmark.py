@@ -52,7 +52,7 @@ def test_the_floors_at_7b_are_those_of_the_plan():
 
 @pytest.mark.parametrize("views", [1, 5])
 def test_flops_of_dualspeed_by_hand(views):
-    cfg = benchmark.dual_config(benchmark.GEOMETRY)
+    cfg = benchmark.dual_config(benchmark.GEOMETRY, "llava15")
     d, v, text, answers = cfg.decoder, cfg.vit, 200, 80
 
     def forward(visual):
@@ -82,7 +82,7 @@ def test_the_speedups_at_7b_are_those_of_the_plan():
 @pytest.mark.parametrize("views", [1, 5])
 @pytest.mark.parametrize("text", benchmark.DUAL_TEXT)
 def test_a_dualspeed_batch_has_the_tokens_it_is_named_for(views, text):
-    cfg = benchmark.dual_config(SMALL)
+    cfg = benchmark.dual_config(SMALL, "llava15")
     for mode, visual in (("full", 576), ("fast", 62), ("slow", 576)):
         batch = benchmark.dual_batch(cfg, ((mode,) * 2, text), views)
         rows = batch.student
@@ -101,13 +101,13 @@ def test_a_dualspeed_batch_has_the_tokens_it_is_named_for(views, text):
 
 def test_a_mixed_batch_is_packed():
     step = ("slow", *["fast"] * 9), 200
-    batch = benchmark.dual_batch(benchmark.dual_config(SMALL), step, 1)
+    batch = benchmark.dual_batch(benchmark.dual_config(SMALL, "llava15"), step, 1)
     rows = batch.student
     lengths = [(rows.doc_ids == i).sum() for i in range(10)]
     assert lengths == [576 + 200] + 9 * [62 + 200] and len(rows.ids) == 4
     assert (rows.doc_ids >= 0).float().mean() > 0.97
     assert (batch.teacher.doc_ids >= 0).sum() == 62 + 200 and len(batch.distill) == 80
-    assert batch.whole.tolist() == [0] and batch.pruned.tolist() == [*range(10)]
+    assert batch.full_views.tolist() == [0] and batch.pruned_views.tolist() == [*range(10)]
 
 
 def test_the_script_writes_every_row(tmp_path, monkeypatch, capsys):
@@ -129,11 +129,12 @@ def test_the_script_writes_every_row(tmp_path, monkeypatch, capsys):
     one = [*(f"dualspeed.llava15.{x}" for x in [*dual, "mixed.speedup"]), "dualspeed.select.share.llava15"]
     five = [*(f"dualspeed.next.{x}" for x in dual), "dualspeed.select.share.next"]
     others = ["connector.share.tiny", "connector.share.7b", "packing.speedup"]
-    assert list(rows) == [*names, *others, *one, *five]
+    scales = [f"dualspeed.coarse.{x}" for x in dual]
+    assert list(rows) == [*names, *others, *one, *five, *scales]
     told = {name: rows[name]["published"] for name in one + five if rows[name]["published"]}
     assert told == {"dualspeed.llava15.speedup": 2.1, "dualspeed.next.speedup": 4.0}
     assert rows["dualspeed.llava15.speedup"]["floor"] == rows["dualspeed.llava15.mixed.speedup"]["floor"]
-    for name in one + five:
+    for name in one + five + scales:
         row = rows[name]
         assert (row["at_7b"] is None) == (row["efficiency"] is None) == ("select" in name)
     published = [0.27, 0.35, 0.42, 0.82, 1.0]

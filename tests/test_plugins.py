@@ -15,6 +15,7 @@ import data
 import model
 import prune
 import train_pretrain
+import train_sft
 from model import PruneConfig, UserError
 
 KINDS = ("chain", "resampler", "linear", "mlp", "avgpool", "attnpool", "cabstractor")
@@ -131,6 +132,23 @@ def test_in_front_of_the_connector_only_what_is_kept_goes_through_it(name):
     assert cfg.visual_tokens("pruned") == 8 + 2
 
 
+@pytest.mark.parametrize("mode", ["full", "fast", "slow"])
+@pytest.mark.parametrize("name", ["divprune", "coarse"])
+def test_blank_pictures_and_pictures_cut_off_are_in_no_bank(name, mode):
+    """Compiled runs fill up to a capacity: a micro-batch of text alone has pictures there, all blank."""
+    cfg = config("chain", name)
+    vlm, text = build(cfg), data.pieces_of(data.Scenes("text")[100], TOKENIZER)
+    no_pixels = np.zeros((0, 3, 32, 32), np.uint8)
+    batch = data.make_batch([(text, no_pixels)], [mode], cfg, 128, 128, rows=[[0]], capacity=2)
+    assert len(batch.pixels) == 2 and vlm.bank(batch) is None
+    logits, teacher = vlm(batch)
+    logits.sum().backward()
+    assert teacher is None and all(p.grad is not None for p in vlm.connector.parameters())
+    pieces = [([5, 6, 7], True), 0, ([8], True)]  # a limit of four positions leaves the picture out
+    batch = data.make_batch([(pieces, np.zeros((1, 3, 32, 32), np.uint8))], [mode], cfg, 16, 4)
+    assert len(batch.pixels) == 1 and vlm.bank(batch) is None and vlm(batch)[0].isfinite().all()
+
+
 def test_full_samples_alone_need_no_pruner(monkeypatch):
     monkeypatch.setattr(prune, "reduce", None)
     vlm = build(config("linear", "cdpruner"))
@@ -166,7 +184,7 @@ def test_needs_are_of_the_pruned_views_alone():
         [data.Sample([0, ([5, 6], False), ([7], True)], np.zeros((1,)))] * 4, 4, config("linear", "cdpruner")
     )
     states = vlm.states(batch.pixels)
-    assert batch.pruned.tolist() == [0, 1, 3]
+    assert batch.pruned_views.tolist() == [0, 1, 3]
     for name, pruner in prune.PRUNERS.items():
         given = vlm.pruner_needs(name, states, batch)
         assert set(given) == set(pruner.needs)
@@ -175,24 +193,24 @@ def test_needs_are_of_the_pruned_views_alone():
 
 def test_the_question_is_what_the_pruner_reads_and_never_the_answer():
     cfg = config("linear", "cdpruner")
-    batch = small_batch(MIX, cfg)
-    for n, (kind, _) in enumerate(MIX):
-        if kind == "text":
-            continue
-        view = n - (n > 2)
-        record = data.Scenes("chat")[n]
-        told = TOKENIZER.decode([i for i in batch.questions[view].tolist() if i >= 0])
-        for part in record.parts[::2]:
-            assert [p for p in part[1] if isinstance(p, str)][0].strip() in told
-        ids = [
-            i for p in data.pieces_of(record, TOKENIZER) if not isinstance(p, int) and not p[1] for i in p[0]
-        ]
-        assert batch.questions[view][batch.questions[view] >= 0].tolist() == ids
+    picture, views = np.zeros((1, 3, 32, 32), np.uint8), [[20, 21, 23], [20, 21, 23], [31, -1, -1]]
+    dialogue = [([9], False), 0, ([20, 21], False), ([22], True), ([23], False), ([24, 25], True)]
+    shots = [0, ([30], False), 1, ([31], False), ([32], True)]  # demonstrations come before the last picture
+    samples = [(dialogue, np.concatenate([picture] * 2)), ([([7] * 50, False), ([8], True)], picture[:0])]
+    samples += [(shots, np.concatenate([picture] * 2))]
+    modes = [data.Sample(samples[0][0], picture), *samples[1:]]
+    batch = data.make_batch(modes, ["fast"] * 3, cfg, 256, 256)
+    assert batch.questions.tolist() == [
+        views[0],
+        views[2],
+        views[2],
+    ]  # long texts without pictures: no matter
+    assert data.prompt_batch(modes, "pruned", cfg).questions.tolist() == batch.questions.tolist()
     assert small_batch(MIX, config("linear", "divprune")).questions is None
-    vlm = build(cfg)
-    other = small_batch(MIX, cfg)
-    other.questions = torch.full_like(other.questions, -1)  # nothing asked: falls back, no error
-    assert vlm.bank(other).isfinite().all()
+    vlm, other = build(cfg), small_batch(MIX, cfg)
+    asked = vlm.bank(other)
+    other.questions = torch.full_like(other.questions, -1)  # nothing asked
+    assert vlm.bank(other).isfinite().all() and not torch.equal(vlm.bank(other), asked)
 
 
 def test_random_depends_on_picture_and_step_not_on_its_neighbours():
@@ -218,8 +236,61 @@ def test_an_isolator_for_each_tile_or_for_each_image():
         per[which] = data.picture_slots(cfg, "pruned", (64, 64)).tolist()
         assert len(data.picture_slots(cfg, "full", (64, 64))) == 5 * 16
         assert data.square_tokens(cfg, "pruned") == len(per[which])
+        vlm, views = build(cfg), torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+        sample = data.Sample([0, ([7], True)], views.numpy(), [(64, 64)])
+        batch = data.make_batch([sample], ["fast"], cfg, 64, 64)
+        x = vlm.splice(batch.student, vlm.bank(batch))[batch.student.slot_mask]
+        tokens = vlm.encode(views)
+        kept = prune.gather(tokens, prune.select("divprune", tokens, 3))  # (5, 3, D)
+        front = [vlm.isolator.weight if which == "tile" or n == 0 else kept[0, :0] for n in range(5)]
+        assert_close(x, torch.cat([part for n in range(5) for part in (front[n], kept[n])]))
+        x.sum().backward()
+        assert (vlm.isolator.weight.grad == (5 if which == "tile" else 1)).all()
     assert per["tile"] == list(range(25))
     assert per["image"] == [0, 1, 2, 3, 4, 7, 8, 9, 12, 13, 14, 17, 18, 19, 22, 23, 24]
+
+
+# --- Flags of both stages
+def flags(module, words: str):
+    config_of = {train_pretrain: train_pretrain.PretrainConfig, train_sft: train_sft.SftConfig}[module]
+    stage = "pretrain" if module is train_pretrain else "sft"
+    return train_pretrain.read_flags(config_of, stage, [*words.split(), "--out", "nowhere"], "")
+
+
+def test_a_pruner_of_the_recipe_gives_way_to_that_of_the_command_line():
+    for words, name in (("", "divprune"), ("--prune.name grid", "grid"), ("--pruner random", "random")):
+        cfg, model_cfg, _ = flags(train_pretrain, f"--preset llava-1.5 {words}")
+        assert cfg.pruner == model_cfg.prune.name == name
+    assert flags(train_pretrain, "--prune.name grid")[0].pruner == ""
+
+
+@pytest.mark.parametrize("words, error", [
+    ("--distill_weight -1", "distill_weight"), ("--temperature 0", "above 0"),
+    ("--temperature 2 --slow_share 0", "no effect"), ("--temperature 2 --distill_weight 0", "no effect"),
+    ("--prune.keep nan", "must be above 0"), ("--connector.levels 4,2", "low to high"),
+])  # fmt: skip
+def test_flags_without_sense_are_refused(words, error):
+    with pytest.raises(UserError, match=error):
+        train_sft.main([*words.split(), "--out", "nowhere"])
+
+
+def test_stage_1_of_fast_samples_is_validated_on_them(monkeypatch, tmp_path, small_halves):
+    seen = []
+    monkeypatch.setattr(
+        train_pretrain, "validation_loss", lambda *args: seen.append(args[-1]) or {"all": 1.0}
+    )
+    words = "--steps 2 --rows 2 --eval_every 2 --workers 0 --dtype float32 --pruner coarse".split()
+    train_pretrain.main([*words, *small_halves, "--out", str(tmp_path / "a")])
+    assert seen == ["fast"]
+    state = tmp_path / "a" / "step-00000002" / "state.pt"
+    saved = torch.load(state, weights_only=True)
+    assert saved["order"].pop("prune.isolator_per") == "tile"
+    torch.save(saved, state)  # as a version that did not know it wrote it
+    words = [*words, "--steps", "3", "--out", str(tmp_path / "a"), "--resume", "auto"]
+    with pytest.raises(UserError, match="was trained with --prune.keep"):
+        train_pretrain.main([*words, "--prune.keep", "1.0"])
+    train_pretrain.main(words)
+    assert (tmp_path / "a" / "latest").read_text().strip() == "step-00000003"
 
 
 # --- Ranks

@@ -243,7 +243,7 @@ def test_every_sample_finds_its_own_views_in_every_mode(cut):
     modes = ["slow", "full", "fast", "full"]
     batch = data.make_batch(samples, modes, cfg, 4096, 4096)
     assert len(batch.student.ids) == 1
-    assert len(batch.pruned) == len(samples[0].pixels) + len(samples[2].pixels)
+    assert len(batch.pruned_views) == len(samples[0].pixels) + len(samples[2].pixels)
 
     def alone(n: int, mode: str) -> torch.Tensor:
         views = vlm.encode(torch.from_numpy(samples[n].pixels))  # (views, V, D)

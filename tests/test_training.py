@@ -37,12 +37,7 @@ def small_batch(picks: list[tuple[str, str]], cfg: model.ModelConfig, start: int
     return data.make_batch(samples, [mode for _, mode in picks], cfg, 128, 512)
 
 
-def fast_slow_sums(logits, teacher, batch) -> dict:
-    ce = torch.nn.functional.cross_entropy(logits, batch.student.targets, reduction="sum")
-    kl = logits.new_zeros(())
-    if teacher is not None:
-        kl = train_sft.prune.distillation_sum(logits[batch.distill], teacher, 1.0)
-    return {"loss": ce + kl, "ce": ce, "kl": kl}
+fast_slow_sums = train_sft.fast_slow_loss  # T = 1, weight 1
 
 
 def one_step(rank: int, world: int, micro: list[data.Batch]) -> tuple[dict, dict]:

@@ -311,7 +311,8 @@ def one_in_twenty(full: float, fast: float, slow: float) -> float:
 def dual_rows(name: str) -> dict[str, tuple]:
     """Row -> its steps, each (mode of every sample, tokens of text), their ratio, what is published."""
     _, n, published = DUAL[name]
-    steps = [[((mode,) * n, text) for mode in ("full", "fast", "slow")] for text in DUAL_TEXT]
+    counts = {text: n * max(1, DUAL_TEXT[0] // text) for text in DUAL_TEXT}  # twice as many of the shortest
+    steps = [[((mode,) * counts[t], t) for mode in ("full", "fast", "slow")] for t in DUAL_TEXT]
     full, fast, slow = steps[0]
     rows = {"fast.t200": ([full, fast], lambda full, fast: fast / full, None)}
     rows |= {"slow.t200": ([full, slow], lambda full, slow: slow / full, None)}

@@ -370,7 +370,7 @@ def print_table(cells: list[Cell], cfg: ClaimsConfig) -> None:
                 else ("right",)
             )
             for mean, error, spread in (difference(*loaded, key) for key in keys):
-                told = "below resolution" * (abs(mean) <= 2 * max(error, spread))
+                told = "below resolution" if abs(mean) <= 2 * max(error, spread) else ""
                 line += f"{mean:>+7.1f}{error:>6.1f}{spread or float('nan'):>9.1f}  {told:<18}"
             print(line)
 

@@ -99,8 +99,11 @@ def test_cells_share_stage_1_and_are_run_once(calls, capsys):
     assert not calls
     claims.main(["--seeds", "0,1", "--only", "a.o"])
     assert [stage for stage, _ in calls] == ["stage1", "stage2", "eval"] and ("a.one", 1) in rows()
+    claims.main(["--seeds", "0,1", "--only", "a."])  # differences of two seeds together
+    assert "a.one" in capsys.readouterr().out.split("a - b")[-1]
+    calls.clear()
     claims.main(["--steps2", "51", "--only", "a.o"])  # other flags: the result before stays in the file
-    assert [stage for stage, _ in calls[3:]] == ["stage2", "eval"]
+    assert [stage for stage, _ in calls] == ["stage2", "eval"]
 
 
 def test_other_scripts_are_not_silently_reused(calls, monkeypatch, capsys):

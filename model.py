@@ -173,14 +173,17 @@ class ModelConfig:
             return self.side
         return math.isqrt(self.connector.tokens) if self.connector.kind in ("avgpool", "cabstractor") else 0
 
-    def visual_tokens(self, mode: str = "full") -> int:
-        """How many positions one view of an image takes: the one owner of this number. What all views of
-        a picture take together is in data.picture_slots.
+    def visual_tokens(self, mode: str = "full", views: int = 1) -> int:
+        """How many positions the views of a picture take: the one owner of this number. Which tokens those
+        are, and what "unpad" drops of them, is in data.picture_slots.
 
-        "full": all tokens of the connector; "pruned": what the fast mode keeps, its isolator included.
+        "full": all tokens of the connector; "pruned": what the fast mode keeps, isolators included.
         """
         full = sum(self.scale_tokens()) or self.grid() ** 2 or self.connector.tokens
-        return full if mode == "full" else self.kept_tokens() + self.prune.isolator
+        isolators = views if self.prune.isolator_per == "tile" else 1
+        return (
+            views * full if mode == "full" else views * self.kept_tokens() + isolators * self.prune.isolator
+        )
 
     def scale_tokens(self) -> list[int]:
         """Tokens of each of Chain-of-Sight's scales, none of another connector."""
@@ -2331,9 +2334,7 @@ def sample_cost(cfg: ModelConfig, train: list[str], text: int, mode: str, images
         times = (decoder.layers - sparse, sparse)  # how often each block of `one` is there
 
         def run(mode: str) -> tuple[float, float, float]:
-            T = text + images * cfg.visual_tokens(mode)
-            if mode == "pruned" and cfg.prune.isolator_per == "image":
-                T -= (images - 1) * cfg.prune.isolator
+            T = text + cfg.visual_tokens(mode, images)
             x = torch.zeros(1, T, decoder.width).bfloat16().requires_grad_()
             rope, mask = rope_tables(torch.zeros(1, T), decoder), torch.zeros(1, 1, T, T, dtype=torch.bool)
             outs = [lambda: one.layers[0](x, rope, mask), lambda: one.layers[1](x, rope, mask)[0]]

@@ -235,7 +235,7 @@ def test_an_isolator_for_each_tile_or_for_each_image():
         )
         per[which] = data.picture_slots(cfg, "pruned", (64, 64)).tolist()
         assert len(data.picture_slots(cfg, "full", (64, 64))) == 5 * 16
-        assert data.square_tokens(cfg, "pruned") == len(per[which])
+        assert data.square_tokens(cfg, "pruned") == len(per[which]) == cfg.visual_tokens("pruned", 5)
         vlm, views = build(cfg), torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
         sample = data.Sample([0, ([7], True)], views.numpy(), [(64, 64)])
         batch = data.make_batch([sample], ["fast"], cfg, 64, 64)

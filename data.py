@@ -484,12 +484,17 @@ def turned(picture: Image.Image) -> int:
 
 def open_image(image: Picture, name: str = "") -> Image.Image:
     """Decode to RGB: EXIF orientation applied, palette and alpha laid on white."""
-    image = read_image(image, name, lambda p: ImageOps.exif_transpose(p) if turned(p) else p.copy())
+
+    def decode(picture: Image.Image) -> Image.Image:
+        picture.load()
+        return ImageOps.exif_transpose(picture) if turned(picture) > 1 else picture
+
+    image = read_image(image, name, decode)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def to_pixels(image: Image.Image, size: int, resample: int = Image.Resampling.BICUBIC) -> np.ndarray:

@@ -1468,7 +1468,7 @@ def vqa_accuracy(prediction: str, answers: list[str], official: bool = False) ->
     return (k * min(1, (k - 1) / 3) + (n - k) * min(1, k / 3)) / n
 
 
-# --- Yes or no (POPE)
+# --- Yes or no (POPE, MME)
 def yesno_parse(text: str) -> str:
     """'yes' or 'no' by POPE's rule: 'no' if No, no or not is a word before the first period, otherwise 'yes'.
 
@@ -1504,6 +1504,50 @@ def yesno_metrics(predictions: list[str], labels: list[str]) -> dict[str, float]
     }
 
 
+MME_CATEGORIES = {
+    "perception": "existence count position color posters celebrity scene landmark artwork OCR".split(),
+    "cognition": "commonsense_reasoning numerical_calculation text_translation code_reasoning".split(),
+}
+
+
+def mme_parse(text: str) -> str:
+    """'yes', 'no' or 'other' by MME's rule: a lone y or n, else what the first four characters contain.
+
+    Source: lmms-eval; case, outer spaces and all periods are dropped first. Quirks
+    kept: yes is looked for before no; "nothing" and "Know" are 'no', "The answer is yes" and "Yep" 'other'.
+    """
+    text = text.lower().strip().replace(".", "")
+    head = {"y": "yes", "n": "no"}.get(text, text[:4])
+    return next((answer for answer in ("yes", "no") if answer in head), "other")
+
+
+def mme_score(rows: list[dict]) -> dict:
+    """MME's points: {category: {acc, acc_plus, score}}, and the sums "perception" and "cognition".
+
+    rows: category, question_id (the same for an image's two questions), gt (yes or no), pred (the raw text).
+    acc is the % of questions right, acc_plus the % of images with both right, score their sum; the two totals
+    add up the categories that occur, to at most 2000 and 800 points. Another category or gt, or an image
+    without two questions: ValueError.
+    """
+    hits = collections.defaultdict(lambda: collections.defaultdict(list))
+    for row in rows:
+        truth = row["gt"].lower().strip().replace(".", "")
+        if truth not in ("yes", "no") or row["category"] not in sum(MME_CATEGORIES.values(), []):
+            raise ValueError(f"expected yes or no in one of MME's 14 categories, got {row}")
+        hits[row["category"]][row["question_id"]].append(mme_parse(row["pred"]) == truth)
+    scores = {}
+    for category, images in hits.items():
+        for image, pair in images.items():
+            if len(pair) != 2:
+                raise ValueError(f"MME asks two questions about an image, {category} {image} has {len(pair)}")
+        acc = 100 * sum(map(sum, images.values())) / (2 * len(images))
+        acc_plus = 100 * sum(map(all, images.values())) / len(images)
+        scores[category] = {"acc": acc, "acc_plus": acc_plus, "score": acc + acc_plus}
+    for name, categories in MME_CATEGORIES.items():
+        scores[name] = sum(scores[category]["score"] for category in categories if category in scores)
+    return scores
+
+
 # --- Multiple choice
 def choice_parse(text: str, options: list[str]) -> str | None:
     """The letter a free text chooses among options ("A" is options[0]), or None, to be counted as wrong.
@@ -1531,7 +1575,217 @@ def choice_parse(text: str, options: list[str]) -> str | None:
     return chosen[0] if len(chosen) == 1 else None
 
 
-# --- Captions (CIDEr-D). A score depends on the whole set through idf: that of a subset is not comparable.
+def scienceqa_parse(text: str, n: int) -> str | None:
+    """The letter of an answer to a ScienceQA question with n choices by LLaVA's rule, or None (wrong).
+
+    The text is one of A-E, or starts with "A. ", or holds exactly one "The answer is A" and one character
+    more (the rule's period is a regex dot). Quirks kept: no strip and no lower case, so " A", "a", "(A)" and
+    "A." alone fail, as does a final "The answer is C" without a period. A letter beyond n or beyond E: None.
+    """
+    start = re.match(r"([A-E])(?:\. |\Z)", text)
+    found = [start[1]] if start else re.findall(r"The answer is ([A-Z]).", text)
+    return found[0] if len(found) == 1 and found[0] in "ABCDE"[:n] else None
+
+
+MMBENCH_SHAPES = "{} {}. {}, {}: {}) {}). ({}) ({}). :{} :{}, :{}. :{}) :{}).".split()
+
+
+def mmbench_parse(text: str, options: list[str]) -> str | None:
+    """The letter a text chooses by MMBench's rule without a judge, or None, to be counted as wrong.
+
+    Source: lmms-eval's evaluator, up to where it would ask GPT. The first step to give one letter wins:
+    1. for each shape (B, "B.", "B,", ... "(B)", ":B") in turn: exactly one of A-E is a word of that shape
+    2. exactly one option's text occurs in the lower-cased text, even inside a word
+    Quirks kept: E counts even where there are four options (never right, but then no option's text is tried);
+    a bare A among more than three words is taken for the article.
+    """
+    words = text.split()
+    for shape in MMBENCH_SHAPES:
+        found = [letter for letter in "ABCDE" if shape.format(letter) in words]
+        article = shape == "{}" and found == ["A"] and len(words) > 3
+        if len(found) == 1 and not article:
+            return found[0]
+    lettered = zip(string.ascii_uppercase, options, strict=False)
+    said = [letter for letter, option in lettered if option.lower() in text.lower()]
+    return said[0] if len(said) == 1 else None
+
+
+def mmbench_circular(groups: list[list[bool]]) -> float:
+    """MMBench's circular accuracy, 0..1: the share of questions right in every rotation of the options.
+
+    groups: for each question one flag a rotation. Nothing to score is 0.
+    """
+    return sum(map(all, groups)) / max(1, len(groups))
+
+
+MMMU_MARKS = ",.!?;:'"
+MMMU_CUES = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
+MMMU_NUMBERS = (
+    r"-?\b\d{1,3}(?:,\d{3})+\b",  # 1,234
+    r"-?\d+(?:\.\d+)?[eE][+-]?\d+",  # 1.2e3
+    r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",
+)
+
+
+def mmmu_parse(text: str, options: list[str]) -> str | None:
+    """The letter a text chooses by MMMU's rule, or None where MMMU's script draws one at random.
+
+    Each of , . ! ? ; : ' is stripped once, in that order. The first shape that occurs gives the candidates:
+    "(B)", "B ", "B.", then, in texts of more than five words, an option's text in any case. Of several the
+    one said last wins. Quirks kept: "B " needs no space before it, so "DNA helix" says A; candidates of the
+    second and third shape are placed by " B " alone, and where that is nowhere the first letter wins; "B)",
+    "b" and a short "blue" give None.
+    """
+    letters = string.ascii_uppercase[: len(options)]
+    for mark in MMMU_MARKS:
+        text = text.strip(mark)
+    text = f" {text} "
+    for shape, place in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
+        found = [letter for letter in letters if shape.format(letter) in text]
+        if found:
+            return max(found, key=lambda letter: text.rfind(place.format(letter)))
+    places = [text.lower().rfind(option.lower()) for option in options]
+    if max(places, default=-1) < 0 or len(text.split()) <= 5:
+        return None
+    return letters[places.index(max(places))]
+
+
+def mmmu_normalise(text: str) -> list[str | float]:
+    """What MMMU compares: a number rounded to two places, or lower case; a lone character needs a space."""
+    try:
+        return [round(float(text.replace(",", "")), 2)]
+    except ValueError:
+        text = text.strip().lower()
+        return [" " + text, text + " "] if len(text) == 1 else [text]
+
+
+def mmmu_values(text: str) -> list[str | float]:
+    """What an open answer says by MMMU's rule: the tails of its lines after a cue, and all numbers in them.
+
+    A line's tail is the shortest text after a cue ("is ", "answer ", ..., in the last line also "="); without
+    any, the whole text is taken. Quirks kept: a cue also counts inside a word ("this "), and 1,234.5 is read
+    as the two numbers 1234 and 234.5.
+    """
+    text = text.strip().strip(".").lower()
+    lines = text.split("\n")
+    tails = []
+    for i, line in enumerate(lines):
+        best = ""
+        for cue in (*MMMU_CUES, "=") if i == len(lines) - 1 else MMMU_CUES:
+            tail = line.split(cue)[-1].strip()
+            if cue in line and (not best or len(tail) < len(best)):
+                best = tail
+        if best and best not in tuple(MMMU_MARKS):
+            tails.append(best)
+    said = tails or [text]
+    numbers = [number for tail in said for pattern in MMMU_NUMBERS for number in re.findall(pattern, tail)]
+    return sorted({value for part in said + numbers for value in mmmu_normalise(part)}, key=str)
+
+
+def mmmu_open(text: str, golds: list[str]) -> bool:
+    """Whether an open answer is right by MMMU's rule: a gold lies within a text it gives, or is its number.
+
+    Numbers are rounded to two places; see `mmmu_values`. Quirks kept: a gold "no" is right where the text
+    says "unknown"; number words are no numbers.
+    """
+    wanted = [value for gold in golds for value in mmmu_normalise(gold)]
+    return any(
+        gold in value if isinstance(gold, str) and isinstance(value, str) else gold == value
+        for value in mmmu_values(text)
+        for gold in wanted
+    )
+
+
+MMSTAR_NAMES = "answer/correct answer/best answer/correct option/best option/choice/correct choice".split("/")
+MMSTAR_PHRASES = [f"{the}{name} is" for name in MMSTAR_NAMES for the in ("", "the ")]
+MMSTAR_PHRASES += ["i choose", "i select", "i pick", "my answer is", "my choice is"]
+MMSTAR_PHRASES += ["옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"]
+
+
+def mmstar_parse(text: str, letters: str = "ABCD") -> str | None:
+    """The letter a text chooses by the rule lmms-eval has for MMStar, or None, to be counted as wrong.
+
+    The first format that occurs wins, and in it the letter said last: at the start, at the end (no letter
+    beside it), after a phrase like "answer is", "(B)", "B.", "B:", "B)", "B ", anywhere. Case matters. Quirks
+    kept: "A dog" says A; after the first place of each phrase a letter counts where it first occurs, inside
+    words too, so "the answer is B. A cat" says A; "plan D" at the end beats "the answer is A".
+    """
+    text = text.strip()
+    for mark in ",.!?;:'\"":
+        text = text.strip(mark)
+    words, text = text.strip(), f" {text} "
+    lower = text.lower()
+    after = [lower.find(phrase) + len(phrase) for phrase in MMSTAR_PHRASES if phrase in lower]
+    formats = [
+        [(0, x) for x in letters if words[:1] == x and not words[1:2].isalpha()],
+        [(0, x) for x in letters if words[-1:] == x and not words[-2:-1].isalpha()],
+        [(text.find(x, start), x) for start in after for x in letters],
+    ]
+    for shape in ("({})", "{}.", "{}:", "{})", "{} ", "{}"):
+        formats.append([(text.rfind(shape.format(x)), x) for x in letters])
+    for found in formats:
+        place, letter = max(found, default=(-1, None))
+        if place >= 0:
+            return letter
+    return None
+
+
+# --- Short answers (GQA, DocVQA, ChartQA)
+def gqa_match(prediction: str, answer: str) -> bool:
+    """Whether a prediction, without final periods and in lower case, is GQA's answer (as LLaVA has it)."""
+    return prediction.rstrip(".").lower() == answer
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein distance: how many insertions, deletions and substitutions of a character turn a into b."""
+    row = list(range(len(b) + 1))  # distances from the part of a read so far to each beginning of b
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def anls(prediction: str, answers: list[str], strict: bool = False) -> float:
+    """Normalised Levenshtein similarity to the nearest answer, 0..1, and 0 below one half (DocVQA).
+
+    Source: Biten et al. 2019, as in lmms-eval. Lower case and single spaces are compared.
+    Quirks kept: the distance is divided by the longer of the strings as given, spaces and all; a similarity
+    of exactly 0.5 stays, where the paper's formula, `strict=True`, gives 0. No answers: ValueError.
+    """
+    if not answers:
+        raise ValueError("anls needs at least one answer, this question has none")
+    tidy, *wanted = (" ".join(text.lower().split()) for text in (prediction, *answers))
+    distances = [
+        edit_distance(tidy, short) / (max(len(prediction), len(answer)) or 1)
+        for short, answer in zip(wanted, answers, strict=True)
+    ]
+    score = 1 - min(distances)
+    return score if score > 0.5 or (score == 0.5 and not strict) else 0.0
+
+
+def chart_number(text: str) -> float | None:
+    """The number a text is, as Python reads it, or None; a final % divides by 100."""
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def relaxed_match(prediction: str, target: str) -> bool:
+    """ChartQA's relaxed accuracy: numbers may be off by 5 % of the target, all else must agree but for case.
+
+    Source: Masry et al. 2022, as in lmms-eval. Quirks kept: a comma or $ makes a text of a number ("2,000" is
+    not 2000); 0.5 is 50%, but 50 is not; years are numbers (2019 is right for 2010); a target of zero is
+    compared as text, so "0.0" is wrong for "0".
+    """
+    guess, truth = chart_number(prediction), chart_number(target)
+    if guess is not None and truth:
+        return abs(guess - truth) / abs(truth) <= 0.05
+    return prediction.lower() == target.lower()
+
+
+# --- Captions (CIDEr-D, BLEU-4). A score is one of the whole set: that of a subset is not comparable.
 
 PTB_BRACKETS = str.maketrans(
     {"(": " -lrb- ", ")": " -rrb- ", "[": " -lsb- ", "]": " -rsb- ", "{": " -lcb- ", "}": " -rcb- "}
@@ -1586,6 +1840,18 @@ def ngram_counts(text: str) -> Counter:
     return Counter(tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
 
 
+def caption_counts(
+    candidates: list[str], references: list[list[str]]
+) -> tuple[list[Counter], list[list[Counter]]]:
+    """The n-gram counts of both. Unequal lengths, or an item without references: ValueError."""
+    if len(candidates) != len(references):
+        raise ValueError(f"{len(candidates)} candidate captions but {len(references)} lists of references")
+    if [] in references:
+        raise ValueError(f"caption item {references.index([])} has no references")
+    groups = [[ngram_counts(text) for text in group] for group in references]
+    return [ngram_counts(text) for text in candidates], groups
+
+
 def cider_similarity(candidate: Counter, reference: Counter, items_with: Counter, items: int) -> float:
     """Clipped tf-idf cosine of two captions, 0..1, averaged over n and damped by their difference in length.
 
@@ -1614,17 +1880,36 @@ def cider_d(candidates: list[str], references: list[list[str]]) -> list[float]:
     Source: Vedantam et al. 2015 and coco-caption; idf comes from these references. Quirks kept: a lone item
     has 0, a perfect caption of three words 7.5 (no 4-gram). Unequal lengths, an item without any: ValueError.
     """
-    if len(candidates) != len(references):
-        raise ValueError(f"{len(candidates)} candidate captions but {len(references)} lists of references")
-    if [] in references:
-        raise ValueError(f"caption item {references.index([])} has no references")
-    groups = [[ngram_counts(text) for text in group] for group in references]
+    counted, groups = caption_counts(candidates, references)
     items_with = Counter(gram for group in groups for gram in set().union(*group))
     scores = []
-    for candidate, group in zip(map(ngram_counts, candidates), groups, strict=True):
+    for candidate, group in zip(counted, groups, strict=True):
         alike = [cider_similarity(candidate, reference, items_with, len(groups)) for reference in group]
         scores.append(10 * sum(alike) / len(group))
     return scores
+
+
+def bleu4(candidates: list[str], references: list[list[str]]) -> float:
+    """Corpus BLEU-4 of captions, 0..1: hits are summed over the set before precisions are taken.
+
+    Source: Papineni et al. 2002 and coco-caption: an n-gram counts at most as often as in one reference, and
+    brevity is measured against the reference nearest in length, the shorter of two. Quirks kept: 1e-15 is
+    added to a count of hits and 1e-9 to what divides it, so no hits give not quite 0, and a set of perfect
+    captions of three words (no 4-gram) only 0.03. Unequal lengths, an item without references: ValueError.
+    """
+    hits, tries, reference_length = Counter(), Counter(), 0
+    for candidate, group in zip(*caption_counts(candidates, references), strict=True):
+        most = Counter()
+        for reference in group:
+            most |= reference
+        hits.update(map(len, (candidate & most).elements()))  # by n
+        tries.update(map(len, candidate.elements()))
+        length, *lengths = (Counter(map(len, counts.elements()))[1] for counts in (candidate, *group))
+        reference_length += min(lengths, key=lambda other: (abs(other - length), other))
+    tiny, small = 1e-15, 1e-9
+    precisions = [(hits[n] + tiny) / (tries[n] + small) for n in range(1, 5)]
+    ratio = (tries[1] + tiny) / (reference_length + small)
+    return math.prod(precisions) ** 0.25 * math.exp(min(0.0, 1 - 1 / ratio))
 
 
 # --- Boxes (RefCOCO)

@@ -10,15 +10,21 @@ the pieces, never from string splits, so the supervised tokens are the answers b
 import base64
 import bisect
 import collections
+import csv
 import dataclasses
 import difflib
 import functools
+import glob
+import io
 import itertools
 import json
 import math
+import mmap
 import os
 import random
 import re
+import sys
+import tarfile
 import unicodedata
 from array import array
 from collections import Counter
@@ -32,8 +38,10 @@ import tiktoken
 import torch
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from tqdm import tqdm
 
+import model
 import prune
 from model import ASSETS, ModelConfig, UserError, find_half, read_decoder_config, read_json
 
@@ -288,7 +296,7 @@ class Record:
 
     parts: for "caption", "interleaved" and "text": image numbers and strings in order, all text supervised.
            for "chat": (role, parts) turns, where only what the assistant says is supervised.
-    images: paths or PIL images. name: where it came from, for error messages.
+    images: paths, encoded pictures or PIL images. name: where it came from, for error messages.
     """
 
     kind: str
@@ -437,17 +445,34 @@ def lay_out(pieces: list[Piece], slots: list[np.ndarray]) -> Laid:
 # Pictures
 
 
-def read_image(image: Image.Image | str | Path, name: str, read):
-    """read(picture) of a file, whose errors are the user's, or of a picture at hand."""
+class BadRecord(UserError):
+    """A record that cannot be used, while others can: runs skip it and count it by `why`."""
+
+    def __init__(self, text: str, why: str = "malformed"):
+        super().__init__(text)
+        self.why = why
+
+
+Picture = Image.Image | str | Path | bytes  # at hand, in a file, or encoded
+MOST_PIXELS = 178_956_970  # Pillow's limit against decompression bombs; files with more are broken to us
+
+
+def read_image(image: Picture, name: str, read):
+    """read(picture) of a file, whose errors are the user's, or of a picture at hand. A truncated file is
+    broken, not half a picture.
+    """
     if isinstance(image, Image.Image):
         return read(image)
+    told = f"of {len(image):,} bytes" if isinstance(image, bytes) else image
     try:
-        with Image.open(image) as opened:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            if math.prod(opened.size) > MOST_PIXELS:
+                raise ValueError(f"{opened.size[0]} x {opened.size[1]} pixels are too many")
             return read(opened)
     except FileNotFoundError:
-        raise UserError(f"{name}: image {image} does not exist") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise UserError(f"{name}: image {image} does not decode ({e})") from None
+        raise BadRecord(f"{name}: image {told} does not exist", "image missing") from None
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
+        raise BadRecord(f"{name}: image {told} does not decode ({e})", "image broken") from None
 
 
 def turned(picture: Image.Image) -> int:
@@ -457,7 +482,7 @@ def turned(picture: Image.Image) -> int:
     return picture.getexif().get(ExifTags.Base.Orientation, 0)
 
 
-def open_image(image: Image.Image | str | Path, name: str = "") -> Image.Image:
+def open_image(image: Picture, name: str = "") -> Image.Image:
     """Decode to RGB: EXIF orientation applied, palette and alpha laid on white."""
     image = read_image(image, name, lambda p: ImageOps.exif_transpose(p) if turned(p) else p.copy())
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -1151,76 +1176,359 @@ def told_in_words(scene: Scene, rng: random.Random) -> str:
 # Files: the three kinds of MM1's pre-training data and LLaVA's conversations, and mixtures of sources
 
 # A record's kind shows in its keys: LLaVA's; OBELICS' or MMC4's; plain text.
-KEYS = {
-    "chat": [{"conversations"}],
-    "caption": [{"conversations"}],
-    "interleaved": [{"images", "texts"}, {"text_list", "image_info"}],
-    "text": [{"text"}],
+# A layout is known by its keys; what it can be read as. First of all that fit, in this order.
+LAYOUTS = {
+    "LLaVA": ({"conversations"}, ("chat", "caption")),
+    "Cauldron": ({"images", "texts"}, ("chat",)),  # pairs of user and assistant: see `layout_of`
+    "VLMEvalKit": ({"image", "question", "answer"}, ("chat",)),
+    "OBELICS": ({"images", "texts"}, ("interleaved",)),
+    "MMC4": ({"text_list", "image_info"}, ("interleaved",)),
+    "captioned": ({"image", "caption"}, ("caption",)),  # what a .jpg and a .txt of a tar make, too
+    "text": ({"text"}, ("text",)),
 }
-LAYOUTS = "chat, caption: conversations; interleaved: images, texts or text_list, image_info; text: text"
+KINDS = ("chat", "caption", "interleaved", "text")
 MMC4_LEAST_SIMILARITY = 0.24  # of an image to its sentence; the usual choice, MM1 does not say
-ROLE_OF = {"human": "user", "gpt": "assistant"}  # LLaVA's names
+ROLE_OF = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}  # LLaVA's names, and ours
+SUFFIXES = (
+    ".tar",
+    ".parquet",
+    ".jsonl",
+    ".tsv",
+    ".json",
+    ".txt",
+)  # what a folder is searched for, in this order
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+WITHIN_OBJECT = rb'(?:[^"{}]++|"(?:[^"\\]++|\\.)*+"|(?R))*+'
+JSON_OBJECT = regex.compile(rb"\{" + WITHIN_OBJECT + rb"\}", regex.DOTALL)
+CSV_FIELD_LIMIT = 2**31 - 1  # a picture in base64 is long; more is not a C long everywhere
+
+
+class Table:
+    """Random access to the records of a file, or of all alike in a folder or a glob such as "cc3m/*.tar".
+
+    .json holds a list, .jsonl a record a line, .txt documents with blank lines between them, .tsv a header
+    and rows, .tar the members of a record one after the other, .parquet row groups. Only where records begin
+    is held in memory. raw(i) is a pure function of the files and i.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.files = path, find_files(path)
+        self.suffix = self.files[0].suffix
+        indexes = []
+        for file in tqdm(self.files, desc=f"index {path}", disable=len(self.files) < 20, leave=False):
+            stat = file.stat()
+            indexes.append(index_file(file, stat.st_size, stat.st_mtime_ns))
+        self.starts, self.lines = [starts for starts, _ in indexes], [lines for _, lines in indexes]
+        self.first = np.cumsum([0] + [len(lines) for lines in self.lines])
+        if not self.first[-1]:
+            raise UserError(f"{path}: expected at least one record, in a .json file a list of them")
+        self.handles, self.process, self.rows_by_index, self.group = {}, 0, None, (None, None)
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def raw(self, i: int) -> tuple[dict, str]:
+        """Record i as its file has it, and its place for error messages. Pictures of tars and parquet are
+        bytes under "image" or "images"; those of a .tsv are base64, see `tsv_pictures`.
+        """
+        n = int(np.searchsorted(self.first, i, side="right")) - 1
+        file, k = self.files[n], i - int(self.first[n])
+        number = int(self.lines[n][k])
+        place = f"{file} {'line' if self.suffix in ('.jsonl', '.tsv', '.txt') else 'record'} {number}"
+        if self.suffix == ".parquet":
+            return self.parquet_row(file, k, number), place
+        start, end = int(self.starts[n][k]), int(self.starts[n][k + 1])
+        handle = self.handle(file)
+        handle.seek(start)
+        content = handle.read(end - start)
+        if self.suffix == ".tar":
+            return read_tar_sample(content, place), place
+        try:
+            text = content.decode("utf-8-sig").strip()
+        except UnicodeDecodeError as e:
+            raise BadRecord(f"{place}: byte {e.start} is not UTF-8") from None
+        if self.suffix == ".txt":
+            return {"text": text.replace("\r\n", "\n")}, place
+        if self.suffix == ".tsv":
+            return self.tsv_row(file, text, place), place
+        return read_object(text, file, start, end, place), place
+
+    def handle(self, file: Path):
+        if self.process != os.getpid():  # a forked worker would share the file position of its parent
+            self.handles, self.process = {}, os.getpid()
+        if file not in self.handles:
+            if len(self.handles) >= 64:
+                self.handles.pop(next(iter(self.handles))).close()
+            self.handles[file] = open(file, "rb")
+        return self.handles[file]
+
+    def tsv_row(self, file: Path, text: str, place: str) -> dict[str, str]:
+        header = tsv_header(file, file.stat().st_mtime_ns)
+        cells = tsv_cells(text)
+        if len(cells) != len(header):
+            raise BadRecord(f"{place}: {len(cells)} cells, but the header names {len(header)}")
+        return dict(zip(header, cells))
+
+    def parquet_row(self, file: Path, k: int, group: int) -> dict:
+        """Rows lie in groups, which are read whole; the last one is kept."""
+        if self.group[0] != (os.getpid(), file, group):
+            rows = pyarrow_parquet(file).ParquetFile(file).read_row_group(group).to_pylist()
+            self.group = (os.getpid(), file, group), rows
+        file_lines = self.lines[self.files.index(file)]
+        return dict(self.group[1][k - int(np.searchsorted(file_lines, group))])
+
+
+def find_files(path: Path) -> list[Path]:
+    """A file itself; those of one kind in a folder; those that match a glob."""
+    if path.is_dir():
+        found = {suffix: sorted(path.glob(f"*{suffix}")) for suffix in SUFFIXES}
+        files = next((files for files in found.values() if files), [])
+    elif path.is_file() or not any(mark in path.name for mark in "*?["):
+        files = [path] if path.is_file() else []
+    else:
+        files = sorted(path.parent.glob(path.name))
+    kinds = {file.suffix for file in files}
+    if len(kinds) != 1 or not kinds <= set(SUFFIXES):
+        found = f"found {', '.join(sorted(kinds))}" if files else "no such file"
+        raise UserError(f"{path}: {found}; use a file, folder or glob of one of {', '.join(SUFFIXES)}")
+    return files
+
+
+@functools.cache
+def index_file(path: Path, size: int, changed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where records begin, and the file's end: int64 (n + 1,); their line or record numbers: int64 (n,), in
+    parquet those of their row groups.
+
+    A file is scanned once, as long as its size and time of change stay. A record reaches up to the next one,
+    with the white space between them.
+    """
+    if path.suffix == ".parquet":
+        about = pyarrow_parquet(path).ParquetFile(path).metadata
+        rows = [about.row_group(g).num_rows for g in range(about.num_row_groups)]
+        return np.zeros(0, np.int64), np.repeat(np.arange(len(rows)), rows)
+    if path.suffix == ".tar":
+        starts = index_tar(path, size, changed)
+    elif path.suffix == ".json":
+        starts = index_json(path)
+    else:
+        return index_lines(path)
+    return starts, np.arange(len(starts) - 1)
+
+
+def index_lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """.jsonl, .txt, .tsv: a record is a line, lines up to a blank one, or as many as close its quotes."""
+    starts, numbers, at, inside = array("q"), array("q"), 0, False
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            blank = line.isspace()
+            if not blank and not inside:
+                starts.append(at)
+                numbers.append(number)
+            if path.suffix == ".tsv":
+                inside ^= line.count(b'"') % 2 == 1
+            else:
+                inside = path.suffix == ".txt" and not blank
+            at += len(line)
+    starts.append(at)
+    header = path.suffix == ".tsv"
+    return np.array(starts)[header:], np.array(numbers)[header:]
+
+
+def index_json(path: Path) -> np.ndarray:
+    """A list of objects: 50 MB a second. What is broken beyond one record shows here, by line and column."""
+    starts = array("q")
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise UserError(f"{path} is empty: expected a list of records")
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        gap = regex.compile(rb"\s*+")
+        at = gap.match(content, 3 if content[:3] == b"\xef\xbb\xbf" else 0).end()
+        mark = b"["
+        while content[at : at + 1] == mark:
+            at = gap.match(content, at + 1).end()
+            if not starts and content[at : at + 1] == b"]":
+                break
+            found = JSON_OBJECT.match(content, at)
+            if not found:
+                raise UserError(f"{path} {broken_json(content, at, len(content))}")
+            starts.append(at)
+            at, mark = gap.match(content, found.end()).end(), b","
+        if content[at : at + 1] != b"]":
+            place = line_and_column(content, at)
+            raise UserError(
+                f"{path} {place}: expected a .json file to be a list of objects, [{{...}}, {{...}}]"
+            )
+    starts.append(at)
+    return np.array(starts)
+
+
+def line_and_column(content, at: int) -> str:
+    line = 1 + sum(content[k : min(k + 2**24, at)].count(b"\n") for k in range(0, at, 2**24))
+    column = at - content.rfind(b"\n", 0, at)
+    return f"line {line} column {column}"
+
+
+def broken_json(content, at: int, end: int) -> str:
+    """Where and why what begins at a byte is no JSON object."""
+    piece = content[at : min(end, at + 2**20)].rstrip()
+    try:
+        json.JSONDecoder().raw_decode(piece.decode("utf-8", "replace"))
+        why = "an object was expected"
+    except (ValueError, RecursionError) as e:
+        at += len(piece.decode("utf-8", "replace")[: getattr(e, "pos", 0)].encode())
+        why = getattr(e, "msg", "nested too deeply")
+    return f"{line_and_column(content, at)}: not JSON ({why})"
+
+
+def read_object(text: str, file: Path, start: int, end: int, place: str) -> dict:
+    """One JSON object; errors name line and column in the file."""
+    try:
+        raw = json.loads(text.rstrip(", \t\r\n") if file.suffix == ".json" else text)
+    except (ValueError, RecursionError):
+        with open(file, "rb") as opened:
+            content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            one_line = ", and each record must be on one line" * (file.suffix == ".jsonl")
+            raise BadRecord(f"{file} {broken_json(content, start, end)}{one_line}") from None
+    if not isinstance(raw, dict):
+        raise BadRecord(f"{place}: expected an object, got {str(raw)[:40]!r}")
+    return raw
+
+
+def index_tar(path: Path, size: int, changed: int) -> np.ndarray:
+    """Where the samples of a tar begin. Kept beside it as NAME.tar.index.npy: every header is read."""
+    kept = path.with_name(path.name + ".index.npy")
+    try:
+        found = np.load(kept, allow_pickle=False)
+        if found.dtype == np.int64 and (found[:2] == (size, changed)).all():
+            return found[2:]
+    except (OSError, ValueError):
+        pass  # none yet, or not one of ours
+    starts, last = array("q"), None
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    key = tar_key(member.name)
+                    if key != last:
+                        starts.append(member.offset)
+                    last, end = key, member.offset_data + -(-member.size // 512) * 512
+                tar.members = []  # it would keep them all
+    except tarfile.TarError as e:
+        raise UserError(f"{path} is no plain tar ({e}): unpack a compressed one first") from None
+    if starts:
+        starts.append(min(end, size))
+    found = np.array(starts, np.int64)
+    temporary = path.with_name(f"{path.name}.index.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.save(file, np.concatenate([np.array([size, changed]), found]))
+        os.replace(temporary, kept)
+    except OSError:
+        pass  # a folder that cannot be written: it is scanned again by the next run
+    return found if len(found) else np.zeros(1, np.int64)
+
+
+def tar_key(name: str) -> str:
+    """Of a member: its path up to the first dot of the base name (webdataset)."""
+    folder, _, base = name.rpartition("/")
+    return f"{folder}/{base.partition('.')[0]}"
+
+
+def read_tar_sample(content: bytes, place: str) -> dict:
+    """The members of one sample: pictures in order, .json its record, else .txt its caption."""
+    members = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    name = member.name.rpartition("/")[2].partition(".")[2].lower()
+                    members[name] = tar.extractfile(member).read()
+        raw = json.loads(members.get("json", b"{}"))
+        text = members["txt"].decode().strip() if "txt" in members else None
+    except (tarfile.TarError, OSError, ValueError, RecursionError) as e:
+        raise BadRecord(f"{place}: does not read ({e})") from None
+    if not isinstance(raw, dict):
+        raise BadRecord(f"{place}: its .json is not an object")
+    pictures = [content for name, content in members.items() if f".{name}".endswith(PICTURES)]
+    if isinstance(raw.get("images"), list):  # an interleaved document: pictures where it is not null
+        rest = iter(pictures)
+        raw["images"] = [None if image is None else next(rest, None) for image in raw["images"]]
+        return raw
+    if "conversations" not in raw and (text is not None or "caption" in raw):
+        raw = {"caption": raw["caption"] if text is None else text} if pictures else {"text": text}
+    return raw | ({"image": pictures} if pictures else {})
+
+
+@functools.lru_cache
+def tsv_header(file: Path, changed: int) -> list[str]:
+    with open(file, "rb") as opened:
+        return tsv_cells(opened.readline().decode("utf-8-sig", "replace").strip("\r\n"))
+
+
+def tsv_cells(text: str) -> list[str]:
+    csv.field_size_limit(CSV_FIELD_LIMIT)
+    return next(csv.reader(io.StringIO(text, newline=""), delimiter="\t"), [])
+
+
+def pyarrow_parquet(path: Path):
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+    return pyarrow.parquet
 
 
 class FileSource:
-    """The records of one file; record i is a pure function of the file and i.
+    """The records of a Table, of one kind; record i is a pure function of the files and i.
 
-    .json is a list of records, held in memory. .jsonl has one record a line, .txt documents with blank lines
-    between them: of these only the offsets are held. Without a kind the first record's layout tells it.
-    Image paths are relative to the file, or to the folder `images` beside it.
+    Without a kind the first record's layout tells it. Image paths are relative to the file, or to the folder
+    `images` beside it, and stay inside.
     """
 
     def __init__(self, path: Path, kind: str = "", images: str = ""):
-        self.path, self.name, self.folder = path, path.stem, path.parent / images
-        self.file, self.process = None, 0
-        if path.suffix not in (".json", ".jsonl", ".txt") or not path.is_file():
-            raise UserError(f"{path}: no such file of records: use a .json, .jsonl or .txt file")
-        if path.suffix == ".json":
-            self.rows = read_json(path)
-        else:
-            stat = path.stat()
-            self.starts, self.rows = index_lines(path, stat.st_size, stat.st_mtime_ns)
-        if not isinstance(self.rows, list | np.ndarray) or not len(self.rows):
-            raise UserError(f"{path}: expected at least one record, in a .json file a list of them")
-        self.kind = kind or next((kind for kind in KEYS if fits(kind, self.raw(0)[0])), "chat")
+        self.table = Table(path)
+        self.path, self.name = path, path.stem
+        self.folder = (path if path.is_dir() else path.parent) / images
+        if not kind:
+            layout = layout_of(self.first(lambda i: self.table.raw(i)[0]))
+            kind = LAYOUTS[layout][1][0] if layout else "chat"
+        self.kind = kind
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.table)
 
-    def raw(self, i: int) -> tuple[object, str]:
-        """Record i as the file has it, and its place for error messages."""
-        if isinstance(self.rows, list):
-            return self.rows[i], f"{self.path} record {i}"
-        name = f"{self.path} line {self.rows[i]}"
-        if self.process != os.getpid():  # a forked worker would share the file position of its parent
-            self.file, self.process = open(self.path, "rb"), os.getpid()
-        self.file.seek(self.starts[i])
-        try:
-            text = self.file.read(self.starts[i + 1] - self.starts[i]).decode("utf-8-sig").strip()
-            raw = {"text": text.replace("\r\n", "\n")} if self.path.suffix == ".txt" else json.loads(text)
-        except (ValueError, RecursionError) as e:  # ValueError: neither UTF-8 nor JSON
-            why = getattr(e, "msg", e)
-            raise UserError(f"{name}: not UTF-8 text or, in .jsonl, not JSON on one line ({why})") from None
-        return raw, name
+    def first(self, read):
+        """read(i) of the first record for which it succeeds; if PROBE fail, the first one's error."""
+        errors = []
+        for i in range(min(PROBE, len(self))):
+            try:
+                return read(i)
+            except BadRecord as e:
+                errors.append(e)
+        raise errors[0]
+
+    def with_pictures(self, i: int) -> Record:
+        record = self[i]
+        for image in record.images:
+            picture_size(image, record.name)
+        return record
 
     def __getitem__(self, i: int) -> Record:
-        raw, name = self.raw(i)
-        if not fits(self.kind, raw):
-            has = ", ".join([*raw][:8]) if isinstance(raw, dict) else "no keys"
-            raise UserError(f"{name}: expected an object of kind {self.kind}, but it has {has} ({LAYOUTS})")
-        if self.kind == "text":
-            if not isinstance(raw["text"], str) or raw.keys() & {"image", "images"}:
-                raise UserError(f"{name}: 'text' must be a text without an image beside it")
-            return Record("text", [raw["text"]], [], name)
-        if self.kind == "interleaved":
-            read, joint = (read_obelics, "\n\n") if "texts" in raw else (read_mmc4, " ")
-            return interleave(read(raw, self.folder, name), joint, name)
-        return read_llava(raw, self.kind, self.folder, name)
+        raw, place = self.table.raw(i)
+        layout = layout_of(raw)
+        if layout is None or self.kind not in LAYOUTS[layout][1]:
+            known = "; ".join(f"{name}: {', '.join(sorted(keys))}" for name, (keys, _) in LAYOUTS.items())
+            has = ", ".join([*raw][:8])
+            raise BadRecord(f"{place}: expected a record of kind {self.kind}, but it has {has} ({known})")
+        return READERS[layout](raw, self.kind, self.folder, place)
+
+
+PROBE = 100  # records that are tried before a file is given up
 
 
 def open_file(path: Path, kind: str = "", images: str = "", name: str = "") -> FileSource:
     """A file is read once, as long as it does not change: each validation asks for its sources anew."""
-    changed = path.stat().st_mtime_ns if path.is_file() else 0
+    changed = path.stat().st_mtime_ns if path.exists() else 0
     return read_file(path, kind, images, name, changed)
 
 
@@ -1229,103 +1537,113 @@ def read_file(path: Path, kind: str, images: str, name: str, changed: int) -> Fi
     return FileSource(path, kind, images)
 
 
-def fits(kind: str, raw: object) -> bool:
-    return isinstance(raw, dict) and any(keys <= raw.keys() for keys in KEYS[kind])
+def layout_of(raw: dict) -> str | None:
+    """The first of LAYOUTS whose keys a record has; what tells Cauldron's from OBELICS's are its texts."""
+    for name, (keys, _) in LAYOUTS.items():
+        if keys <= raw.keys():
+            pairs = name == "Cauldron" and isinstance(raw["texts"], list)
+            if name != "Cauldron" or pairs and any(isinstance(text, dict) for text in raw["texts"]):
+                return name
+    return None
 
 
-@functools.lru_cache
-def index_lines(path: Path, size: int, changed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where records begin, and the file's end: int64 (n + 1,); their line numbers: int64 (n,).
-
-    A file is scanned once, as long as its size and time of change stay. A record reaches up to the next one,
-    with the white space between them.
-    """
-    starts, numbers, at, inside = array("q"), array("q"), 0, False
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            blank = line.isspace()
-            if not blank and not inside:
-                starts.append(at)
-                numbers.append(number)
-            inside = path.suffix == ".txt" and not blank
-            at += len(line)
-    starts.append(at)
-    return np.array(starts), np.array(numbers)
-
-
-def local_paths(images: list, folder: Path, name: str) -> list[Path]:
+def local_pictures(images: list, folder: Path, place: str) -> list[Path | bytes]:
+    """Paths inside the folder, or pictures at hand: bytes, or parquet's {"bytes", "path"}."""
+    found = []
     for image in images:
+        if isinstance(image, dict):
+            image = image.get("bytes") or image.get("path")
+        if isinstance(image, bytes):
+            found.append(image)
+            continue
         if not isinstance(image, str):
-            raise UserError(f"{name}: an image must be the path of a file, got {image!r}")
+            raise BadRecord(f"{place}: an image must be the path of a file, got {image!r}")
+        if "://" in image and (folder / image.partition("://")[2]).is_file():
+            image = image.partition("://")[2]  # where wget --force-directories puts it
         if "://" in image:
-            raise UserError(f"{name}: image {image} is a URL: download it first and write the file's path")
-    return [folder / image for image in images]
+            raise BadRecord(f"{place}: image {image} is a URL: download it first and write the file's path")
+        if os.path.isabs(image) or os.path.normpath(image).startswith(".."):
+            raise BadRecord(f"{place}: image {image} leads out of the folder {folder}", "image outside")
+        found.append(folder / image)
+    return found
 
 
-def read_obelics(raw: dict, folder: Path, name: str) -> list[str | Path]:
+def read_obelics(raw: dict, kind: str, folder: Path, place: str) -> Record:
     """'images' and 'texts' of equal length with a null wherever the other one has something: in order."""
     images, texts = raw["images"], raw["texts"]
     if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
-        raise UserError(f"{name}: 'images' and 'texts' must be lists of equal length")
+        raise BadRecord(f"{place}: 'images' and 'texts' must be lists of equal length")
     items = []
     for n, (image, text) in enumerate(zip(images, texts)):
         if (image is None) == (text is None) or not isinstance(text, str | None):
-            raise UserError(f"{name}: place {n} must have an image or a text, and null in the other list")
-        items += local_paths([image], folder, name) if text is None else [text]
-    return items
+            raise BadRecord(f"{place}: place {n} must have an image or a text, and null in the other list")
+        items += local_pictures([image], folder, place) if text is None else [text]
+    return interleave(items, "\n\n", place)
 
 
-def read_mmc4(raw: dict, folder: Path, name: str) -> list[str | Path]:
+def read_mmc4(raw: dict, kind: str, folder: Path, place: str) -> Record:
     """Sentences with images in front of those they were matched with; bad matches are left out."""
     texts, infos = raw["text_list"], raw["image_info"]
     lists = isinstance(texts, list) and isinstance(infos, list)
     if not lists or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{name}: 'text_list' must be a list of texts and 'image_info' one of objects")
+        raise BadRecord(f"{place}: 'text_list' must be a list of texts and 'image_info' one of objects")
     before = [[] for _ in texts]
     for info in infos:
         info = info if isinstance(info, dict) else {}
         at, similarity = info.get("matched_text_index"), info.get("matched_sim", 1.0)
         if not isinstance(at, int) or not 0 <= at < len(texts) or not isinstance(similarity, int | float):
             needed = f"'image_name' and a 'matched_text_index' below {len(texts)}"
-            raise UserError(f"{name}: an image needs {needed}, got {info}")
+            raise BadRecord(f"{place}: an image needs {needed}, got {info}")
         if similarity >= MMC4_LEAST_SIMILARITY:
-            before[at] += local_paths([info.get("image_name")], folder, name)
-    return [item for text, images in zip(texts, before) for item in (*images, text)]
+            before[at] += local_pictures([info.get("image_name")], folder, place)
+    return interleave([item for text, images in zip(texts, before) for item in (*images, text)], " ", place)
 
 
-def interleave(items: list[str | Path], joint: str, name: str) -> Record:
-    """Images (paths) stay where they are; texts that follow each other become one, with `joint` between."""
+def interleave(items: list[str | Path | bytes], joint: str, place: str) -> Record:
+    """Images stay where they are; texts that follow each other become one, with `joint` between."""
     parts, images = [], []
     for is_text, run in itertools.groupby(items, lambda item: isinstance(item, str)):
         run = list(run)
         parts += [joint.join(run)] if is_text else range(len(images), len(images) + len(run))
         images += [] if is_text else run
-    return Record("interleaved", parts, images, name)
+    return Record("interleaved", parts, images, place)
 
 
-def read_llava(raw: dict, kind: str, folder: Path, name: str) -> Record:
+def read_llava(raw: dict, kind: str, folder: Path, place: str) -> Record:
     """{"image": path, paths or none, "conversations": [{"from": "human" or "gpt", "value": text}, ...]}"""
     if not isinstance(raw["conversations"], list):
-        raise UserError(f"{name}: expected an object with a list of 'conversations'")
-    paths = raw.get("image") or []
-    paths = paths if isinstance(paths, list) else [paths]
+        raise BadRecord(f"{place}: expected an object with a list of 'conversations'")
+    images = raw.get("image") or []
+    images = images if isinstance(images, list) else [images]
     turns, seen = [], 0
     for turn in raw["conversations"]:
         turn = turn if isinstance(turn, dict) else {}
         if turn.get("from") not in ROLE_OF or not isinstance(turn.get("value"), str):
-            raise UserError(f"{name}: a turn must have 'from' (human or gpt) and a text 'value', got {turn}")
+            told = "a turn must have 'from' (human or gpt) and a text 'value'"
+            raise BadRecord(f"{place}: {told}, got {str(turn)[:200]}")
         role, parts = ROLE_OF[turn["from"]], [turn["value"]]
-        if role == "user" and paths:  # without images "<image>" is plain text
+        if role == "user" and images:  # without images "<image>" is plain text
             parts, seen = split_at_images(turn["value"], seen)
         turns.append((role, parts))
-    if seen != len(paths):
-        raise UserError(f"{name}: {len(paths)} images but {seen} <image> marks in its human turns")
-    if [role for role, _ in turns[:2]] != ["user", "assistant"]:
-        raise UserError(f"{name}: 'conversations' must start with a human turn and an answer")
-    images = local_paths(paths, folder, name)
+    if seen != len(images):
+        raise BadRecord(f"{place}: {len(images)} images but {seen} <image> marks in its human turns")
+    return chat_record(turns, local_pictures(images, folder, place), kind, place)
+
+
+def chat_record(turns: list[tuple[str, list]], images: list, kind: str, place: str) -> Record:
+    """Turns that begin with a question (and perhaps a system text), or a caption: the first answer alone."""
+    roles = [role for role, _ in turns]
+    first = int(roles[:1] == ["system"])
+    if roles[:1] == ["assistant"]:  # ShareGPT's cuts: LLaVA drops it, too
+        turns, roles = turns[1:], roles[1:]
+    if roles[first : first + 2] != ["user", "assistant"] or "system" in roles[1:]:
+        raise BadRecord(f"{place}: a conversation must start with a human turn and an answer")
+    empty = [n for n, (role, parts) in enumerate(turns) if role == "assistant" and not parts[0].strip()]
+    if empty:
+        raise BadRecord(f"{place}: turn {empty[0]} is an empty answer", "empty answer")
     if kind == "caption":  # stage 1 of LLaVA: the bare image and its caption, no instruction
-        return Record("caption", [*range(len(paths)), turns[1][1][0]], images, name)
-    return Record("chat", turns, images, name)
+        return Record("caption", [*range(len(images)), turns[first + 1][1][0]], images, place)
+    return Record("chat", turns, images, place)
 
 
 def split_at_images(text: str, seen: int) -> tuple[list, int]:
@@ -1337,6 +1655,68 @@ def split_at_images(text: str, seen: int) -> tuple[list, int]:
     for n, chunk in enumerate(chunks):
         parts += ([seen + n - 1] if n else []) + ([chunk.strip("\n")] if chunk.strip() else [])
     return parts, seen + len(chunks) - 1
+
+
+def read_cauldron(raw: dict, kind: str, folder: Path, place: str) -> Record:
+    """{"images": [...], "texts": [{"user", "assistant"}, ...]}: images come before the first question."""
+    images = local_pictures([image for image in raw["images"] or [] if image is not None], folder, place)
+    turns = []
+    for n, pair in enumerate(raw["texts"]):
+        if not isinstance(pair, dict) or not isinstance(pair.get("user"), str | None):
+            raise BadRecord(f"{place}: text {n} must have 'user' and 'assistant', got {str(pair)[:200]}")
+        turns.append(("user", [*(range(len(images)) if n == 0 else ()), (pair.get("user") or "").strip()]))
+        turns.append(("assistant", [str(pair.get("assistant") or "").strip()]))
+    return chat_record(turns, images, kind, place)
+
+
+def read_tsv_question(raw: dict, kind: str, folder: Path, place: str) -> Record:
+    """A row of VLMEvalKit: its question with hint and options as LLaVA asks it, answered by the letter."""
+    options = [f"{letter}. {raw[letter]}" for letter in OPTION_LETTERS if given(raw.get(letter))]
+    asked = (
+        [raw["hint"]] * given(raw.get("hint")) + [raw["question"], *options] + [LETTER_PROMPT] * bool(options)
+    )
+    images = tsv_pictures(raw["image"], place)
+    turns = [("user", [*range(len(images)), "\n".join(asked)]), ("assistant", [str(raw["answer"])])]
+    return chat_record(turns, images, kind, place)
+
+
+OPTION_LETTERS = "ABCDEFGHI"
+LETTER_PROMPT = "Answer with the option's letter from the given choices directly."
+
+
+def given(cell: str | None) -> bool:
+    """Whether a cell of a table says something: pandas writes "nan" where it has nothing."""
+    return cell is not None and str(cell).strip().lower() not in ("", "nan", "none")
+
+
+def tsv_pictures(cell: str, place: str) -> list[bytes]:
+    """The picture, or the list of pictures, that a cell holds in base64."""
+    try:
+        texts = json.loads(cell.replace("'", '"')) if cell.startswith("[") else [cell]
+        return [base64.b64decode(text, validate=True) for text in texts]
+    except (ValueError, TypeError, AttributeError):
+        raise BadRecord(f"{place}: its image is not base64") from None
+
+
+def read_captioned(raw: dict, kind: str, folder: Path, place: str) -> Record:
+    images = raw["image"] if isinstance(raw["image"], list) else [raw["image"]]
+    if not isinstance(raw["caption"], str) or not raw["caption"].strip():
+        raise BadRecord(f"{place}: an empty caption", "empty answer")
+    return Record(
+        "caption", [*range(len(images)), raw["caption"]], local_pictures(images, folder, place), place
+    )
+
+
+def read_text(raw: dict, kind: str, folder: Path, place: str) -> Record:
+    if not isinstance(raw["text"], str) or raw.keys() & {"image", "images"}:
+        raise BadRecord(f"{place}: 'text' must be a text without an image beside it")
+    return Record("text", [raw["text"]], [], place)
+
+
+READERS = {
+    "LLaVA": read_llava, "Cauldron": read_cauldron, "VLMEvalKit": read_tsv_question, "OBELICS": read_obelics,
+    "MMC4": read_mmc4, "captioned": read_captioned, "text": read_text,
+}  # fmt: skip
 
 
 # What `--data scenes` means in each stage: (kind, weight). Chain-of-Sight's stage 1 is multi-task as well.
@@ -1353,26 +1733,26 @@ def open_sources(spec: str, stage: str) -> list[tuple[Dataset, float]]:
     """--data: "scenes", one file of records (see FileSource) or a mixture; gives (source, weight) pairs.
 
     A mixture is a .json list of {"kind", "path", "images", "weight", "name", "note"}, the last four optional.
-    path is "scenes" or that of a file of records, relative to the mixture. What the weights of a kind's
-    sources sum to is its share; where no entry has a weight, SHARES hold. Every source has `kind` and `name`:
-    the entry's, or the file's without suffix.
+    path is "scenes" or that of a file, folder or glob of records, relative to the mixture. What the weights
+    of a kind's sources sum to is its share; where no entry has a weight, SHARES hold. Every source has `kind`
+    and `name`: the entry's, or the file's without suffix.
     """
     path = Path(spec)
     if spec == "scenes":
         entries = [{"kind": kind, "path": "scenes", "weight": weight} for kind, weight in SCENES_MIX[stage]]
-    elif not path.is_file():
-        raise UserError(f"--data {spec}: no such file; use 'scenes', a file of records or a mixture file")
     else:
         source = open_file(path)
-        entries, first = source.rows, source.raw(0)[0]
-        known = not isinstance(first, dict) or any(fits(kind, first) for kind in KEYS)
-        if known or path.suffix != ".json" or not first.keys() & {"kind", "path"}:
+        first = source.first(lambda i: source.table.raw(i)[0])
+        if layout_of(first) or path.suffix != ".json" or not first.keys() & {"kind", "path"}:
             check_kind(source.kind, stage, spec)
+            source.first(source.__getitem__)
             return [(source, 1.0)]
+        entries = read_json(path)
     for n, entry in enumerate(entries):
         check_entry(entry, stage, f"{spec} entry {n}")
     files = [path.parent / entry["path"] for entry in entries]
-    missing = [e["path"] for e, f in zip(entries, files) if e["path"] != "scenes" and not f.is_file()]
+    missing = [e["path"] for e, f in zip(entries, files) if e["path"] != "scenes" and not f.exists()]
+    missing = [name for name in missing if not glob.has_magic(name)]  # find_files tells of those
     if missing:
         names = ", ".join(dict.fromkeys(missing))
         raise UserError(f"{spec}: these files are missing in {path.parent}: {names}; put them there")
@@ -1382,14 +1762,15 @@ def open_sources(spec: str, stage: str) -> list[tuple[Dataset, float]]:
         name = entry.get("name", file.stem)
         source = Scenes(kind) if builtin else open_file(file, kind, entry.get("images", ""), name)
         source.name = name
-        source[0]  # a kind that does not fit its file shows before a run begins
+        if not builtin:  # a kind that does not fit its file shows before a run begins
+            source.first(source.__getitem__)
         sources.append((source, weight))
     return sources
 
 
 def check_kind(kind: object, stage: str, place: str) -> None:
-    if kind not in list(KEYS):
-        raise UserError(f"{place}: kind '{kind}' is not known, use {', '.join(KEYS)}")
+    if kind not in KINDS:
+        raise UserError(f"{place}: kind '{kind}' is not known, use {', '.join(KINDS)}")
     if kind == "interleaved" and stage == "sft":
         raise UserError(f"{place}: interleaved data is for stage 1, stage 2 takes chat, caption and text")
 
@@ -1493,7 +1874,7 @@ class Planned:
     kinds: dict[str, float]  # share of the step's filled positions by kind of record, over all ranks
     fill: float  # filled share of the step's positions
     images: float  # share of the step's room for images that is used; 0 if it is not packed
-    left_out: int  # samples of pools begun in this step that have no answer within the limit
+    skipped: list[tuple[str, str]]  # (why, what) of the records that could not be used, see `Plan.usable`
 
 
 def check_room(cfg: ModelConfig, limit: int, most_views: int) -> None:
@@ -1568,60 +1949,80 @@ class Plan(IterableDataset):
             for micro in range(self.micro_steps):
                 first = step * self.batch_size + (micro * self.world + self.rank) * share
                 samples = [self.place(0, n) for n in range(first, first + share)]
-                yield Planned(step, [samples], [], {}, 0.0, 0.0, 0)
+                yield Planned(step, [samples], [], {}, 0.0, 0.0, [])
 
     def packed(self):
         cursor = [list(at) for at in self.cursor or [[0, 0]] * len(self.groups)]
         streams = [self.rows_of(g, *at) for g, at in enumerate(cursor)]
         share = self.batch_rows // (self.micro_steps * self.world)
         for step in self.steps:
-            rows, filled, about = [], Counter(), Counter()
+            rows, filled, images, skipped = [], Counter(), 0, []
             for r in range(step * self.batch_rows, (step + 1) * self.batch_rows):
                 group = self.kinds.source(r)
-                cursor[group], row, kinds, more = next(streams[group])
+                cursor[group], row, kinds, seen, more = next(streams[group])
                 rows.append(row)
                 filled.update(kinds)
-                about.update(more)
+                images += seen
+                skipped += more
             total = filled.total()
             shares = {kind: n / total for kind, n in filled.items()}
             fill = total / (self.batch_rows * self.row_length)
-            images = about["images"] / (self.batch_rows * self.row_images)
+            images /= self.batch_rows * self.row_images
             for micro in range(self.micro_steps):
                 first = (micro * self.world + self.rank) * share
                 at = [list(c) for c in cursor]
-                yield Planned(step, rows[first : first + share], at, shares, fill, images, about["left out"])
+                told = skipped if self.rank == 0 and micro == 0 else []  # every rank plans for all
+                yield Planned(step, rows[first : first + share], at, shares, fill, images, told)
 
     def rows_of(self, group: int, pool: int, first: int):
         """Endless rows of a group from row `first` of a pool on: (where to go on, row, positions by kind,
-        other counts).
+        views, what was skipped since the pool before).
         """
         while True:
-            found, lengths, views, kinds, left_out = [], [], [], [], 0
+            found, lengths, views, kinds, skipped = [], [], [], [], []
             for number in range(pool * self.POOL, (pool + 1) * self.POOL):
-                place = self.place(group, number)
+                place = self.usable(self.place(group, number), skipped)
                 record, parts = self.parts(place)
-                left_out += not parts
                 for n, (_, length, seen) in enumerate(parts):
                     found.append(place._replace(part=n))
                     lengths.append(length)
                     views.append(seen)
                     kinds.append(record.kind)
             rows = best_fit(lengths, self.row_length, views, self.row_images, self.row_length // 16)
-            if not rows:
-                raise UserError(f"no answer is left to learn in {record.name}, ...: raise --row_length")
             random.Random(f"{self.seed}-{group}-{pool}").shuffle(rows)
             for n in range(first, len(rows)):
                 filled = Counter()
                 for i in rows[n]:
                     filled[kinds[i]] += lengths[i]
-                about = {"images": sum(views[i] for i in rows[n]), "left out": left_out * (n == 0)}
                 on = [pool, n + 1] if n + 1 < len(rows) else [pool + 1, 0]
-                yield on, [found[i] for i in rows[n]], filled, about
+                seen, told = sum(views[i] for i in rows[n]), skipped if n == 0 else []
+                yield on, [found[i] for i in rows[n]], filled, seen, told
             pool, first = pool + 1, 0
 
     def place(self, group: int, number: int) -> Place:
         mode = self.choose_mode(number * len(self.groups) + group)
         return Place(group, number, 0, mode, *self.orders[group][number])
+
+    def usable(self, place: Place, skipped: list[tuple[str, str]]) -> Place:
+        """The place itself, or, where its record is broken or has nothing to learn, that of another record of
+        the same source: a pure function of seed and place, so that neither workers nor ranks change it. Adds
+        (why, what) to `skipped`.
+        """
+        source, before = self.groups[place.group][place.source][0], len(skipped)
+        for attempt in range(PROBE):
+            rng = random.Random(f"{self.seed}-{place.group}-{place.source}-{place.index}-{attempt}")
+            tried = place._replace(index=rng.randrange(len(source))) if attempt else place
+            try:
+                if self.parts(tried)[1]:
+                    return tried
+                told = f"{self.record(tried).name}: no answer is left within {self.limit} positions"
+                skipped.append(("no answer within the limit", told))
+            except BadRecord as e:
+                skipped.append((e.why, str(e)))
+        raise UserError(
+            f"{PROBE} records of {source.name} one after the other cannot be used, the first: "
+            f"{skipped[before][1]}; python data.py check tells all, answers may need a larger --row_limit"
+        )
 
     def record(self, place: Place) -> Record:
         return self.groups[place.group][place.source][0][place.index]
@@ -1637,7 +2038,7 @@ class Plan(IterableDataset):
 
     def find_parts(self, place: Place) -> tuple[Record, list[tuple[list[Piece], int, int]]]:
         record = self.record(place)
-        sizes = picture_sizes(record.images, self.cfg, record.name)
+        sizes = [picture_size(image, record.name) for image in record.images]  # that it is there, at least
         modes = {"fast": ["pruned"], "slow": ["full", "pruned"]}.get(place.mode, ["full"])
         slots = [max(each, key=len) for each in zip(*(sample_slots(self.cfg, m, sizes) for m in modes))]
         views = [view_count(self.cfg, size) for size in sizes]
@@ -1651,7 +2052,7 @@ class Plan(IterableDataset):
             length = sum(len(slots[i]) for i in pictures) + sum(len(ids) for ids, _ in text)
             targets = sum(len(ids) for ids, supervised in text if supervised)
             targets -= not isinstance(part[0], int) and part[0][1]  # nothing comes before the first token
-            if self.batch_size or targets:
+            if targets:
                 measured.append((part, length, sum(views[i] for i in pictures)))
         return record, measured
 
@@ -1665,7 +2066,7 @@ class Stream(Dataset):
     def __getitem__(self, planned: Planned | UserError) -> Batch | UserError:
         if isinstance(planned, UserError):
             return planned
-        plan, places = self.plan, [place for row in planned.rows for place in row]
+        plan, places, skipped = self.plan, [place for row in planned.rows for place in row], planned.skipped
         per_step = plan.batch_size or plan.batch_rows
         samples, filled, packing = [], Counter(), {}
         if not plan.batch_size:
@@ -1674,18 +2075,13 @@ class Stream(Dataset):
             packing["capacity"] = plan.pad_images * len(planned.rows) * plan.row_images
         try:
             for place in places:
-                record, parts = plan.parts(place)
-                samples.append(self.sample(record, parts[place.part][0]))
+                record, parts = plan.parts(plan.usable(place, skipped))
+                samples.append(self.sample(record, parts[place.part][0], skipped))
                 filled[record.kind] += parts[place.part][1]
             batch = make_batch(
                 samples, [place.mode for place in places], plan.cfg, plan.row_length, plan.limit,
                 (planned.step + 1) * per_step, **packing,
             )  # fmt: skip
-            if not len(batch.student.targets):
-                names = ", ".join(plan.record(place).name for place in places[:3])
-                raise UserError(
-                    f"no answer is left to learn in {names}, ...: raise --row_limit above {plan.limit}"
-                )
         except UserError as error:
             return error
         if plan.batch_size:  # of this rank's micro-batch, while a packed plan tells them of the whole step
@@ -1694,8 +2090,238 @@ class Stream(Dataset):
         batch.plan = planned
         return batch
 
-    def sample(self, record: Record, part: list[Piece]) -> Sample:
-        """A part of a record, with the pictures of that part alone."""
-        own = [piece for piece in part if isinstance(piece, int)]
+    def sample(self, record: Record, part: list[Piece], skipped: list[tuple[str, str]]) -> Sample:
+        """A part of a record, with the pictures of that part alone. A file that turns out to be broken only
+        when it is decoded keeps the room that was planned for it, blank, and its text is not learned.
+        """
+        own, cfg = [piece for piece in part if isinstance(piece, int)], self.plan.cfg
         pieces = [own.index(piece) if isinstance(piece, int) else piece for piece in part]
-        return load_sample(pieces, [record.images[i] for i in own], self.plan.cfg, record.name)
+        images = [record.images[i] for i in own]
+        try:
+            return load_sample(pieces, images, cfg, record.name)
+        except BadRecord as e:
+            skipped.append((e.why, str(e)))
+        sizes = picture_sizes(images, cfg, record.name)
+        blank = (sum(view_count(cfg, size) for size in sizes), 3, cfg.vit.image_size, cfg.vit.image_size)
+        unlearned = [piece if isinstance(piece, int) else (piece[0], False) for piece in pieces]
+        return Sample(unlearned, np.zeros(blank, np.uint8), sizes)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Commands: what is in a data set, and a form of it that trains well.
+
+
+@dataclass
+class CheckConfig:
+    stage: str = "sft"  # the stage that is to train on it: pretrain or sft
+    preset: str = "tiny"  # whose tokenizer, visual tokens and way to cut pictures
+    row_limit: int = 2048  # positions of a record, as in training
+    limit: int = 0  # look at this many records of each source; 0: at all
+    samples: int = 3  # records that are shown
+    workers: int = 0  # processes; 0: one a core
+
+
+class Chunks(Dataset):
+    """Item c: what there is to count in the c-th CHUNK records of a plan's only source, a dict of lists."""
+
+    CHUNK = 64
+
+    def __init__(self, plan: Plan, records: int):
+        self.plan, self.records = plan, records
+
+    def __len__(self) -> int:
+        return -(-self.records // self.CHUNK)
+
+    def __getitem__(self, c: int) -> dict[str, list]:
+        found = collections.defaultdict(list)
+        for i in range(c * self.CHUNK, min((c + 1) * self.CHUNK, self.records)):
+            try:
+                self.examine(i, found)
+            except BadRecord as e:
+                found["bad"].append((e.why, str(e)))
+        return dict(found)
+
+    def examine(self, i: int, found: dict[str, list]) -> None:
+        record, parts = self.plan.parts(Place(0, 0, 0, "full", 0, i))
+        for image in record.images:
+            if not isinstance(image, Scene):
+                read_image(image, record.name, decode_small)
+        if not parts:
+            raise BadRecord(f"{record.name}: no answer within {self.plan.limit} positions", "no answer left")
+        text = [piece for part, _, _ in parts for piece in part if not isinstance(piece, int)]
+        tokens = sum(len(ids) for ids, _ in text)
+        whole = sum(len(p[0]) for p in pieces_of(record, self.plan.tokenizer) if not isinstance(p, int))
+        found["pictures"].append(len(record.images))
+        found["cut"].append(tokens < whole)
+        found["tokens"].append(tokens)
+        found["learned"].append(sum(len(ids) for ids, supervised in text if supervised))
+        found["positions"].append(sum(length for _, length, _ in parts))
+
+
+def decode_small(picture: Image.Image) -> None:
+    """Reads a whole file, but of a JPEG only an eighth of its pixels a side."""
+    picture.draft("RGB", (1, 1))
+    picture.load()
+
+
+def check(spec: str, cfg: CheckConfig) -> int:
+    """Reads all records and pictures of --data SPEC, and tells what a run would make of them. Exit code: 1 if
+    it would skip more than 1 %.
+    """
+    if cfg.stage not in SCENES_MIX:
+        raise UserError(f"--stage '{cfg.stage}': use pretrain or sft")
+    model.require_at_least(cfg, 1, "row_limit")
+    model.require_at_least(cfg, 0, "limit samples workers")
+    row = model.preset(cfg.preset)
+    model_cfg = model.copy_config(row["model"])
+    if cfg.stage == "sft" and "scale" in row:
+        model_cfg = model.scaled_config(model_cfg, row["scale"])
+    tokenizer, bad, records = find_tokenizer(model_cfg), 0, 0
+    for source, _ in open_sources(spec, cfg.stage):
+        plan = Plan(
+            [(source, 1.0)], tokenizer, model_cfg, lambda number: "full", 0, range(0), 1,
+            row_length=cfg.row_limit, row_images=10**9, limit=cfg.row_limit,
+        )  # fmt: skip
+        most = cfg.limit or (1000 if isinstance(source, Scenes) else len(source))
+        chunks, found = Chunks(plan, min(most, len(source))), collections.defaultdict(list)
+        workers = min(cfg.workers or len(os.sched_getaffinity(0)), len(chunks))
+        loader = DataLoader(chunks, None, num_workers=workers, multiprocessing_context="fork")
+        for part in tqdm(loader, desc=source.name, unit=f"x{Chunks.CHUNK} records", leave=False):
+            for name, values in part.items():
+                found[name] += values
+        print(f"{source.name}: {chunks.records:,} records of kind {source.kind}")
+        print("\n".join("  " + line for line in told_of(found, cfg.row_limit)))
+        bad, records = bad + len(found["bad"]), records + chunks.records
+        for i in random.Random(0).sample(range(chunks.records), min(cfg.samples, chunks.records)):
+            show_sample(plan, i)
+    if bad > records / 100:
+        print(f"{bad:,} of {records:,} records would be skipped, more than 1 %")
+        return 1
+    return 0
+
+
+def told_of(found: dict[str, list], limit: int) -> list[str]:
+    """Lines about what `Chunks` counted."""
+    usable, bad = len(found["tokens"]), found["bad"]
+    lines = [f"usable   {usable:,}, skipped {len(bad):,} ({len(bad) / (usable + len(bad)):.2%})"]
+    for why, n in Counter(why for why, _ in bad).most_common():
+        lines.append(f"skipped  {n:,} {why}")
+        lines += [f"         {what}" for reason, what in bad if reason == why][:10]
+    if not usable:
+        return lines
+    with_pictures = sum(n > 0 for n in found["pictures"])
+    lines.append(f"pictures {sum(found['pictures']):,}, in {with_pictures:,} records; others have none")
+    lines.append(f"cut      {sum(found['cut']):,} records that are longer than {limit:,} positions")
+    share = sum(found["learned"]) / sum(found["tokens"])
+    lines.append(f"learned  {share:.1%} of {sum(found['tokens']):,} tokens of text")
+    positions = np.array(found["positions"])
+    lines.append(
+        f"length   {positions.min():,} to {positions.max():,} positions, median {np.median(positions):,.0f}"
+    )
+    powers = np.bincount(np.log2(positions).astype(int))
+    for power in np.flatnonzero(powers):
+        bar = "█" * math.ceil(40 * powers[power] / powers.max())
+        lines.append(f"         {f'{2**power:,}-{2 ** (power + 1) - 1:,}':>14} {bar} {powers[power]:,}")
+    return lines
+
+
+def show_sample(plan: Plan, i: int) -> None:
+    """A record as the decoder sees it: what is learned is green, or in brackets where there is no colour."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    on, off = ("\x1b[32m", "\x1b[0m") if colour else ("[[", "]]")
+    try:
+        record, parts = plan.parts(Place(0, 0, 0, "full", 0, i))
+    except BadRecord:
+        return
+    shown = ""
+    for piece in parts[0][0] if parts else []:
+        if isinstance(piece, int):
+            shown += "<picture>"
+            continue
+        text = plan.tokenizer.bpe.decode([id for id in piece[0] if id < plan.tokenizer.vocab_size])
+        text = "".join(
+            c if c.isprintable() or c == "\n" else "?" for c in text
+        )  # no escape codes of the data's
+        shown += f"{on}{text}{off}" if piece[1] and text else text
+    print(f"\n{record.name}, learned text {'is green' if colour else 'in [[ ]]'}:\n{shown}\n")
+
+
+@dataclass
+class ConvertConfig:
+    images: str = ""  # folder of the pictures that records name by path
+    per_tar: int = 1000  # records of a tar
+
+
+def convert(path: Path, out: Path, cfg: ConvertConfig) -> None:
+    """Records of any form, such as parquet, to tars that are read in any order: NUMBER.json and its pictures,
+    NUMBER.0.jpg and so on. Tars that are there already are kept, so that a repeated call goes on.
+    """
+    model.require_at_least(cfg, 1, "per_tar")
+    table, bad = Table(path), []
+    folder = Path(cfg.images) if cfg.images else (path if path.is_dir() else path.parent)
+    out.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=len(table), desc=str(path), unit=" records")
+    for first in range(0, len(table), cfg.per_tar):
+        last = min(first + cfg.per_tar, len(table))
+        file = out / f"{first // cfg.per_tar:05d}.tar"
+        temporary = file.with_name(file.name + ".tmp")
+        if not file.is_file():
+            with tarfile.open(temporary, "w") as tar:
+                for i in range(first, last):
+                    try:
+                        add_sample(tar, f"{i:09d}", *table.raw(i), folder)
+                    except (BadRecord, OSError) as e:
+                        bad.append(str(e))
+            os.replace(temporary, file)
+        bar.update(last - first)
+    bar.close()
+    print(f"{len(table) - len(bad):,} records in {out}, {len(bad):,} could not be converted")
+    print("\n".join(bad[:10]))
+
+
+def add_sample(tar: tarfile.TarFile, key: str, raw: dict, place: str, folder: Path) -> None:
+    """A record to members of a tar: all pictures first, so that a bad one leaves nothing half-written."""
+    images = raw.get("images", raw.get("image"))
+    images = images if isinstance(images, list) else [images]
+    pictures = local_pictures([image for image in images if image is not None], folder, place)
+    contents = [p if isinstance(p, bytes) else p.read_bytes() for p in pictures]
+    rest = {name: value for name, value in raw.items() if name not in ("image", "images")}
+    if "images" in raw:
+        rest["images"] = [None if image is None else n for n, image in enumerate(images)]
+    members = [(f"{key}.json", json.dumps(rest, ensure_ascii=False, default=str).encode())]
+    members += [(f"{key}.{n}.{picture_suffix(c, place)}", c) for n, c in enumerate(contents)]
+    for name, content in members:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+
+
+def picture_suffix(content: bytes, place: str) -> str:
+    return read_image(content, place, lambda picture: (picture.format or "png").lower())
+
+
+USAGE = """Look into data sets, convert and download them.
+
+    python data.py check SPEC          what a run would make of --data SPEC: what is broken, lengths, samples
+    python data.py convert IN OUT      records of a file, folder or glob (parquet, for one) to tars in OUT
+    python data.py download NAME --to DIR     the files of llava (both stages), llava-pretrain or llava-sft"""
+
+
+def main(argv: list[str]) -> None:
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    command, flags = words[:1], argv[len(words) :]
+    if command == ["check"]:
+        model.parse_cli(flags, USAGE, cfg := CheckConfig())
+        if len(words) == 2:
+            raise SystemExit(check(words[1], cfg))
+    elif command == ["convert"]:
+        model.parse_cli(flags, USAGE, cfg := ConvertConfig())
+        if len(words) == 3:
+            return convert(Path(words[1]), Path(words[2]), cfg)
+    else:
+        model.parse_cli(flags, USAGE)
+    raise UserError(f"{' '.join(words) or 'nothing'}: what to do? See python data.py --help")
+
+
+if __name__ == "__main__":
+    model.run_cli(main)

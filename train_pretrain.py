@@ -17,8 +17,9 @@ import math
 import os
 import shutil
 import time
+from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -157,6 +158,7 @@ class Run:
     world: int
     device: torch.device
     best: float = math.inf  # validation loss
+    skipped: Counter = field(default_factory=Counter)  # why records could not be used: how often
     cursor: list | None = None  # packing: where each group of sources goes on
 
     @property
@@ -196,6 +198,7 @@ class Run:
         self.seen += sum(b.samples for b in micro) * self.world
         self.wait += waited
         self.plans += [batch.plan for batch in micro]
+        self.tell_skipped(micro)
         if (step + 1) % self.cfg.log_every and step + 1 != self.cfg.steps:
             return
         values = {name: float(value) for name, value in stats.items()}
@@ -208,7 +211,15 @@ class Run:
         )
         speed = {"samples_per_s": round(rate, 2), "seconds": round(took, 3), "wait": round(wait, 4)}
         speed["visual_tokens"] = visual_tokens
-        self.record(step=step + 1, **speed, **values, **self.packing())
+        skipped = {"skipped": self.skipped.total()} if self.skipped else {}
+        self.record(step=step + 1, **speed, **values, **self.packing(), **skipped)
+
+    def tell_skipped(self, micro: list[data.Batch]) -> None:
+        """Each of the first ten records that could not be used; `close` tells how many there were and why."""
+        for why, told in (skipped for batch in micro for skipped in batch.plan.skipped):
+            if self.skipped.total() < 10:
+                tqdm.write(f"skipped, {why}: {told}")
+            self.skipped[why] += 1
 
     def packing(self) -> dict[str, float]:
         """Of the steps since the last log line: how full rows were, and the share of positions by kind."""
@@ -216,8 +227,6 @@ class Run:
         mean = {name: sum(getattr(p, name) for p in plans) / len(plans) for name in ("fill", "images")}
         kinds = sorted({kind for p in plans for kind in p.kinds})
         shares = {f"share {kind}": sum(p.kinds.get(kind, 0) for p in plans) / len(plans) for kind in kinds}
-        if left_out := sum(p.left_out for p in plans[:: self.cfg.micro_steps]):
-            self.say(f"{left_out} samples have no answer within --row_length and --row_limit: left out")
         return {"fill": mean["fill"], "image_fill": mean["images"], **shares}
 
     def record(self, **values) -> None:
@@ -228,6 +237,14 @@ class Run:
 
     def close(self) -> None:
         self.progress.close()
+        skipped = [self.skipped]
+        if self.world > 1:
+            skipped = [None] * self.world
+            dist.all_gather_object(skipped, self.skipped)
+        skipped = sum(skipped, Counter())
+        if skipped:
+            told = ", ".join(f"{n} {why}" for why, n in skipped.most_common())
+            self.say(f"skipped {skipped.total()} records: {told}; python data.py check {self.cfg.data}")
         self.say(f"{self.stage}: {self.cfg.steps} steps done, checkpoint in {model.find_step(self.folder)}")
         if self.world > 1:
             dist.destroy_process_group()
@@ -365,7 +382,9 @@ def start(stage: str, config: type, argv: list[str], doc: str):
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the decoder {vlm.cfg.decoder.vocab_size}"
         )
-    data.open_sources(cfg.data, stage)  # a wrong --data shows before a folder is made
+    for source, _ in data.open_sources(cfg.data, stage):  # a wrong --data shows before a folder is made
+        if isinstance(source, data.FileSource):
+            source.first(source.with_pictures)
     later = model.scaled_config(vlm.cfg, cfg.scale) if cfg.scale and step.parent != run.folder else vlm.cfg
     later = model.at_resolution(later, cfg.resolution)
     data.check_room(later, longest_sample(cfg), 10**9 if cfg.batch_size else cfg.row_images)
@@ -548,6 +567,7 @@ def optimizer_step(run: Run, ddp: nn.Module, micro: list[data.Batch], optimizers
     count = torch.tensor(float(sum(len(b.student.targets) for b in micro)), device=run.device)
     if run.world > 1:
         dist.all_reduce(count)
+    count = count.clamp(1)  # all pictures of a step may turn out to be broken
     sums = {}
     for n, batch in enumerate(micro):
         last = n == len(micro) - 1
@@ -712,7 +732,7 @@ def validation_loss(run: Run, vlm, tokenizer, spec: str, stage: str, mode: str =
                 logits, _ = vlm(batch.to(run.device))
             total += F.cross_entropy(logits, batch.student.targets.to(run.device), reduction="sum").item()
             count += len(batch.student.targets)
-        losses[kind] = total / count
+        losses[kind] = total / max(1, count)
     shares = {kind: sum(weight for _, weight in sources) for kind, sources in kinds.items()}
     mean = sum(shares[kind] * loss for kind, loss in losses.items()) / sum(shares.values())
     return {"all": mean, **losses}
@@ -725,7 +745,10 @@ def show_answers(run: Run, vlm: model.VLM, tokenizer, spec: str, mode: str, n: i
         return
     source = data.Scenes("chat", "test") if isinstance(source, data.Scenes) else source
     for i in range(min(n, len(source))):
-        record = source[i]
+        try:
+            record = source.with_pictures(i) if isinstance(source, data.FileSource) else source[i]
+        except data.BadRecord:
+            continue
         asked, answer = record.parts[0][1], record.parts[1][1][0]
         images = record.images[: sum(isinstance(part, int) for part in asked)]
         pieces = data.chat_pieces([("user", asked), ("assistant", [])], tokenizer, to_answer=True)

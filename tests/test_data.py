@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -215,13 +216,12 @@ def test_llava_json_turns_images_and_labels(tmp_path):
         ({"image": "a.png", "conversations": turns("What?", "Red.")}, ["record 0", "1 images but 0 <image>"]),
         ({"image": "a.png", "conversations": turns("<image><image>", "x")}, ["1 images but 2 <image>"]),
         ({"conversations": [{"from": "robot", "value": "x"}]}, ["record 0", "'from'", "robot"]),
-        (["no object"], ["record 0", "expected an object"]),
         ({"image": None, "conversations": None}, ["record 0", "list of 'conversations'"]),
         ({"conversations": turns("Only a question")}, ["must start with a human turn and an answer"]),
     ],
 )
 def test_broken_llava_records_are_named(tmp_path, record, words):
-    source = data.open_sources(write_llava(tmp_path, [record]), "sft")[0][0]
+    source = data.FileSource(Path(write_llava(tmp_path, [record])), "chat")
     with pytest.raises(model.UserError) as error:
         source[0]
     assert all(word in str(error.value) for word in [*words, "train.json"])

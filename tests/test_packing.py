@@ -9,6 +9,7 @@ import pytest
 import test_training
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import data
 import model
@@ -16,6 +17,7 @@ import train_pretrain
 import train_sft
 
 TOKENIZER = test_training.TOKENIZER
+BLANK = Image.new("RGB", (8, 8))
 SPLIT = [("caption", 0.45), ("interleaved", 0.45), ("text", 0.1)]
 
 
@@ -57,7 +59,7 @@ class Lengths:
 
     def __getitem__(self, i: int) -> data.Record:
         text = str(int(self.lengths[i]) - 1)  # the end token is one more
-        return data.Record("caption", [0, text] if self.image else [text], [None] * self.image)
+        return data.Record("caption", [0, text] if self.image else [text], [BLANK] * self.image)
 
 
 def distribution(name: str) -> tuple[np.ndarray, bool]:
@@ -386,8 +388,12 @@ def test_starts_are_where_the_mask_changes():
 def test_a_sample_without_room_for_its_answer_is_left_out_and_counted():
     plan = small_plan(range(1), kinds=[("chat", 1.0)], row_length=15, batch_rows=2)
     planned = next(iter(plan))
-    room = [plan.parts(plan.place(0, n))[1] for n in range(plan.POOL)]
-    assert planned.left_out == sum(not parts for parts in room) > 0
+    places = [plan.place(0, n) for n in range(plan.POOL)]
+    assert 0 < sum(not plan.parts(place)[1] for place in places) <= len(planned.skipped)
+    assert {why for why, _ in planned.skipped} == {"no answer within the limit"}
+    assert "no answer is left within 15 positions" in planned.skipped[0][1]
+    others = [plan.usable(place, []) for place in places]  # another record takes the place
+    assert all(plan.parts(place)[1] for place in others)
     with pytest.raises(model.UserError, match="raise --row_limit"):
         small_plan(row_length=8)
 

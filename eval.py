@@ -259,10 +259,12 @@ def open_task(name: str, shots: int | None, cfg: EvalConfig) -> Task:
         known = ", ".join((*SCENE_TASKS, *MORE_TASKS, *BENCHMARKS))
         raise UserError(f"--tasks '{name}' is unknown: use scenes, {known} or {'|'.join(FILE_KINDS)}:FILE")
     task = read(kind, path, cfg.images)
-    groups = [*dict.fromkeys(q.group or q.key for q in task.questions)]
-    if cfg.limit and len(groups) > cfg.limit:
-        few = {*random.Random(f"limit-{task.name}-{cfg.seed}").sample(groups, cfg.limit)}
-        task.questions, task.limit = [q for q in task.questions if (q.group or q.key) in few], cfg.limit
+    units = [
+        q.group or (str(q.name) if kind == "mme" else q.key) for q in task.questions
+    ]  # MME asks in pairs
+    if cfg.limit and len({*units}) > cfg.limit:
+        few = {*random.Random(f"limit-{cfg.seed}").sample([*dict.fromkeys(units)], cfg.limit)}
+        task.questions, task.limit = [q for q, u in zip(task.questions, units) if u in few], cfg.limit
     if shots is None or task.kind in WORDS_ONLY:
         return task
     if shots and not cfg.demos:
@@ -455,15 +457,11 @@ def pope_rows(asked: list[Question], answers: list[str]) -> list[tuple]:
 
 def mme_rows(asked: list[Question], answers: list[str]) -> list[tuple]:
     """Points: accuracy + that of pictures with both answers right, 200 a category."""
-    rows = [
-        {"category": q.parts[0], "question_id": str(q.name), "gt": q.answers[0], "pred": a}
-        for a, q in zip(answers, asked)
-    ]
-    count = Counter(q.parts[0] for q in asked)
-    scores = {name: score for name, score in mme_score(rows).items() if isinstance(score, int | float)}
-    return [
-        (f"{name} points", "points", score, count.get(name, len(asked))) for name, score in scores.items()
-    ]
+    rows, count = [], Counter(q.parts[0] for q in asked)
+    for q, said in zip(asked, answers):
+        rows.append({"category": q.parts[0], "question_id": str(q.name), "gt": q.answers[0], "pred": said})
+    scores = {k: v["score"] if isinstance(v, dict) else v for k, v in mme_score(rows).items()}
+    return [(f"{name} points", "points", score, count[name] or len(rows)) for name, score in scores.items()]
 
 
 def bleu_rows(asked: list[Question], answers: list[str]) -> list[tuple]:
@@ -544,7 +542,9 @@ BENCHMARKS = {
         ("llava-seed-bench.jsonl | SEED-Bench.json | {image}",),
         ("data_type", "question_type category question_type_id"), folder="seed_bench",
     ),
-    "mmmu": Benchmark("mmmu", "{question}{options}\n" + LETTER, 128, "validation", "Yue et al. 2023", parts=("subject",)),
+    "mmmu": Benchmark(
+        "mmmu", "{question}{options}\n" + LETTER, 128, "validation", "Yue et al. 2023", parts=("subject",)
+    ),
     "mmstar": Benchmark(
         "mmstar", "{question}{options}" + LETTER[:-1], 32, "val", "Chen et al. 2024",
         parts=("category", "l2_category l2-category"), macro=True,
@@ -585,7 +585,9 @@ BENCHMARKS = {
     "arc_challenge": Benchmark(
         **WORDS, split="test", source="Clark et al. 2018", files=("ARC-Challenge-Test.jsonl",)
     ),
-    "piqa": Benchmark(**WORDS, split="valid", source="Bisk et al. 2020", files=("valid.jsonl | valid-labels.lst",)),
+    "piqa": Benchmark(
+        **WORDS, split="valid", source="Bisk et al. 2020", files=("valid.jsonl | valid-labels.lst",)
+    ),
     "hellaswag": Benchmark(
         **{**WORDS, "prompt": "{question}"}, split="valid", source="Zellers et al. 2019",
         files=("hellaswag_val.jsonl",),
@@ -618,15 +620,11 @@ def first_of(raw: dict, names: str):
 
 
 def json_rows(pattern: str, folder: Path) -> list[tuple[dict, str]]:
-    """Records of files in the layouts of benchmarks, and their places; `file` in a record is its file's stem."""
+    """Records of files as benchmarks lay them out, and their places; `file` in one is its file's stem."""
     rows = []
     for path in sorted(folder.glob(pattern)):
         if path.suffix == ".txt":  # MME: a picture's questions, each with its answer behind a tab
-            name = (
-                f"{path.relative_to(folder).parts[1]}/{path.stem}"
-                if len(path.relative_to(folder).parts) > 2
-                else ""
-            )
+            name = "/".join([path.relative_to(folder).parts[1], path.stem])
             told = [line.split("\t") for line in path.read_text().splitlines() if line.count("\t") == 1]
             found = [{"question_id": name, "image": path.stem, "question": q, "answer": a} for q, a in told]
         elif path.suffix == ".lst":  # PIQA: the number of the right answer of every line
@@ -731,7 +729,7 @@ def read_benchmark(name: str, path: Path, images: str) -> Task:
             labels.setdefault(join_key(row, raw), raw)
     else:
         rows = table_rows(name, path)
-    questions, places, later, about = [], [], [], collections.defaultdict(list)
+    questions, places = [], []
     for n, (raw, place) in enumerate(rows):
         if labels:
             label = labels.get(join_key(row, raw))
@@ -742,7 +740,7 @@ def read_benchmark(name: str, path: Path, images: str) -> Task:
         raw = {"ind": n, **raw} if name == "piqa" else raw
         try:
             if table:
-                shown = encoded_pictures(raw, seen)
+                shown = encoded_pictures(raw, seen, place)
                 pictures[str(raw.get("index", n))] = shown
             else:
                 shown = file_pictures(raw, folder, images, pattern)
@@ -808,22 +806,18 @@ def part_of(raw: dict, column: str, shown: tuple) -> str:
     return re.sub(r"^(coco_pope_|test_|refcoco[+g]?_)|_test$", "", str(value))
 
 
-def encoded_pictures(raw: dict, seen: dict) -> tuple:
+def encoded_pictures(raw: dict, seen: dict, place: str) -> tuple:
     """The bytes of a row's pictures, each picture once in memory; a short number stands for another row's."""
-    cells = [raw[key] for key in ("image", *(f"image_{i}" for i in range(1, 10))) if raw.get(key) is not None]
     found = []
-    while cells:
-        cell = cells.pop(0)
-        cell = cell["bytes"] if isinstance(cell, dict) else cell
-        if isinstance(cell, str) and cell.startswith("["):
-            cell = ast.literal_eval(cell)  # MMMU: a list, as Python writes it
-        if isinstance(cell, list):
-            cells = cell + cells
-        elif isinstance(cell, str) and len(cell) < 20:
+    for cell in (raw.get(key) for key in ("image", *(f"image_{i}" for i in range(1, 10)))):
+        if isinstance(cell, str) and len(cell) < 20:
             found += [cell] if cell not in ("", "nan") else []
-        else:
-            cell = base64.b64decode(cell, validate=True) if isinstance(cell, str) else cell
-            found.append(seen.setdefault(cell, cell))
+            continue
+        cells = data.tsv_pictures(cell, place) if isinstance(cell, str) else cell
+        for each in cells if isinstance(cells, list) else [cells]:
+            content = each["bytes"] if isinstance(each, dict) else each
+            if content is not None:
+                found.append(seen.setdefault(content, content))
     return tuple(found)
 
 
@@ -979,7 +973,7 @@ def score_task(
     scores = score_answers(task, answers)
     seeing = [i for i, q in enumerate(asked) if q.images]
     blind = other = None
-    if seeing and (vlm or answers_path(log.folder, task, mode, True).is_file()):
+    if seeing and (vlm or not log.folder or answers_path(log.folder, task, mode, True).is_file()):
         swapped = derange([asked[i].images for i in seeing], cfg.seed)
         some, other = replace(task, questions=[asked[i] for i in seeing]), [*answers]
         for i, said in zip(seeing, answer_all(vlm, tokenizer, some, swapped, mode, cfg, log, blind=True)):
@@ -2242,104 +2236,6 @@ def token_window(cfg: model.ModelConfig, token: int) -> tuple[slice, slice, floa
             return rows, columns, 1 / window**2
         token -= per_side**2 * queries
     raise ValueError(f"token {token} lies beyond the last scale")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# TEMPORARY
-
-
-def mme_parse(text):
-    return text.lower().strip().rstrip(".")
-
-
-def mme_score(rows):
-    found = {}
-    for category in dict.fromkeys(r["category"] for r in rows):
-        mine = [
-            (r["question_id"], mme_parse(r["pred"]) == r["gt"].lower())
-            for r in rows
-            if r["category"] == category
-        ]
-        ids = {i for i, _ in mine}
-        both = [all(ok for j, ok in mine if i == j) for i in ids]
-        found[category] = 100 * sum(ok for _, ok in mine) / len(mine) + 100 * sum(both) / len(both)
-    return {"perception": sum(found.values()), "cognition": 0.0, **found}
-
-
-def scienceqa_parse(text, n):
-    return text if text in list(string.ascii_uppercase[:n]) else None
-
-
-def mmbench_parse(text, options):
-    return text if text in list(string.ascii_uppercase[: len(options)]) else None
-
-
-def mmmu_parse(text, options):
-    return text.strip(".")
-
-
-def mmmu_open(text, golds):
-    return any(g in text for g in golds)
-
-
-def mmstar_parse(text, letters="ABCD"):
-    return text[:1]
-
-
-def anls(pred, answers):
-    return float(pred.lower() in [a.lower() for a in answers])
-
-
-def relaxed_match(pred, target):
-    return pred == target
-
-
-def gqa_match(pred, answer):
-    return pred.rstrip(".").lower() == answer.lower()
-
-
-def bleu4(candidates, references):
-    return sum(c in r for c, r in zip(candidates, references)) / len(candidates)
-
-
-if not hasattr(data, "Table"):
-
-    class _Table:
-        def __init__(self, path):
-            import csv
-            import sys
-
-            csv.field_size_limit(sys.maxsize)
-            path = Path(path)
-            if path.suffix == ".jsonl":
-                lines = enumerate(path.read_text().splitlines(), 1)
-                self.rows = [(json.loads(line), f"{path} line {n}") for n, line in lines if line.strip()]
-            elif path.suffix == ".parquet":
-                import pyarrow.parquet as pq
-
-                self.rows = [(r, f"{path} row {n}") for n, r in enumerate(pq.read_table(path).to_pylist())]
-            else:
-                with open(path, newline="") as file:
-                    self.rows = [
-                        (r, f"{path} line {n}") for n, r in enumerate(csv.DictReader(file, delimiter="\t"), 2)
-                    ]
-
-        def __len__(self):
-            return len(self.rows)
-
-        def raw(self, i):
-            return self.rows[i]
-
-    data.Table = _Table
-    _read = data.read_image
-
-    def _read_image(image, name, read):
-        if isinstance(image, bytes):
-            with Image.open(io.BytesIO(image)) as opened:
-                return read(opened)
-        return _read(image, name, read)
-
-    data.read_image = _read_image
 
 
 if __name__ == "__main__":

@@ -1244,7 +1244,7 @@ class Table:
         if self.suffix == ".tar":
             return read_tar_sample(content, place), place
         try:
-            text = content.decode("utf-8-sig").strip()
+            text = content.decode("utf-8-sig").strip("\r\n" if self.suffix == ".tsv" else None)
         except UnicodeDecodeError as e:
             raise BadRecord(f"{place}: byte {e.start} is not UTF-8") from None
         if self.suffix == ".txt":
@@ -1267,7 +1267,26 @@ class Table:
         cells = tsv_cells(text)
         if len(cells) != len(header):
             raise BadRecord(f"{place}: {len(cells)} cells, but the header names {len(header)}")
-        return dict(zip(header, cells))
+        row = dict(zip(header, cells))
+        if header[0] == "index" and row.get("image", "").isdecimal() and row["image"] != row["index"]:
+            try:
+                row["image"] = self.raw(self.row_of_index(row["image"], place))[0]["image"]
+            except RecursionError:
+                raise BadRecord(f"{place}: its image refers to a row that refers back") from None
+        return row
+
+    def row_of_index(self, index: str, place: str) -> int:
+        """VLMEvalKit writes a picture once: other rows have the index of that one."""
+        if self.rows_by_index is None:
+            self.rows_by_index = {}
+            for file, starts, first in zip(self.files, self.starts, self.first):
+                for k, start in enumerate(starts[:-1].tolist()):
+                    self.handle(file).seek(start)
+                    cell = self.handle(file).read(64).partition(b"\t")[0]
+                    self.rows_by_index[cell.decode("utf-8", "replace")] = int(first) + k
+        if index not in self.rows_by_index:
+            raise BadRecord(f"{place}: its image is that of index {index}, which no row has")
+        return self.rows_by_index[index]
 
     def parquet_row(self, file: Path, k: int, group: int) -> dict:
         """Rows lie in groups, which are read whole; the last one is kept."""

@@ -1,0 +1,538 @@
+"""Real data: lists, tars, parquet and tables by offset; broken records; pictures; check and convert."""
+
+import base64
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_training
+import torch
+from PIL import Image
+
+import data
+import model
+from model import UserError
+
+TOKENIZER = test_training.TOKENIZER
+ROOT = Path(__file__).parent.parent
+
+
+def turns(*values: str) -> list[dict]:
+    return [{"from": ("human", "gpt")[n % 2], "value": value} for n, value in enumerate(values)]
+
+
+def chat(image: str | list | None, question: str = "<image>\nWhat?", answer: str = "Red.") -> dict:
+    return ({"image": image} if image else {}) | {"conversations": turns(question, answer)}
+
+
+def picture(colour: str = "red", form: str = "PNG", size: tuple[int, int] = (20, 20), **more) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, form, **more)
+    return buffer.getvalue()
+
+
+def half_jpeg() -> bytes:
+    """Its header is whole, half of its pixels are missing."""
+    noise = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "JPEG")
+    return buffer.getvalue()[: len(buffer.getvalue()) // 2]
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def write_tar(path: Path, members: dict[str, bytes], form: int = tarfile.PAX_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def colour_of(image) -> tuple[int, int, int]:
+    return data.open_image(image).getpixel((5, 5))
+
+
+# --- Lists of objects
+def random_value(rng: random.Random, depth: int = 0):
+    """Anything JSON can hold, with brackets, quotes and backslashes in its texts."""
+    kind = rng.randrange(4 if depth > 3 else 6)
+    if kind < 3:
+        return "".join(rng.choice('a"\\{}[],:/ \n\té😀') for _ in range(rng.randrange(12)))
+    if kind == 3:
+        return rng.choice([None, True, -1.5e-9, 7])
+    if kind == 4:
+        return [random_value(rng, depth + 1) for _ in range(rng.randrange(4))]
+    return {str(random_value(rng, 9)): random_value(rng, depth + 1) for _ in range(rng.randrange(4))}
+
+
+@pytest.mark.parametrize("style", [{}, {"indent": 2}, {"ensure_ascii": False, "separators": (",", ":")}])
+def test_offsets_of_a_list_are_those_of_the_json_module(tmp_path, style):
+    rng = random.Random(0)
+    records = [{"n": n, "x": random_value(rng)} for n in range(300)]
+    text = json.dumps(records, **style)
+    for extra in ("", "\ufeff"):
+        path = write(tmp_path / f"{len(extra)}.json", (extra + " \n" + text + "\n ").encode())
+        table = data.Table(path)
+        order = rng.sample(range(300), 300)
+        assert len(table) == 300 and [table.raw(i)[0] for i in order] == [records[i] for i in order]
+        assert table.raw(299)[1] == f"{path} record 299"
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ('[{"a": 1},\n {"a": "x}]', "line 2 column 8: not JSON (Unterminated string"),
+        ('[{"a": 1},\n\n  {"a": 2} {"a": 3}]', "line 3 column 12: expected a .json file to be a list"),
+        ('[{"a": 1},', "line 1 column 11: not JSON (Expecting value)"),
+        ('[{"a": 1}', "line 1 column 10: expected a .json file to be a list"),
+        ('{"a": 1}', "line 1 column 1: expected a .json file to be a list"),
+        ("", "is empty"),
+    ],
+)
+def test_a_broken_list_is_named_by_line_and_column(tmp_path, content, words):
+    with pytest.raises(UserError) as error:
+        data.Table(write(tmp_path / "x.json", content.encode()))
+    assert words in str(error.value) and "x.json" in str(error.value)
+
+
+def test_a_broken_record_of_a_list_is_named_and_the_others_are_read(tmp_path):
+    table = data.Table(write(tmp_path / "x.json", b'[{"a": 1},\n{"a" 2},\n{"a": 3}]'))
+    with pytest.raises(data.BadRecord, match="x.json line 2 column 6: not JSON .Expecting ':' delimiter"):
+        table.raw(1)
+    assert len(table) == 3 and table.raw(2)[0] == {"a": 3}
+
+
+def test_a_list_costs_offsets_and_not_objects(tmp_path):
+    """40 MB of records: reading all of them keeps less than 1 MB."""
+    record = chat("a.png", "<image>\n" + "what is this? " * 70)
+    path = write(tmp_path / "x.json", json.dumps([record] * 40_000).encode())
+    assert path.stat().st_size > 40e6
+    tracemalloc.start()
+    source = data.FileSource(path, "chat")
+    for i in range(0, 40_000, 40):
+        source[i]
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(source) == 40_000 and held < 1e6
+
+
+# --- Tars
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tars_of_captions_are_read_in_any_order(tmp_path, form):
+    deep = "" if form == tarfile.USTAR_FORMAT else "long/" * 60  # needs GNU's or PAX's extra header
+    colours = ["red", "green", "blue", "white"]
+    for shard in range(2):
+        members = {}
+        for n in range(2):
+            k = shard * 2 + n
+            suffix, kind = (("jpg", "JPEG"), ("webp", "WEBP"))[n]
+            members[f"{deep}{k:09d}.{suffix}"] = picture(colours[k], kind)
+            members[f"{deep}{k:09d}.txt"] = f" a {colours[k]} picture\n".encode()
+            members[f"{deep}{k:09d}.json"] = json.dumps({"caption": "other", "url": "http://x"}).encode()
+        write_tar(tmp_path / f"{shard:05d}.tar", members, form)
+    write(tmp_path / "00000.parquet", b"img2dataset puts these beside")
+    for spec in (tmp_path, tmp_path / "0*.tar"):
+        source = data.open_file(spec)
+        assert source.kind == "caption" and len(source) == 4
+        for k in (2, 0, 3, 1):
+            assert source[k].parts == [0, f"a {colours[k]} picture"]
+            expected = Image.new("RGB", (1, 1), colours[k]).getpixel((0, 0))
+            assert np.abs(np.subtract(colour_of(source[k].images[0]), expected)).max() < 8
+    assert (tmp_path / "00001.tar.index.npy").is_file()
+
+
+def test_the_index_of_a_tar_is_written_once_and_anew_if_the_tar_changes(tmp_path, monkeypatch):
+    path = write_tar(
+        tmp_path / "x.tar", {"a.jpg": picture(), "a.txt": b"one", "b.c.jpg": picture(), "b.txt": b"two"}
+    )
+    assert [data.open_file(path)[i].parts[1] for i in range(2)] == ["one", "two"]
+    data.index_file.cache_clear()
+    scanned = []
+    opened = tarfile.open
+
+    def watch(name=None, *args, **kwargs):
+        scanned.append(name)
+        return opened(name, *args, **kwargs)
+
+    monkeypatch.setattr(tarfile, "open", watch)
+    assert len(data.Table(path)) == 2 and scanned == []
+    os.remove(path)
+    write_tar(path, {"z.jpg": picture(), "z.txt": b"new"})
+    os.utime(path, ns=(1, 1))
+    assert len(data.Table(path)) == 1 and data.open_file(path)[0].parts[1] == "new"
+    write(tmp_path / "x.tar.index.npy", b"not an index")
+    data.index_file.cache_clear()
+    assert len(data.Table(path)) == 1
+
+
+def test_tars_hold_chats_documents_and_text_too(tmp_path):
+    document = {"texts": ["Before.", None, "After.", None], "images": [None, "x", None, "y"]}
+    members = {
+        "0.json": json.dumps(chat("any/where.jpg", "<image><image> Same?", "No.")).encode(),
+        "0.0.png": picture("red"),
+        "0.1.png": picture("blue"),
+    }
+    source = data.open_file(write_tar(tmp_path / "chat.tar", members))
+    assert source[0].parts[0] == ("user", [0, 1, " Same?"])
+    assert [colour_of(image) for image in source[0].images] == [(255, 0, 0), (0, 0, 255)]
+    members["0.json"] = json.dumps(document).encode()
+    source = data.open_file(write_tar(tmp_path / "documents.tar", members))
+    assert source.kind == "interleaved" and source[0].parts == ["Before.", 0, "After.", 1]
+    source = data.open_file(write_tar(tmp_path / "text.tar", {"0.txt": b"words", "1.txt": b"more"}))
+    assert source.kind == "text" and source[1].parts == ["more"]
+
+
+def test_a_compressed_or_broken_tar_is_named(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w:gz"):
+        pass
+    with pytest.raises(UserError, match="x.tar is no plain tar .*unpack a compressed one first"):
+        data.Table(tmp_path / "x.tar")
+    path = write_tar(tmp_path / "y.tar", {"a.json": b"{", "b.json": json.dumps(chat(None, "Q?")).encode()})
+    with pytest.raises(data.BadRecord, match="y.tar record 0: does not read"):
+        data.FileSource(path)[0]
+    assert data.FileSource(path)[1].parts[1] == ("assistant", ["Red."])
+
+
+# --- Tables
+def test_a_tsv_of_vlmevalkit_is_a_chat(tmp_path):
+    code = base64.b64encode(picture("blue")).decode()
+    rows = [
+        "index\timage\tquestion\tanswer\tA\tB\tC\thint",
+        f"1\t{code}\tWhich?\tB\tred\tblue\t\tnan",
+        f'2\t{code}\t"Two\nlines, ""quoted""\there?"\tA\tyes\tno\tperhaps\tLook.',
+        "3\t1\tAgain?\tgreen\t\t\t\t",
+        "4\tx",
+        "5\t??\tNo?\tA\ta\tb\t\t",
+        "6\t7\tNo?\tA\ta\tb\t\t",
+        "7\t6\tNo?\tA\ta\tb\t\t",
+        "8\t99\tNo?\tA\ta\tb\t\t",
+    ]
+    path = write(tmp_path / "x.tsv", ("\n".join(rows) + "\n").encode())
+    source = data.open_file(path)
+    asked = "Which?\nA. red\nB. blue\n" + data.LETTER_PROMPT
+    assert len(source) == 8 and source[0].parts == [("user", [0, asked]), ("assistant", ["B"])]
+    assert colour_of(source[0].images[0]) == (0, 0, 255)
+    question = 'Look.\nTwo\nlines, "quoted"\there?\nA. yes\nB. no\nC. perhaps\n' + data.LETTER_PROMPT
+    assert source[1].parts[0] == ("user", [0, question]) and "line 3" in source[1].name
+    assert source[2].parts == [("user", [0, "Again?"]), ("assistant", ["green"])]
+    assert source[2].images == source[0].images  # a number is the index of the row that has the picture
+    with pytest.raises(data.BadRecord, match="x.tsv line 6: 2 cells, but the header names 8"):
+        source[3]
+    for i, words in ((4, "is not base64"), (5, "refers back"), (7, "that of index 99, which no row has")):
+        with pytest.raises(data.BadRecord, match=f"x.tsv line .: its image .*{words}|line .*{words}"):
+            source[i]
+
+
+def test_parquet_of_the_hub_and_its_conversion(tmp_path, capsys):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    def image(colour: str) -> dict:
+        return {"bytes": picture(colour), "path": "x.png"}
+
+    pair = {"user": " Which colour? ", "assistant": "Red.", "source": "s"}
+    tables = {
+        "next": [{"id": str(n), "data_source": "s", **chat(None, "<image>\nQ?", f"{n}.")} for n in range(5)],
+        "cauldron": [{"images": [image("red"), image("blue")], "texts": [pair, pair | {"user": "And?"}]}] * 3,
+        "obelics": [{"images": [None, "http://x.org/p/a.png"], "texts": ["One.", None], "metadata": "[]"}],
+        "caption": [{"image": image("green"), "caption": "green"}],
+    }
+    tables["next"] = [row | {"image": image("red")} for row in tables["next"][:4]]
+    tables["next"].append({"id": "4", "data_source": "s", "image": None, **chat(None, "Q?", "4.")})
+    expected = {
+        "next": ("chat", [("user", [0, "Q?"]), ("assistant", ["0."])]),
+        "cauldron": (
+            "chat",
+            [
+                ("user", [0, 1, "Which colour?"]),
+                ("assistant", ["Red."]),
+                ("user", ["And?"]),
+                ("assistant", ["Red."]),
+            ],
+        ),
+        "obelics": ("interleaved", ["One.", 0]),
+        "caption": ("caption", [0, "green"]),
+    }
+    write(tmp_path / "web" / "x.org" / "p" / "a.png", picture("blue"))
+    for name, rows in tables.items():
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+        data.main(
+            ["convert", str(path), str(tmp_path / name), "--images", str(tmp_path / "web"), "--per_tar", "3"]
+        )
+        assert f"{len(rows):,} records in" in capsys.readouterr().out
+        kind, parts = expected[name]
+        for source in (data.open_file(path, images="web"), data.open_file(tmp_path / name)):
+            assert (source.kind, len(source), source[0].parts) == (kind, len(rows), parts), name
+            assert source[len(rows) - 1].parts == (
+                parts if name != "next" else [("user", ["Q?"]), ("assistant", ["4."])]
+            )
+        direct, tarred = (data.open_file(p, images="web")[0].images for p in (path, tmp_path / name))
+        assert [colour_of(i) for i in direct] == [colour_of(i) for i in tarred]
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "next").iterdir()}
+    data.main(["convert", str(tmp_path / "next.parquet"), str(tmp_path / "next"), "--per_tar", "3"])
+    assert {file: file.stat().st_mtime_ns for file in before} == before  # a repeated call goes on
+
+
+def test_parquet_without_pyarrow_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="x.parquet: reading parquet needs pyarrow: pip install pyarrow"):
+        data.Table(write(tmp_path / "x.parquet", b"PAR1"))
+
+
+# --- Broken records
+@pytest.mark.parametrize(
+    "record, words",
+    [
+        (chat("../secret.png"), "leads out of the folder"),
+        (chat("a/../../secret.png"), "leads out of the folder"),
+        (chat("/etc/secret.png"), "leads out of the folder"),
+        (chat("a.png", "No mark"), "1 images but 0 <image> marks"),
+        (chat("a.png", "<image><image>"), "1 images but 2 <image> marks"),
+        (chat(["a.png", "b.png"]), "2 images but 1 <image> marks"),
+        (chat(None, "Q?", " \n"), "turn 1 is an empty answer"),
+        ({"conversations": [{"from": "robot", "value": "x"}]}, "'from' (human or gpt)"),
+        (
+            {"conversations": turns("Q?", "A.") + [{"from": "system", "value": "x"}]},
+            "must start with a human turn",
+        ),
+    ],
+)
+def test_broken_records_are_told(tmp_path, record, words):
+    source = data.FileSource(write(tmp_path / "x.jsonl", json.dumps(record).encode()), "chat")
+    with pytest.raises(data.BadRecord) as error:
+        source[0]
+    assert words in str(error.value) and "x.jsonl line 1" in str(error.value)
+
+
+def test_system_texts_and_answers_that_come_first(tmp_path):
+    system = {"conversations": [{"from": "system", "value": "Be brief."}, *turns("Q?", "A.")]}
+    begun = [{"from": "gpt", "value": "Hi!"}, *turns("Q?", "A.")]  # as ShareGPT's pieces begin
+    cut = {"conversations": begun}
+    source = data.FileSource(write(tmp_path / "x.json", json.dumps([system, cut]).encode()))
+    told = [("user", ["Q?"]), ("assistant", ["A."])]
+    assert source[0].parts == [("system", ["Be brief."]), *told] and source[1].parts == told
+
+
+def broken_set(folder: Path, n: int = 200) -> Path:
+    """LLaVA's list: of 20 records one lacks its picture, one has half, one is malformed, four are text."""
+    whole = picture("red", "JPEG", (64, 48))
+    records = []
+    for i in range(n):
+        name = f"{'gone' if i % 20 == 3 else 'images'}/{i}.jpg"
+        if i % 20 != 3:
+            write(folder / name, half_jpeg() if i % 20 == 7 else whole)
+        record = chat(name, "<image>\nWhat is it?", f"It is number {i}.")
+        record = chat(None, "What now?", f"Text {i}.") if i % 5 == 0 else record
+        records.append(chat("a.png", "no mark") if i % 20 == 11 else record)
+    return write(folder / "train.json", json.dumps(records).encode())
+
+
+def stream(path: Path, batch_size: int = 0, workers: int = 0, steps: range = range(6), cursor=None, **more):
+    cfg = test_training.small_config()
+    cfg.image.cut = more.pop("cut", "")
+    plan = data.Plan(
+        data.open_sources(str(path), "sft"), TOKENIZER, cfg, lambda n: "slow" if n % 4 == 0 else "fast", 0, steps,
+        8, batch_size, row_length=256, cursor=cursor, **more,
+    )  # fmt: skip
+    planner = torch.utils.data.DataLoader(plan, None, num_workers=min(workers, 1))
+    return [*torch.utils.data.DataLoader(data.Stream(plan), None, sampler=planner, num_workers=workers)]
+
+
+@pytest.mark.parametrize("batch_size", [0, 16])
+def test_broken_records_are_skipped_counted_and_the_same_with_any_workers(tmp_path, batch_size):
+    path = broken_set(tmp_path)
+    one, four = stream(path, batch_size, 1), stream(path, batch_size, 4)
+    assert len(one) == 6 and all(isinstance(batch, data.Batch) for batch in one)
+    for a, b in zip(one, four):
+        assert torch.equal(a.student.ids, b.student.ids) and torch.equal(a.pixels, b.pixels)
+        assert torch.equal(a.student.targets, b.student.targets) and a.plan.skipped == b.plan.skipped
+    counted = {why for batch in one for why, _ in batch.plan.skipped}
+    assert counted == {"image missing", "image broken", "malformed"}
+    told = [what for batch in one for _, what in batch.plan.skipped]
+    assert any("gone/" in what and "train.json record" in what for what in told)
+    texts = "".join(TOKENIZER.decode(batch.student.targets.tolist()) for batch in one)
+    names = [int(name) for name in texts.replace(".", " ").split() if name.isdecimal()]
+    assert names and not {n % 20 for n in names} & {3, 7, 11}  # nothing is learned from broken ones
+    again = stream(path, batch_size, 0, range(3, 6), cursor=one[2].plan.cursor)
+    assert all(torch.equal(a.student.ids, b.student.ids) for a, b in zip(one[3:], again))
+
+
+def test_ranks_share_what_one_process_reads_although_records_are_broken(tmp_path):
+    path = broken_set(tmp_path)
+    whole = stream(path, 0, 0)
+    halves = [stream(path, 0, 0, rank=rank, world=2) for rank in range(2)]
+    for batch, first, second in zip(whole, *halves):
+        ids = torch.cat([first.student.ids, second.student.ids])
+        assert torch.equal(batch.student.ids, ids)
+        planned = [skip for half in (first, second) for skip in half.plan.skipped]
+        assert sorted(planned) == sorted(batch.plan.skipped)  # each is told by one rank alone
+
+
+def test_a_broken_picture_keeps_its_room_and_teaches_nothing(tmp_path):
+    write(tmp_path / "half.jpg", half_jpeg())
+    path = write(tmp_path / "x.json", json.dumps([chat("half.jpg")]).encode())
+    for cut in ("", "split"):
+        (batch,) = stream(path, 1, 0, range(1), cut=cut)
+        assert (
+            len(batch.student.targets) == 0
+            and not batch.pixels.any()
+            and len(batch.pixels) == (5 if cut else 1)
+        )
+        assert batch.student.slot_mask.sum() > 0 and batch.plan.skipped[0][0] == "image broken"
+
+
+def test_a_source_of_broken_records_alone_stops_the_run(tmp_path):
+    write(tmp_path / "x.json", json.dumps([chat("gone.png")] * 3).encode())
+    (error,) = stream(tmp_path / "x.json", 4, 0, range(1))
+    assert isinstance(error, UserError) and "100 records of x one after the other cannot be used" in str(
+        error
+    )
+    assert "gone.png does not exist" in str(error) and "data.py check" in str(error)
+
+
+def test_runs_go_on_over_broken_records_and_tell_them(tmp_path, small_halves, capsys):
+    import train_sft
+
+    path = broken_set(tmp_path)
+    flags = [
+        "--workers",
+        "1",
+        "--log_every",
+        "1",
+        "--dtype",
+        "float32",
+        "--train",
+        "connector",
+        "--rows",
+        "4",
+    ]
+    train_sft.main(
+        [*small_halves, "--data", str(path), "--out", str(tmp_path / "run"), "--steps", "3", *flags]
+    )
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    told = capsys.readouterr().out
+    assert lines[-1]["skipped"] > 10 and "image missing: " in told and "gone/" in told
+    assert told.count("skipped, ") == 10 and f"skipped {lines[-1]['skipped']} records: " in told
+    assert "data.py check " + str(path) in told and all(line["loss"] > 0 for line in lines if "loss" in line)
+    (tmp_path / "images").rename(tmp_path / "away")
+    chats = json.loads(path.read_text())
+    path.write_text(json.dumps([record for record in chats if "image" in record]))
+    with pytest.raises(UserError, match="does not exist"):  # a wrong folder shows before anything is written
+        train_sft.main([*small_halves, "--data", str(path), "--out", str(tmp_path / "other"), "--steps", "3"])
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_step_whose_pictures_are_all_broken_changes_nothing(tmp_path, small_halves):
+    import train_sft
+
+    write(tmp_path / "half.jpg", half_jpeg())
+    path = write(tmp_path / "x.json", json.dumps([chat("half.jpg")]).encode())
+    flags = [
+        "--batch_size",
+        "2",
+        "--dtype",
+        "float32",
+        "--log_every",
+        "1",
+        "--slow_share",
+        "0.5",
+        "--workers",
+        "0",
+    ]
+    out = tmp_path / "run"
+    train_sft.main([*small_halves, "--data", str(path), "--out", str(out), "--steps", "2", *flags])
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == [0, 0] and [line["skipped"] for line in lines] == [2, 4]
+    weights = model.open_weights(model.find_step(out))
+    assert all(read().isfinite().all() for read in weights.values())
+
+
+# --- Pictures
+def test_pictures_are_turned_and_bombs_and_halves_are_refused(tmp_path, monkeypatch):
+    tall = Image.new("RGB", (40, 20), "blue")
+    tall.paste("red", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees, clockwise
+    tall.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    for image in (tmp_path / "a.jpg", (tmp_path / "a.jpg").read_bytes()):
+        turned = data.open_image(image)
+        assert turned.size == data.picture_size(image) == (20, 40)
+        assert turned.getpixel((10, 5))[0] > 200 and turned.getpixel((10, 35))[2] > 200
+    whole = (tmp_path / "a.jpg").read_bytes()
+    for broken in (whole[: len(whole) * 2 // 3], b"GIF", b"", picture("red", "PNG", (400, 400))[:-40]):
+        with pytest.raises(data.BadRecord, match="x: image of .* bytes does not decode"):
+            data.open_image(broken, "x")
+    monkeypatch.setattr(data, "MOST_PIXELS", 799)
+    with pytest.raises(data.BadRecord, match="40 x 20 pixels are too many"):
+        data.open_image(tmp_path / "a.jpg", "x")
+
+
+# --- The commands
+def run(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "data.py", *words], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_check_tells_what_is_there_and_fails_if_much_is_broken(tmp_path):
+    path = broken_set(tmp_path)
+    done = run("check", str(path))
+    assert done.returncode == 1, done.stderr
+    out = done.stdout
+    assert "train: 200 records of kind chat" in out and "usable   170, skipped 30 (15.00%)" in out
+    for line in ("10 image missing", "10 image broken", "10 malformed", "record 3: image", "130 records"):
+        assert line in out
+    assert "[[ It is number" in out or "[[ Text" in out  # the learned part of a sample
+    assert out.count("learned text in [[ ]]") >= 1 and "30 of 200 records would be skipped" in out
+    good = [chat(None, "Q?", f"{i}. \x1b[31m<|end|>") for i in range(300)]
+    path.write_text(json.dumps([*good, chat("gone.png")]))
+    done = run("check", str(path), "--workers", "2")
+    assert done.returncode == 0 and "usable   300, skipped 1 (0.33%)" in done.stdout
+    assert "\x1b" not in done.stdout  # of the data's own
+
+
+def test_check_counts_what_a_plain_loop_counts(tmp_path, capsys):
+    answers = [" ".join(["word"] * (1 + i % 40 * 6)) for i in range(150)]
+    records = [chat(None, "Say it:", answer) for answer in answers]
+    path = write(tmp_path / "x.json", json.dumps(records).encode())
+    assert data.check(str(path), data.CheckConfig(row_limit=160, workers=1, samples=0)) == 0
+    out = capsys.readouterr().out
+    lengths, learned, text, cut = [], 0, 0, 0
+    for answer in answers:
+        head, tail = len(TOKENIZER.encode("Say it:")) + 2, len(TOKENIZER.encode(answer)) + 1
+        kept = min(160, head + tail)
+        lengths.append(kept)
+        learned, text, cut = learned + kept - head, text + kept, cut + (head + tail > 160)
+    assert f"learned  {learned / text:.1%} of {text:,} tokens of text" in out
+    assert f"cut      {cut:,} records" in out and cut
+    assert f"length   {min(lengths)} to {max(lengths)} positions" in out
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ([], "what to do?"),
+        (["chek", "x"], "what to do?"),
+        (["check"], "what to do?"),
+        (["check", "nowhere.json"], "nowhere.json: no such file"),
+        (["check", "scenes", "--stage", "both"], "--stage 'both': use pretrain or sft"),
+        (["check", "scenes", "--presset", "tiny"], "did you mean --preset?"),
+        (["convert", "nowhere.parquet", "out"], "nowhere.parquet: no such file"),
+    ],
+)
+def test_wrong_commands_are_one_sentence(words, told):
+    done = run(*words)
+    assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1

@@ -595,7 +595,7 @@ BENCHMARKS = {
 }  # fmt: skip
 COLUMNS = {  # ours: what files call it; the first that is there and not empty counts
     "id": "question_id questionId index id ind cocoid imgid img_id image_id",
-    "image id": "image_id cocoid imgid img_id id question_id",  # captions are about pictures
+    "image id": "image_id cocoid imgid img_id id question_id ind",  # captions are about pictures
     "image": "image imgname file_name filename image_id imageId",
     "question": "question query ctx goal sent expression text",
     "answers": "answers answer answerKey reference_strs annotations_captions sentences captions caption "
@@ -716,7 +716,7 @@ def read_benchmark(name: str, path: Path, images: str) -> Task:
     """The questions of a benchmark: a folder as LLaVA or its authors lay it out, a .tsv of VLMEvalKit, or
     parquet files of the hub. Pictures of tables stay in memory, each once.
     """
-    row, seen, pictures = BENCHMARKS[name], {}, {}
+    row, seen = BENCHMARKS[name], {}
     if not path.exists():
         raise UserError(f"--tasks {name}:{path}: no such file or folder")
     table = path.suffix in (".tsv", ".parquet") or (path.is_dir() and any(path.rglob("*.parquet")))
@@ -731,30 +731,28 @@ def read_benchmark(name: str, path: Path, images: str) -> Task:
         rows = table_rows(name, path)
     questions, places = [], []
     for n, (raw, place) in enumerate(rows):
+        raw = {**raw, "ind": raw.get("ind", n)}  # what has no id is counted
         if labels:
             label = labels.get(join_key(row, raw))
             if label is None:
                 told = ", ".join(f"{key} {value}" for key, value in zip(row.join, join_key(row, raw)))
                 raise UserError(f"{place}: {label_files} in {folder} has no label for {told}")
-            raw = {**label, **{key: value for key, value in raw.items() if value is not None}}
-        raw = {"ind": n, **raw} if name == "piqa" else raw
+            raw = {
+                **label,
+                "question": None,
+                **{key: value for key, value in raw.items() if value is not None},
+            }
         try:
             if table:
                 shown = encoded_pictures(raw, seen, place)
-                pictures[str(raw.get("index", n))] = shown
             else:
-                shown = file_pictures(raw, folder, images, pattern)
+                shown = file_pictures(raw, folder, images, pattern, place)
             found = questions_of(name, raw, shown, place)
         except (KeyError, ValueError, TypeError, IndexError, SyntaxError, AttributeError) as e:
             has = ", ".join(map(str, [*raw][:20]))
             raise UserError(f"{place}: not a question of {name} ({e!r}); its columns are {has}") from None
         questions += found
         places += [place] * len(found)
-    for q, place in zip(questions, places):
-        if q.images and isinstance(q.images[0], str):  # VLMEvalKit: the same picture as that index
-            if not all(isinstance(p, bytes) for p in pictures.get(q.images[0], ("",))):
-                raise UserError(f"{place}: image {q.images[0]} is that of no row with this index")
-            q.images = pictures[q.images[0]]
     if row.kind == "caption":  # files with a row for each caption
         merged = {}
         for q in questions:
@@ -807,21 +805,18 @@ def part_of(raw: dict, column: str, shown: tuple) -> str:
 
 
 def encoded_pictures(raw: dict, seen: dict, place: str) -> tuple:
-    """The bytes of a row's pictures, each picture once in memory; a short number stands for another row's."""
+    """The bytes of a row's pictures, each picture once in memory."""
     found = []
-    for cell in (raw.get(key) for key in ("image", *(f"image_{i}" for i in range(1, 10)))):
-        if isinstance(cell, str) and len(cell) < 20:
-            found += [cell] if cell not in ("", "nan") else []
-            continue
-        cells = data.tsv_pictures(cell, place) if isinstance(cell, str) else cell
-        for each in cells if isinstance(cells, list) else [cells]:
+    for cell in (first_of(raw, key) for key in ("image", *(f"image_{i}" for i in range(1, 10)))):
+        cell = data.tsv_pictures(cell, place) if isinstance(cell, str) else cell
+        for each in cell if isinstance(cell, list) else [cell]:
             content = each["bytes"] if isinstance(each, dict) else each
-            if content is not None:
+            if content:
                 found.append(seen.setdefault(content, content))
     return tuple(found)
 
 
-def file_pictures(raw: dict, folder: Path, images: str, pattern: str) -> tuple:
+def file_pictures(raw: dict, folder: Path, images: str, pattern: str, place: str) -> tuple:
     if not pattern or (pattern.endswith("{image}") and not raw.get("image")):  # ScienceQA has some without
         return ()
     path = (
@@ -832,7 +827,7 @@ def file_pictures(raw: dict, folder: Path, images: str, pattern: str) -> tuple:
     if not path.is_file():
         deeper = path.parent / "images" / path.name  # MME's categories are of two layouts
         if not deeper.is_file():
-            raise UserError(f"question {first_of(raw, COLUMNS['id'])}: image {path} does not exist")
+            raise UserError(f"{place}: image {path} does not exist")
         path = deeper
     return (path,)
 
@@ -873,7 +868,6 @@ def questions_of(name: str, raw: dict, shown: tuple, place: str) -> list[Questio
             "question": None,
         }
     number = first_of(raw, COLUMNS["image id" if row.kind == "caption" else "id"])
-    number = place.rpartition(" ")[2] if number is None else number
     parts = tuple(part_of(raw, column, shown) for column in row.parts)
     if row.kind == "ref":
         return box_questions(row, raw, shown, parts, number)
@@ -1120,6 +1114,7 @@ def answer_all(
 
 def answers_path(folder: Path | None, task: Task, mode: str, blind: bool = False) -> Path:
     name = task.name if task.shots is None else f"{task.name}.{task.shots}shot"
+    name += f".limit{task.limit}" * (task.limit > 0)
     name += ".pruned" * (mode == "pruned") + ".blind" * blind
     return (folder or Path()) / f"{name}.jsonl"
 
@@ -1178,8 +1173,6 @@ def read_answers(path: Path, task: Task, about: dict) -> dict[int, str]:
             continue
         elif name in names:
             told = "another prompt"
-        elif task.limit:
-            continue  # of a run that asked more
         else:
             told = f"question_id {name} is not one of {task.name}"
         raise UserError(f"{path} line {line}: not an answer of this run ({told}): use another --answers")

@@ -853,7 +853,7 @@ def test_two_ranks_give_the_answers_of_one_process(saved, tmp_path):
     """Answers of a killed run of other ranks, lying beside, are taken over."""
     put_pope(tmp_path / "pope")
     put_piqa(tmp_path / "piqa")
-    tasks = ["--tasks", "pope,piqa,scenes_pope", "--n", "4", "--root", str(tmp_path), "--batch_size", "2"]
+    tasks = ["--tasks", "pope,piqa,scenes_pope", "--root", str(tmp_path), "--batch_size", "5"]
     flags = ["eval.py", "--model", str(saved), "--device", "cpu", *tasks]
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, launch in (("one", [sys.executable]), ("two", two), ("two", two)):

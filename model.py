@@ -2359,7 +2359,23 @@ class Stage:
     train: list[str]
     frozen_bytes: int
     samples: dict[str, float]  # mode -> share of the samples
-    micro: int  # samples of a micro-batch, over all GPUs
+    flags: dict  # its recipe
+
+    @property
+    def text(self) -> int:
+        """Tokens of text in a sample, about: LLaVA's captions, its conversations."""
+        return 200 if self.name == "2" else 23
+
+    @property
+    def micro(self) -> int:
+        """Samples of a micro-batch, over all GPUs: with one picture each, as many as its rows take."""
+        samples, length = self.flags.get("batch_size"), self.flags.get("row_length", 256)
+        if not samples:
+            modes = {mode: "pruned" if mode == "fast" else "full" for mode in self.samples}
+            tokens = sum(n * self.cfg.visual_tokens(modes[m], self.views) for m, n in self.samples.items())
+            per_row = min(int(length / (tokens + self.text)), self.flags.get("row_images", 16) // self.views)
+            samples = self.flags.get("rows", 16) * max(1, per_row)
+        return samples // self.flags.get("micro_steps", 1)
 
     @property
     def views(self) -> int:
@@ -2387,10 +2403,15 @@ def grows(row: dict, cfg: ModelConfig) -> bool:
     )
 
 
-def samples_of(flags: dict, cfg: ModelConfig) -> int:
-    """Samples of a step, about: a packed one of MM1 holds half images, half text, and 148 tokens of it."""
-    per_row = max(1, flags.get("row_length", 256) // (cfg.visual_tokens() + 148))
-    return flags.get("batch_size") or flags.get("rows", 16) * per_row
+def flags_over(row: dict, tools: "ToolConfig") -> dict:
+    """The preset with the plan's own --micro_steps in every recipe and --train in that of stage 2."""
+    row = dict(row)
+    for stage in ("pretrain", "pretrain_b", "sft") if tools.micro_steps else ():
+        if stage in row:
+            row[stage] = {**row[stage], "micro_steps": tools.micro_steps}
+    if tools.train:
+        row["sft"] = {**row["sft"], "train": tools.train}
+    return row
 
 
 def stages_of(row: dict, cfg: ModelConfig) -> list[Stage]:
@@ -2407,10 +2428,12 @@ def stages_of(row: dict, cfg: ModelConfig) -> list[Stage]:
         samples = {"fast": 1 - slow, "slow" if taught else "full": slow}
         if name != "2":
             samples = {"fast" if flags.get("pruner") else "full": 1.0}
+        train = trainable_parts(flags["train"])
+        if not {"lora", "decoder"} & {*train}:
+            mine = dataclasses.replace(mine, lora=LoraConfig())
         stages.append(Stage(
-            name, mine, trainable_parts(flags["train"]),
-            2 if flags.get("frozen") == "bfloat16" else 4, {mode: n for mode, n in samples.items() if n},
-            samples_of(flags, cfg) // flags.get("micro_steps", 1),
+            name, mine, train, 2 if flags.get("frozen") == "bfloat16" else 4,
+            {mode: n for mode, n in samples.items() if n}, flags,
         ))  # fmt: skip
     return stages
 
@@ -2494,7 +2517,7 @@ def expert_sizes(decoder: Decoder) -> str:
 
 def print_plan(name: str, cfg: ModelConfig, tools: "ToolConfig") -> None:
     """What a preset trains, sees, computes, keeps and takes, and what the papers' ideas are worth in it."""
-    row = preset(name)
+    row = flags_over(preset(name), tools)
     stages = stages_of(row, cfg)
     print(f"preset {name}: {row['source']}\nnot from there, ours: {row['ours']}\n{row.get('plan_only', '')}")
 
@@ -2526,11 +2549,13 @@ def print_plan(name: str, cfg: ModelConfig, tools: "ToolConfig") -> None:
     print("\nTFLOP a sample".ljust(31) + "".join(part.rjust(11) for part in (*parts, "all")))
     kept = []
     for stage in stages:
-        text = 200 if stage.name == "2" else 23
-        flops, bytes_kept = stage.cost(text)
+        flops, bytes_kept = stage.cost(stage.text)
         kept.append(bytes_kept)
         cells = [flops.get(part, 0.0) for part in parts] + [sum(flops.values())]
-        print(f"  stage {stage.name}, {text} of text".ljust(30) + "".join(f"{c / 1e12:11.3f}" for c in cells))
+        print(
+            f"  stage {stage.name}, {stage.text} of text".ljust(30)
+            + "".join(f"{c / 1e12:11.3f}" for c in cells)
+        )
 
     print(f"\nGB on each of {tools.gpus}".ljust(31) + "DDP".rjust(11) + "FSDP2".rjust(11)
           + "LoRA 64".rjust(11) + "   and activations of a sample, of a micro-batch")  # fmt: skip
@@ -2597,6 +2622,8 @@ class ToolConfig:
     gpus: int = 8
     peak_tflops: float = 989.0  # of one GPU, dense bfloat16: 989 H100, 312 A100
     mfu: float = 0.4  # share of it that a run reaches
+    micro_steps: int = 0  # of every stage in the plan, instead of its recipe's
+    train: str = ""  # in stage 2 of the plan, instead of its recipe's: connector,lora with --lora.rank 64
     download: str = ""  # owner/name or owner/name@revision: fetch it from the hub to --to
     export: str = ""  # run or checkpoint: write encoder/ and decoder/ in Hugging Face layout to --to
     to: str = ""  # folder; for a download weights/REPO if not given
@@ -2611,6 +2638,7 @@ def main(argv: list[str]) -> None:
     model_before = copy_config(cfg)
     parse_cli(argv, __doc__, ToolConfig(), cfg)
     require_at_least(asked, 1, "gpus")
+    require_at_least(asked, 0, "micro_steps")
     if asked.mfu <= 0 or asked.peak_tflops <= 0:
         raise UserError(f"--mfu {asked.mfu} and --peak_tflops {asked.peak_tflops} must be above 0")
     if bool(asked.plan) + bool(asked.download) + bool(asked.export) > 1:

@@ -105,6 +105,25 @@ def test_flags_change_the_plan(capsys):
         model.main(["--preset", "9b", "--plan"])
 
 
+def test_the_plan_of_adapters_on_one_card():
+    """Adapters only where they train, in rows of the recipe, of which a micro-batch takes a share."""
+    row, tools = (
+        model.preset("siglip2-qwen2.5-0.5b"),
+        model.ToolConfig(train="connector,lora", micro_steps=32),
+    )
+    cfg = model.copy_config(row["model"])
+    cfg.lora.rank = 64
+    one, two = model.stages_of(model.flags_over(row, tools), cfg)
+    assert (one.train, one.cfg.lora.rank, two.train, two.cfg.lora.rank) == (
+        ["connector"], 0, ["connector", "lora"], 64,
+    )  # fmt: skip
+    assert one.micro == 32 * (1024 // (80 + 23)) // 32 == 9  # of captions, below --row_images 12
+    assert two.micro == int(1024 / (0.9 * 88 + 0.1 * 336 + 200)) == 3  # nine of ten are pruned
+    whole = model.stages_of(row, model.copy_config(row["model"]))
+    assert [stage.micro for stage in whole] == [32 * 9 // 8, 32 * 3 // 16]
+    assert whole[1].cost(200)[0]["decoder"] > 1.2 * two.cost(200)[0]["decoder"]  # it has its own gradients
+
+
 def test_the_plan_scales_tokens_if_the_step_still_fits(capsys):
     for plan, full, told in (("80", "full 1296", False), ("32", "full 32", True)):
         model.main(["--preset", "cos-8b", "--plan", "--connector.plan", plan])

@@ -572,7 +572,7 @@ def best_tiling(size: tuple[int, int], side: int, tilings=TILINGS) -> tuple[int,
 
 def tiling_of(cfg: ModelConfig, size: tuple[int, int]) -> tuple[int, int]:
     """Columns and rows of tiles beside the whole picture, (0, 0) if it is not cut."""
-    fixed = {"": (0, 0), "split": (2, 2)}  # split: MM1's sub-images (its section 5)
+    fixed = {"": (0, 0), "pad": (0, 0), "split": (2, 2)}  # split: MM1's sub-images (its section 5)
     return fixed.get(cfg.image.cut) or best_tiling(size, cfg.vit.image_size)
 
 
@@ -587,6 +587,8 @@ def cut_picture(picture: Image.Image, cfg: ModelConfig) -> np.ndarray:
     "split" cuts the picture as a square, "anyres" and "unpad" with its aspect, centred on black.
     """
     side, resample = cfg.vit.image_size, cfg.image.resample
+    if cfg.image.cut == "pad":
+        picture = padded(picture, cfg.image.mean)
     columns, rows = tiling_of(cfg, picture.size)
     whole = to_pixels(picture, side, resample)[None]
     if not columns:
@@ -597,6 +599,14 @@ def cut_picture(picture: Image.Image, cfg: ModelConfig) -> np.ndarray:
     sheet.paste(picture.resize((w, h), resample, reducing_gap=3.0), ((W - w) // 2, (H - h) // 2))
     tiles = np.asarray(sheet).reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3)
     return np.concatenate([whole, tiles.reshape(-1, 3, side, side)])
+
+
+def padded(picture: Image.Image, mean: list[float]) -> Image.Image:
+    """On a square of its longer side, in the encoder's mean colour, as LLaVA-1.5 has it."""
+    (w, h), side = picture.size, max(picture.size)
+    sheet = Image.new("RGB", (side, side), tuple(int(255 * x) for x in mean))
+    sheet.paste(picture, ((side - w) // 2, (side - h) // 2))
+    return sheet
 
 
 def picture_slots(cfg: ModelConfig, mode: str, size: tuple[int, int]) -> np.ndarray:

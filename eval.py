@@ -5,6 +5,12 @@
     python eval.py --model runs/a/sft --chat image.png
     python eval.py --model runs/a/pretrain --tasks scenes_bind,scenes_cap --shots 0,4,8    # MM1's protocol
     python eval.py --model runs/a/pretrain --tasks vqa:my/val.jsonl --shots 4 --demos my/train.jsonl
+    python eval.py --model runs/a/sft --tasks pope,mme --root playground/data/eval --out runs/a/eval.json
+    torchrun --nproc_per_node=8 eval.py --model runs/a/sft --tasks mmstar:MMStar.tsv,mmmu:MMMU --out eval.json
+    python eval.py --answers runs/a/eval_answers --tasks pope    # scores answers that are there, no model
+
+Benchmarks (the names in BENCHMARKS) are read from LLaVA's folders, from a .tsv of VLMEvalKit or from parquet
+files of the hub. Answers of files are kept in LLaVA's format beside --out; a run that was killed goes on.
 
 A task is scored twice: as it is, and with the images swapped (a seeded derangement): what a model scores
 blind it did not see. Scores are 0-100 (CIDEr-D x 100), with n and the standard error beside them; that of
@@ -397,7 +403,7 @@ def file_task(kind: str, path: Path, images: str) -> Task:
             image = (Path(images) if images else path.parent) / row["image"]
             choices = tuple(option_letters(row["text"])) if kind == "choice" else CHOICES.get(kind, ())
             parts = (row.get("category", ""),) if kind != "caption" else ()
-            name = str(row.get("question_id", number))
+            name = row.get("question_id", str(number))
             questions.append(Question((image,), row["text"], answers, parts, choices, name))
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(
@@ -684,8 +690,9 @@ def find_files(name: str, path: Path, images: str) -> tuple[Path, str, str, str]
         if not missing:
             return folder, path.name if path.is_file() else asked, labels, picture
         tried.append(" and ".join(missing))
-    if path.is_file():
-        return folder, path.name, "", "{image}"
+    only = [path] if path.is_file() else [*folder.glob("*.tsv")]
+    if len(only) == 1:
+        return folder, only[0].name, "", "{image}"
     raise UserError(
         f"{path}: not the folder of {name}: it lacks {', or '.join(tried) or 'a .tsv or .parquet file'}; "
         f"give such a folder, a .tsv or parquet files: --tasks {name}:PATH"
@@ -694,7 +701,7 @@ def find_files(name: str, path: Path, images: str) -> tuple[Path, str, str, str]
 
 def table_rows(name: str, path: Path) -> Iterator[tuple[dict, str]]:
     """Rows of a .tsv, or of parquet files: those of the benchmark's split, if it is one of several."""
-    every = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    every = sorted(path.rglob("*.parquet")) if path.is_dir() else sorted(path.parent.glob(path.name))
     files = [file for file in every if file.name.startswith(BENCHMARKS[name].split)] or every
     splits = {file.name.partition("-")[0] for file in files}
     if len(splits) > 1:
@@ -717,7 +724,7 @@ def read_benchmark(name: str, path: Path, images: str) -> Task:
     parquet files of the hub. Pictures of tables stay in memory, each once.
     """
     row, seen = BENCHMARKS[name], {}
-    if not path.exists():
+    if not path.exists() and not any(path.parent.glob(path.name)):
         raise UserError(f"--tasks {name}:{path}: no such file or folder")
     table = path.suffix in (".tsv", ".parquet") or (path.is_dir() and any(path.rglob("*.parquet")))
     labels, folder, pattern = {}, path.parent, ""
@@ -737,17 +744,11 @@ def read_benchmark(name: str, path: Path, images: str) -> Task:
             if label is None:
                 told = ", ".join(f"{key} {value}" for key, value in zip(row.join, join_key(row, raw)))
                 raise UserError(f"{place}: {label_files} in {folder} has no label for {told}")
-            raw = {
-                **label,
-                "question": None,
-                **{key: value for key, value in raw.items() if value is not None},
-            }
+            raw = {**label, "question": None, **{k: v for k, v in raw.items() if v is not None}}
         try:
-            if table:
-                shown = encoded_pictures(raw, seen, place)
-            else:
-                shown = file_pictures(raw, folder, images, pattern, place)
-            found = questions_of(name, raw, shown, place)
+            pictures = (raw, seen, place) if table else (raw, folder, images, pattern, place)
+            shown = encoded_pictures(*pictures) if table else file_pictures(*pictures)
+            found = questions_of(name, raw, shown)
         except (KeyError, ValueError, TypeError, IndexError, SyntaxError, AttributeError) as e:
             has = ", ".join(map(str, [*raw][:20]))
             raise UserError(f"{place}: not a question of {name} ({e!r}); its columns are {has}") from None
@@ -757,7 +758,7 @@ def read_benchmark(name: str, path: Path, images: str) -> Task:
         merged = {}
         for q in questions:
             first = merged.setdefault(str(q.name), q)
-            first.answers = [*dict.fromkeys(first.answers + q.answers)] if first is not q else q.answers
+            first.answers += q.answers if first.answers != q.answers else []  # TextCaps has all in each row
         questions = [*merged.values()]
     twice = [key for key, k in Counter(q.key for q in questions).items() if k > 1]
     if twice and all(q.parts for q in questions):  # POPE numbers its questions anew in every category
@@ -833,7 +834,7 @@ def file_pictures(raw: dict, folder: Path, images: str, pattern: str, place: str
 
 
 def texts_of(value) -> list[str]:
-    """Answers of any form: a text, a number, a list or, as Python writes it, its text; objects that have it."""
+    """Answers of any form: a text, a number, a list (or what Python writes of it), objects that have it."""
     if value is None or value == "?":
         return []
     if isinstance(value, str) and value.startswith("['"):
@@ -856,7 +857,7 @@ def options_of(raw: dict) -> list[str]:
     return [each["text"] if isinstance(each, dict) else str(each) for each in value]
 
 
-def questions_of(name: str, raw: dict, shown: tuple, place: str) -> list[Question]:
+def questions_of(name: str, raw: dict, shown: tuple) -> list[Question]:
     """A record as the question to ask: one, but for RefCOCO, which tells a box in several sentences."""
     row = BENCHMARKS[name]
     if isinstance(raw.get("question"), dict):  # ARC's own files
@@ -964,6 +965,16 @@ def score_task(
         if not log.rank:
             print(f"{task.name}: no right answers in {task.path}, so no score; answers are kept in {where}")
         return [], []
+    try:
+        return score_rows(vlm, tokenizer, task, answers, mode, cfg, log)
+    except ValueError as e:  # a right answer that is none
+        raise UserError(f"{task.path or task.name}: {e}") from None
+
+
+def score_rows(
+    vlm, tokenizer, task: Task, answers: list[str], mode: str, cfg: EvalConfig, log: Log
+) -> tuple[list[dict], list[dict]]:
+    asked, row = task.questions, BENCHMARKS.get(task.benchmark)
     scores = score_answers(task, answers)
     seeing = [i for i, q in enumerate(asked) if q.images]
     blind = other = None
@@ -1124,7 +1135,7 @@ def part_path(path: Path, log: Log) -> Path:
 
 
 def answers_about(task: Task, mode: str, cfg: EvalConfig, log: Log, blind: bool) -> dict:
-    """What an answer depends on beside its question: none is taken over from a run where this was different."""
+    """What an answer depends on beside its question: from a run where this was different none is taken."""
     about = {**log.facts, "template": "chat" if task.shots is None else "base", "scoring": cfg.scoring}
     about |= {"shots": task.shots or 0, "tokens": mode, "seed": cfg.seed, "most_tokens": task.max_new_tokens}
     return {**about, "swapped_over": len(task.questions)} if blind else about
@@ -1160,7 +1171,8 @@ def read_answers(path: Path, task: Task, about: dict) -> dict[int, str]:
         try:
             row = json.loads(text)
             name, prompt, said, its = (str(row["question_id"]), row["prompt"], row["text"], row["metadata"])
-            other = [key for key, value in about.items() if its.get(key) != value]
+            sure = "model" in about  # else they are scored as they are, LLaVA's own too, which tell less
+            other = [key for key, value in about.items() if its.get(key, None if sure else value) != value]
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"{path} line {line}: expected an answer in LLaVA's format ({e!r})") from None
         number = numbers.get((name, prompt))

@@ -13,8 +13,10 @@ import collections
 import csv
 import dataclasses
 import difflib
+import errno
 import functools
 import glob
+import http.client
 import io
 import itertools
 import json
@@ -23,9 +25,14 @@ import mmap
 import os
 import random
 import re
+import shutil
 import sys
 import tarfile
+import time
 import unicodedata
+import urllib.request
+import zipfile
+import zlib
 from array import array
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -43,7 +50,7 @@ from tqdm import tqdm
 
 import model
 import prune
-from model import ASSETS, ModelConfig, UserError, find_half, read_decoder_config, read_json
+from model import ASSETS, ModelConfig, UserError, find_half, read_decoder_config, read_json, write_json
 
 # ---------------------------------------------------------------------------------------------------------
 # Tokenizer: byte-level BPE of Llama-3, Qwen2/2.5/3, SmolLM2, GPT-2 and of Scenes, all run by tiktoken. Text
@@ -484,12 +491,17 @@ def turned(picture: Image.Image) -> int:
 
 def open_image(image: Picture, name: str = "") -> Image.Image:
     """Decode to RGB: EXIF orientation applied, palette and alpha laid on white."""
-    image = read_image(image, name, lambda p: ImageOps.exif_transpose(p) if turned(p) else p.copy())
+
+    def decode(picture: Image.Image) -> Image.Image:
+        picture.load()
+        return ImageOps.exif_transpose(picture) if turned(picture) > 1 else picture
+
+    image = read_image(image, name, decode)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def to_pixels(image: Image.Image, size: int, resample: int = Image.Resampling.BICUBIC) -> np.ndarray:
@@ -560,7 +572,7 @@ def best_tiling(size: tuple[int, int], side: int, tilings=TILINGS) -> tuple[int,
 
 def tiling_of(cfg: ModelConfig, size: tuple[int, int]) -> tuple[int, int]:
     """Columns and rows of tiles beside the whole picture, (0, 0) if it is not cut."""
-    fixed = {"": (0, 0), "split": (2, 2)}  # split: MM1's sub-images (its section 5)
+    fixed = {"": (0, 0), "pad": (0, 0), "split": (2, 2)}  # split: MM1's sub-images (its section 5)
     return fixed.get(cfg.image.cut) or best_tiling(size, cfg.vit.image_size)
 
 
@@ -575,6 +587,8 @@ def cut_picture(picture: Image.Image, cfg: ModelConfig) -> np.ndarray:
     "split" cuts the picture as a square, "anyres" and "unpad" with its aspect, centred on black.
     """
     side, resample = cfg.vit.image_size, cfg.image.resample
+    if cfg.image.cut == "pad":
+        picture = padded(picture, cfg.image.mean)
     columns, rows = tiling_of(cfg, picture.size)
     whole = to_pixels(picture, side, resample)[None]
     if not columns:
@@ -585,6 +599,14 @@ def cut_picture(picture: Image.Image, cfg: ModelConfig) -> np.ndarray:
     sheet.paste(picture.resize((w, h), resample, reducing_gap=3.0), ((W - w) // 2, (H - h) // 2))
     tiles = np.asarray(sheet).reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3)
     return np.concatenate([whole, tiles.reshape(-1, 3, side, side)])
+
+
+def padded(picture: Image.Image, mean: list[float]) -> Image.Image:
+    """On a square of its longer side, in the encoder's mean colour, as LLaVA-1.5 has it."""
+    (w, h), side = picture.size, max(picture.size)
+    sheet = Image.new("RGB", (side, side), tuple(int(255 * x) for x in mean))
+    sheet.paste(picture, ((side - w) // 2, (side - h) // 2))
+    return sheet
 
 
 def picture_slots(cfg: ModelConfig, mode: str, size: tuple[int, int]) -> np.ndarray:
@@ -2127,6 +2149,187 @@ class Stream(Dataset):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# Downloads: LLaVA-1.5's training data below one folder. What was cut short goes on when it is repeated. A zip
+# is deleted once it is unpacked (100 GB together), and DIR/.download/*.done says so: without that file it is
+# fetched anew. A zip that one already has may be put under the name that the plan shows.
+# With SIGHTSPEED_MIRROR=http://host/prefix https://site/x.zip comes from http://host/prefix/site/x.zip.
+
+HUB = "https://huggingface.co"  # or HF_ENDPOINT
+TRIES, WAIT, TIMEOUT, BLOCK = 5, 1.0, 60, 2**20  # in vain; seconds, doubled each time; seconds; bytes
+
+
+class Part(NamedTuple):
+    url: str
+    to: str  # below DIR: the file, or the folder of a zip's members
+    keep: int  # so many last parts of a member's name are its path there, whatever is around; 0: no zip
+    gb: float  # for the plan alone
+    note: str
+
+    def file(self, root: Path) -> Path:
+        return root / ".download" / f"{self.to.replace('/', '_')}.zip" if self.keep else root / self.to
+
+    def finished(self, root: Path) -> Path:
+        return self.file(root).with_suffix(".done") if self.keep else self.file(root)
+
+
+# As LLaVA's README says, but: COCO's host has no certificate for its own name, S3's path to the same files
+# has; OCR-VQA's links are dead, this copy has the covers, all as .jpg as the records say (some were GIFs;
+# Pillow looks at the bytes). Not verified: that it has all by that name, that Stanford's servers know ranges,
+# the terms of GQA's and OCR-VQA's pictures.
+DOWNLOADS = {
+    "llava-pretrain": [
+        Part(f"{HUB}/datasets/liuhaotian/LLaVA-Pretrain/resolve/main/blip_laion_cc_sbu_558k.json",
+             "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", 0, 0.181, "558,128 captions; licence: other"),
+        Part(f"{HUB}/datasets/liuhaotian/LLaVA-Pretrain/resolve/main/images.zip",
+             "LLaVA-Pretrain/images", 2, 27.4, "for research, under the terms of LAION, CC3M and SBU"),
+    ],
+    "llava-sft": [
+        Part(f"{HUB}/datasets/liuhaotian/LLaVA-Instruct-150K/resolve/main/llava_v1_5_mix665k.json",
+             "llava_v1_5_mix665k.json", 0, 1.03, "665,298 conversations; CC BY 4.0"),
+        Part("https://s3.amazonaws.com/images.cocodataset.org/zips/train2017.zip",
+             "coco/train2017", 1, 19.337, "118,287 pictures; Flickr's terms"),
+        Part("https://downloads.cs.stanford.edu/nlp/data/gqa/images.zip",
+             "gqa/images", 1, 21.8, "148,854 pictures of Visual Genome and COCO"),
+        Part(f"{HUB}/datasets/weizhiwang/llava_v15_instruction_images/resolve/main/"
+             "ocr_vqa_images_llava_v15.zip", "ocr_vqa/images", 1, 8.972, "207,572 book covers"),
+        Part("https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip",
+             "textvqa/train_images", 1, 7.072, "25,119 pictures of Open Images; CC BY 4.0"),
+        Part("https://cs.stanford.edu/people/rak248/VG_100K_2/images.zip",
+             "vg/VG_100K", 1, 9.732, "64,346 pictures; CC BY 4.0"),
+        Part("https://cs.stanford.edu/people/rak248/VG_100K_2/images2.zip",
+             "vg/VG_100K_2", 1, 5.472, "43,903 pictures; CC BY 4.0"),
+    ],
+}  # fmt: skip
+DOWNLOADS["llava"] = DOWNLOADS["llava-pretrain"] + DOWNLOADS["llava-sft"]
+MIXTURES = {  # what --data takes: kind, path and images of the one source in each
+    "pretrain.json": ("caption", "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "images"),
+    "sft.json": ("chat", "llava_v1_5_mix665k.json", ""),
+}
+
+
+def download(name: str, to: str) -> Path:
+    """Data set `name` of DOWNLOADS complete below folder `to`, with the mixtures that --data takes.
+
+    A repeated call goes on where it stopped, without asking for what is finished. UserError: why it stopped.
+    """
+    if name not in DOWNLOADS:
+        raise UserError(f"no data set is called '{name}': use {', '.join(DOWNLOADS)}")
+    root, parts = Path(to), DOWNLOADS[name]
+    root.mkdir(parents=True, exist_ok=True)
+    check_disk(name, root, [part for part in parts if not part.finished(root).exists()])
+    broken = (zipfile.BadZipFile, zlib.error, EOFError)
+    for part in parts:
+        url, file, finished = mirrored(part.url), part.file(root), part.finished(root)
+        try:
+            if not finished.exists():
+                fetch(url, file)
+            if part.keep and not finished.exists():
+                unpack(file, root / part.to, part.keep)
+                finished.touch()
+            if part.keep:  # also of a call that was killed right here
+                file.unlink(missing_ok=True)
+        except (OSError, http.client.HTTPException, KeyboardInterrupt, *broken) as error:
+            if isinstance(error, broken):
+                file.unlink()
+            goes_on = f"repeat the command and it goes on, or put that file at {file} yourself"
+            raise UserError(f"{url} was not fetched and unpacked ({error!r}): {goes_on}") from error
+    for mixture, (kind, path, images) in MIXTURES.items():
+        if path in [part.to for part in parts] and not (root / mixture).exists():
+            write_json(root / mixture, [{"kind": kind, "path": path, "images": images}])
+    return root
+
+
+def check_disk(name: str, root: Path, missing: list[Part]) -> None:
+    """Prints what will be fetched; while a zip is unpacked it takes its room twice."""
+    fetched, most, free = 0.0, 0.0, shutil.disk_usage(root).free / 1e9
+    for part in missing:
+        file = part.file(root)
+        print(f"{part.gb:6.2f} GB  {mirrored(part.url)}\n{'':11}{part.note}; {file}")
+        if not file.exists():  # a zip that is there is being unpacked: how much of it is, nobody knows
+            fetched += max(0.0, part.gb - size_of(Path(f"{file}.part")) / 1e9)
+            most = max(most, 1.05 * (fetched + part.gb * (part.keep > 0)))  # 5% for half-filled blocks
+    print(f"{name}: {fetched:.1f} GB to fetch, at most {most:.1f} GB of disk, {free:.1f} GB are free")
+    if most > free:
+        raise UserError(f"{root} has {free:.1f} GB free but {name} takes {most:.1f} GB: choose another --to")
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def mirrored(url: str) -> str:
+    if mirror := os.environ.get("SIGHTSPEED_MIRROR"):
+        return f"{mirror.rstrip('/')}/{url.partition('://')[2]}"
+    return url.replace(HUB, os.environ.get("HF_ENDPOINT", HUB).rstrip("/"))
+
+
+def fetch(url: str, file: Path) -> None:
+    """url to file if it is not there, tried again until TRIES attempts in a row brought nothing new."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part, most, failed = Path(f"{file}.part"), 0, 0
+    while not file.exists():
+        try:
+            fetch_rest(url, file, part, Path(f"{file}.etag"))
+        except (OSError, http.client.HTTPException) as error:
+            code = getattr(error, "code", 500)
+            full = getattr(error, "errno", 0) in (errno.ENOSPC, errno.EDQUOT)
+            if code == 416:  # nothing comes behind what `part` has: it is of another file
+                part.unlink()
+            failed = 0 if size_of(part) > most else failed + 1
+            most = max(most, size_of(part))
+            if full or failed == TRIES or code < 500 and code not in (408, 416, 429):
+                raise
+            print(f"{url}: {error}; trying again")
+            time.sleep(WAIT * 2**failed)
+
+
+def fetch_rest(url: str, file: Path, part: Path, note: Path) -> None:
+    """One connection: appends to `part` what it lacks. note: the ETag, so that two versions never mix."""
+    start = size_of(part)
+    etag = note.read_text() if start and note.exists() else ""
+    headers = {"User-Agent": "sightspeed"} | ({"Range": f"bytes={start}-"} if start else {})
+    request = urllib.request.Request(url, headers=headers | ({"If-Range": etag} if etag else {}))
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+        told, rest = answer.headers, answer.status == 206
+        if told.get_content_type() == "text/html":
+            raise UserError(f"{url} gave a web page, not the file: does the network ask to log in?")
+        span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", told.get("Content-Range", ""))
+        now = told.get("ETag", "")
+        if rest and (not span or int(span[1]) != start or etag not in ("", now)):
+            part.unlink()
+            raise ConnectionError("it is not the file that was begun")
+        whole = int(span[2] if rest else told.get("Content-Length", 0))
+        note.write_text("" if now.startswith("W/") else now)  # a weak one never matches
+        bar = tqdm(total=whole or None, initial=start * rest, unit="B", unit_scale=True, desc=file.name)
+        with open(part, "ab" if rest else "wb") as target, bar:
+            while block := answer.read(BLOCK):
+                target.write(block)
+                bar.update(len(block))
+    if whole and size_of(part) != whole:
+        raise ConnectionError(f"the connection ended after {size_of(part)} of {whole} bytes")
+    os.replace(part, file)
+    note.unlink()
+
+
+def unpack(archive: Path, folder: Path, keep: int) -> None:
+    """Files of a zip below `folder`; one that is there with its size stays. Reading checks their CRC."""
+    with zipfile.ZipFile(archive) as packed:
+        members = [(m, m.filename.split("/")) for m in packed.infolist() if not m.is_dir()]
+        if outside := [m.filename for m, names in members if {"", ".."} & {*names}]:
+            raise UserError(f"{archive} would write outside of {folder}: {outside[0]}; nothing is unpacked")
+        total = sum(m.file_size for m, _ in members)
+        with tqdm(total=total, unit="B", unit_scale=True, desc=f"unpack {archive.name}") as bar:
+            for member, names in members:
+                path = folder.joinpath(*names[-keep:])
+                if not path.exists() or size_of(path) != member.file_size:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with packed.open(member) as source, open(f"{path}.tmp", "wb") as target:
+                        shutil.copyfileobj(source, target, BLOCK)
+                    os.replace(f"{path}.tmp", path)
+                bar.update(member.file_size)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Commands: what is in a data set, and a form of it that trains well.
 
 
@@ -2319,6 +2522,11 @@ def picture_suffix(content: bytes, place: str) -> str:
     return read_image(content, place, lambda picture: (picture.format or "png").lower())
 
 
+@dataclass
+class DownloadConfig:
+    to: str = ""  # folder that the data set is downloaded to
+
+
 USAGE = """Look into data sets, convert and download them.
 
     python data.py check SPEC          what a run would make of --data SPEC: what is broken, lengths, samples
@@ -2337,8 +2545,12 @@ def main(argv: list[str]) -> None:
         model.parse_cli(flags, USAGE, cfg := ConvertConfig())
         if len(words) == 3:
             return convert(Path(words[1]), Path(words[2]), cfg)
+    elif command == ["download"]:
+        model.parse_cli(flags, USAGE, cfg := DownloadConfig())
+        if len(words) == 2 and cfg.to:
+            return print(f"in {download(words[1], cfg.to)}")
     else:
-        model.parse_cli(flags, USAGE)
+        model.parse_cli(flags, USAGE, CheckConfig(), ConvertConfig(), DownloadConfig())
     raise UserError(f"{' '.join(words) or 'nothing'}: what to do? See python data.py --help")
 
 

@@ -27,6 +27,8 @@ tokens of text, of which the last 40 % are supervised. Encoder's share of a fast
 with 80 and 4. Speedups are composed of separately timed steps, nine fast to one slow; "mixed" times a packed
 micro-batch of ten. Attention, fp32 on a CPU, is slower for its FLOPs than all else, and full steps have most
 of it: an efficiency above 1 is that and no merit.
+
+Rows of reading are no ratios but pictures a second, floor and efficiency those of Pillow's decoding alone.
 """
 
 import dataclasses
@@ -35,6 +37,7 @@ import itertools
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +45,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -364,7 +368,32 @@ def dualspeed(bench: BenchConfig) -> list[dict]:
     return rows
 
 
-MEASURES = [stage1, connector_share, packing, dualspeed]
+def reading(bench: BenchConfig) -> list[dict]:
+    """Pictures that one core reads a second: from a JPEG file to the encoder's uint8 of 336 px."""
+    cfg, rows = model.copy_config(GEOMETRY), []
+    cfg.vit.image_size = 336
+    for width, height in ((336, 336), (640, 480)):
+        name = f"reading.{width}x{height}.images_per_s"
+        if not bench.wants(name):
+            continue
+        noise = np.random.default_rng(0).integers(0, 255, (height // 8, width // 8, 3), np.uint8)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "a.jpg")  # as smooth, and about as many bytes, as a photo
+            Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC).save(file, quality=90)
+            size, times = file.stat().st_size, 50
+            ways = {
+                "read": lambda: [data.load_images([file], cfg) for _ in range(times)],
+                "decode": lambda: [Image.open(file).load() for _ in range(times)],
+            }
+            seconds = alternate(ways, bench.rounds)
+        ratios = [times / took for took in seconds["read"]]
+        floor = statistics.median(times / took for took in seconds["decode"])
+        row = make_row(name, ratios, floor, note=f"JPEG of {size:,} bytes; floor: Pillow's decoding alone")
+        rows.append({**row, "efficiency": round(row["value"] / floor, 4)})
+    return rows
+
+
+MEASURES = [stage1, connector_share, packing, dualspeed, reading]
 
 
 def describe_geometry() -> dict:

@@ -130,7 +130,8 @@ def test_the_script_writes_every_row(tmp_path, monkeypatch, capsys):
     five = [*(f"dualspeed.next.{x}" for x in dual), "dualspeed.select.share.next"]
     others = ["connector.share.tiny", "connector.share.7b", "packing.speedup"]
     scales = [f"dualspeed.coarse.{x}" for x in dual]
-    assert list(rows) == [*names, *others, *one, *five, *scales]
+    reading = [f"reading.{size}.images_per_s" for size in ("336x336", "640x480")]
+    assert list(rows) == [*names, *others, *one, *five, *scales, *reading]
     told = {name: rows[name]["published"] for name in one + five if rows[name]["published"]}
     assert told == {"dualspeed.llava15.speedup": 2.1, "dualspeed.next.speedup": 4.0}
     assert rows["dualspeed.llava15.speedup"]["floor"] == rows["dualspeed.llava15.mixed.speedup"]["floor"]

@@ -345,9 +345,10 @@ def broken_set(folder: Path, n: int = 200) -> Path:
 def stream(path: Path, batch_size: int = 0, workers: int = 0, steps: range = range(6), cursor=None, **more):
     cfg = test_training.small_config()
     cfg.image.cut = more.pop("cut", "")
+    sources = data.open_sources(str(path), "sft")
     plan = data.Plan(
-        data.open_sources(str(path), "sft"), TOKENIZER, cfg, lambda n: "slow" if n % 4 == 0 else "fast", 0, steps,
-        8, batch_size, row_length=256, cursor=cursor, **more,
+        sources, TOKENIZER, cfg, lambda n: "slow" if n % 4 == 0 else "fast", 0, steps, 8, batch_size,
+        row_length=256, cursor=cursor, **more,
     )  # fmt: skip
     planner = torch.utils.data.DataLoader(plan, None, num_workers=min(workers, 1))
     return [*torch.utils.data.DataLoader(data.Stream(plan), None, sampler=planner, num_workers=workers)]
@@ -536,3 +537,78 @@ def test_check_counts_what_a_plain_loop_counts(tmp_path, capsys):
 def test_wrong_commands_are_one_sentence(words, told):
     done = run(*words)
     assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1
+
+
+# --- Twenty thousand records
+def large_set(folder: Path, n: int = 20_000) -> Path:
+    """A hundredth is broken, a fiftieth in a folder that is missing, a tenth has no picture."""
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "JPEG", quality=50)
+    whole, records = buffer.getvalue(), []
+    (folder / "images").mkdir(parents=True)
+    for i in range(n):
+        answer = "It is " + "very " * (i % 7) + "good."
+        name = f"{'ocr' if i % 50 == 9 else 'images'}/{i}.jpg"
+        if i % 10 == 0:
+            records.append(chat(None, "What now?", answer))
+            continue
+        if i % 50 != 9:
+            (folder / name).write_bytes(whole[: len(whole) // 2] if i % 100 == 17 else whole)
+        records.append(chat(name, "<image>\nWhat is it?", answer))
+    return write(folder / "train.json", json.dumps(records).encode())
+
+
+@pytest.mark.slow
+def test_twenty_thousand_records_with_holes_train_to_the_end(tmp_path, small_halves, capsys):
+    import train_sft
+
+    path, out = large_set(tmp_path), tmp_path / "run"
+    flags = [
+        "--workers",
+        "2",
+        "--log_every",
+        "20",
+        "--dtype",
+        "float32",
+        "--train",
+        "connector",
+        "--rows",
+        "64",
+    ]
+    flags += ["--row_length", "256", "--row_images", "16", "--steps", "80"]
+    train_sft.main([*small_halves, "--data", str(path), "--out", str(out), *flags])
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    seen = sum(line["samples_per_s"] * line["seconds"] for line in lines if "samples_per_s" in line)
+    told = capsys.readouterr().out
+    assert seen > 20_000 and 0.025 < lines[-1]["skipped"] / seen < 0.04 and lines[-1]["loss"] > 0
+    (last,) = [
+        line for line in told.splitlines() if line.startswith(f"skipped {lines[-1]['skipped']} records")
+    ]
+    assert "image missing" in last and "image broken" in last and "/ocr/" in told
+
+
+@pytest.mark.slow
+def test_memory_of_workers_stays_flat_over_an_epoch(tmp_path):
+    path = large_set(tmp_path)
+    plan = data.Plan(
+        data.open_sources(str(path), "sft"), TOKENIZER, test_training.small_config(), lambda n: "fast", 0,
+        range(100), 64, row_length=256,
+    )  # fmt: skip
+    planner = torch.utils.data.DataLoader(plan, None, num_workers=1)
+    batches = iter(torch.utils.data.DataLoader(data.Stream(plan), None, sampler=planner, num_workers=2))
+
+    def held() -> list[int]:
+        """Anonymous kB of both workers."""
+        found = [Path(f"/proc/{worker.pid}/status").read_text() for worker in batches._workers]
+        return [int(text.partition("RssAnon:")[2].split()[0]) for text in found]
+
+    samples = 0
+    for step, batch in enumerate(batches):
+        samples += batch.samples
+        if step == 20:
+            before = held()
+        if step == 85:  # later batches come from workers that may have ended
+            after, epoch = held(), samples
+    print(f"workers held {before} and {after} kB")
+    assert epoch > 20_000 and all(b < a + 8_000 for a, b in zip(before, after))

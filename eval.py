@@ -765,6 +765,8 @@ def read_benchmark(name: str, path: Path, images: str) -> Task:
         questions = [replace(q, name=f"{q.parts[0]}/{q.name}") for q in questions]
     first = {}
     for q, place in zip(questions, places):
+        if q.key in first and "image" in row.join:  # its id is the picture's, who is asked the same twice
+            q.name = f"{q.name}#{len(first)}"
         if q.key in first:
             raise UserError(
                 f"{place}: question_id {q.name} is there twice, first at {first[q.key]}: drop one"
@@ -778,6 +780,7 @@ def read_benchmark(name: str, path: Path, images: str) -> Task:
 def bare_question(row: Benchmark, raw: dict) -> str:
     """Without what prompts add to it."""
     text = re.sub(r"\n?Reference OCR token:.*", "", str(first_of(raw, COLUMNS["question"]) or ""))
+    text = text.replace("in the imange?", "in the image?")  # POPE's typo, not in all of its versions
     text = text.strip().removesuffix(SHORT.strip()).strip()
     return text.removesuffix("Please answer yes or no.").strip()
 
@@ -1343,7 +1346,7 @@ def print_table(results: list[dict]) -> None:
     head = f"\n{'task':<28}{'shots':>5}  {'tokens':<8}{'score':>7}{'±':>7}{'blind':>8}{'chance':>8}{'n':>7}"
     print(head + "  metric")
     for r in results:
-        name = "  " + r["task"].split("/")[1] if "/" in r["task"] else r["task"]
+        name = "  " + r["task"].partition("/")[2] if "/" in r["task"] else r["task"]
         blind, chance = ("–" if r[key] is None else f"{r[key]:.1f}" for key in ("blind_score", "chance"))
         digits = 1 if r["metric"] != KINDS["text"][0] else 3
         error = "–" if r["stderr"] is None else f"{r['stderr']:.{digits}f}"

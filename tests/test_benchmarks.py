@@ -42,13 +42,15 @@ def put(folder: Path, name: str, content) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, bytes):
         path.write_bytes(content)
+    elif isinstance(content, str):
+        path.write_text(content)
     elif path.suffix == ".tsv":
         lines = ["\t".join(content[0])] + ["\t".join(str(v) for v in row.values()) for row in content]
         path.write_text("\n".join(lines) + "\n")
     elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in content))
     else:
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        path.write_text(json.dumps(content))
     return path
 
 
@@ -158,7 +160,7 @@ def put_mme(folder: Path) -> None:
             lines = "".join(f"{q} Please answer yes or no.\t{a}\n" for q, a in told)
             put(folder, f"{release}/{category}/{'questions_answers_YN/' if deep else ''}000{n}.txt", lines)
             for q, _ in told:
-                name = f"{category}/000{n}.png"
+                name = f"{category}/{'images/' if deep else ''}000{n}.png"
                 asked.append({"question_id": name, "image": name, "text": q + SHORT, "category": category})
     put(folder, "llava_mme.jsonl", asked)
 
@@ -319,7 +321,8 @@ LLAVA = {
     "vizwiz": put_vizwiz, "gqa": put_gqa, "scienceqa": put_scienceqa, "pope": put_pope, "mme": put_mme,
     "mmbench": put_mmbench, "mmbench_cn": put_mmbench_cn, "seed": put_seed, "docvqa": put_docvqa,
     "chartqa": put_chartqa, "coco_cap": put_coco_cap, "flickr30k": put_flickr30k, "nocaps": put_nocaps,
-    "textcaps": put_textcaps, "refcoco": put_refcoco, "refcoco+": lambda folder: put_refcoco(folder, "refcoco+"),
+    "textcaps": put_textcaps, "refcoco": put_refcoco,
+    "refcoco+": lambda folder: put_refcoco(folder, "refcoco+"),
     "refcocog": lambda folder: put_refcoco(folder, "refcocog"),
     "arc_easy": lambda folder: put_arc(folder, "ARC-Easy-Test.jsonl"),
     "arc_challenge": lambda folder: put_arc(folder, "ARC-Challenge-Test.jsonl"),
@@ -896,6 +899,20 @@ def test_labels_come_by_their_question_and_not_by_the_order_of_files(tmp_path):
     put_textvqa(tmp_path)  # labels are in reverse there, two questions share a picture and its id
     for q in open_one("textvqa", tmp_path).questions:
         assert q.answers == [COLOURS[int(re.search(r"\d", q.text)[0])]] * 10
+    lines = (tmp_path / "llava_textvqa_val_v051_ocr.jsonl").read_text()
+    again = put(tmp_path, "twice.jsonl", lines + lines.splitlines()[0] + "\n")
+    names = [
+        q.name
+        for q in open_one("textvqa", again.rename(tmp_path / "llava_textvqa_val_v051_ocr.jsonl")).questions
+    ]
+    assert names == [
+        "p0",
+        "p0",
+        "p1",
+        "p1",
+        "p0#4",
+    ]  # ids are the pictures', the same question stands there twice
+    put(tmp_path, "llava_textvqa_val_v051_ocr.jsonl", [json.loads(line) for line in lines.splitlines()])
     one = open_one("textvqa", tmp_path / "llava_textvqa_val_v051_ocr.jsonl")
     assert one.questions == open_one("textvqa", tmp_path).questions  # a question file instead of its folder
     only = put(tmp_path / "star", "any.tsv", TSV["mmstar"])

@@ -484,7 +484,7 @@ BOX = {"kind": "ref", "prompt": REGION, "max_new_tokens": 32, "parts": ("split",
 WORDS = {
     "kind": "likelihood",
     "prompt": "Question: {question}\nAnswer:",
-    "max_new_tokens": 0,
+    "max_new_tokens": 64,  # room for an option
     "extra": norm_rows,
 }
 BENCHMARKS = {
@@ -607,8 +607,6 @@ COLUMNS = {  # ours: what files call it; the first that is there and not empty c
     "answers": "answers answer answerKey reference_strs annotations_captions sentences captions caption "
     "caption_str label multiple_choice_answer",
     "options": "options choices endings",
-    "category": "category",
-    "type": "type",
 }
 
 
@@ -786,9 +784,8 @@ def bare_question(row: Benchmark, raw: dict) -> str:
 
 
 def join_key(row: Benchmark, raw: dict) -> tuple[str, ...]:
-    name = str(first_of(raw, COLUMNS["id"]))
     found = {
-        "id": name,
+        "id": str(first_of(raw, COLUMNS["id"])),
         "image": Path(str(first_of(raw, COLUMNS["image"]))).stem,
         "question": bare_question(row, raw).lower(),
         "category": part_of(raw, "category", ()),
@@ -823,17 +820,11 @@ def encoded_pictures(raw: dict, seen: dict, place: str) -> tuple:
 def file_pictures(raw: dict, folder: Path, images: str, pattern: str, place: str) -> tuple:
     if not pattern or (pattern.endswith("{image}") and not raw.get("image")):  # ScienceQA has some without
         return ()
-    path = (
-        Path(images) / pattern.rpartition("/")[2].format_map(raw)
-        if images
-        else folder / pattern.format_map(raw)
-    )
-    if not path.is_file():
-        deeper = path.parent / "images" / path.name  # MME's categories are of two layouts
-        if not deeper.is_file():
-            raise UserError(f"{place}: image {path} does not exist")
-        path = deeper
-    return (path,)
+    path = Path(images or folder) / (pattern.rpartition("/")[2] if images else pattern).format_map(raw)
+    deeper = path.parent / "images" / path.name  # some of MME's categories have it so
+    if not path.is_file() and not deeper.is_file():
+        raise UserError(f"{place}: image {path} does not exist")
+    return (path if path.is_file() else deeper,)
 
 
 def texts_of(value) -> list[str]:
@@ -863,14 +854,13 @@ def options_of(raw: dict) -> list[str]:
 def questions_of(name: str, raw: dict, shown: tuple) -> list[Question]:
     """A record as the question to ask: one, but for RefCOCO, which tells a box in several sentences."""
     row = BENCHMARKS[name]
+    if not shown and row.kind not in ("scienceqa", "likelihood"):
+        raise KeyError("image")
     if isinstance(raw.get("question"), dict):  # ARC's own files
         raw = {**raw, **raw["question"], "question": raw["question"]["stem"]}
     if "conversations" in raw:  # LLaVA's ScienceQA
-        raw = {
-            **raw,
-            "text": raw["conversations"][0]["value"].replace("<image>", "").strip(),
-            "question": None,
-        }
+        told = raw["conversations"][0]["value"].replace("<image>", "").strip()
+        raw = {**raw, "text": told, "question": None}
     number = first_of(raw, COLUMNS["image id" if row.kind == "caption" else "id"])
     parts = tuple(part_of(raw, column, shown) for column in row.parts)
     if row.kind == "ref":
@@ -1074,18 +1064,15 @@ def answer_all(
     answers = open_answers(path, task, about, log) if log.folder else {}
     todo = [i for i in range(len(asked)) if i not in answers]
     if vlm is None and todo:
-        told = (
-            f"{len(todo)} of {len(asked)} questions have no answer there, the first is {asked[todo[0]].name}"
-        )
+        told = f"{len(todo)} of {len(asked)} questions have no answer, the first is {asked[todo[0]].name}"
         raise UserError(f"{path}: {told}: give --model to have them answered")
     prompts = {i: prompt_of(task, asked[i], tokenizer) for i in todo}
     shown = {i: [*(demo.image for demo in asked[i].demos), *images[i]] for i in todo}
     lengths = check_lengths(task, [*prompts.values()], [*shown.values()], vlm.cfg, mode) if todo else []
     order = [i for _, i in sorted(zip(lengths, todo))]
     marks = stop_marks(task)
-    stops = (
-        [i for token, i in tokenizer.ranks.items() if any(m.encode() in token for m in marks)] if todo else []
-    )
+    ranks = tokenizer.ranks.items() if todo else ()
+    stops = [i for token, i in ranks if any(mark.encode() in token for mark in marks)]
     size = max(1, cfg.batch_size // (1 + (task.shots or 0)))  # as many pictures at any number of shots
     batches = [order[start : start + size] for start in range(0, len(order), size)][log.rank :: log.world]
     new = {}

@@ -562,7 +562,14 @@ def test_parquet_of_the_hub(name, tmp_path, monkeypatch):
     split = evaluation.BENCHMARKS[name].split
     for which, rows in ((split, PARQUET[name]), ("other", PARQUET[name][:1])):
         parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / f"{which}-00000-of-00001.parquet")
-    check_oracle(open_one(name, tmp_path), monkeypatch)
+    task = open_one(name, tmp_path)
+    check_oracle(task, monkeypatch)
+    if name == "refcoco":  # COCO's x, y, width, height in a picture of 20 x 10
+        assert [q.answers for q in task.questions[:3]] == [
+            ["100 0 500 400"],
+            ["100 0 500 400"],
+            ["100 100 500 500"],
+        ]
 
 
 def test_gqa_of_the_hub_has_its_pictures_in_files_of_their_own(tmp_path, monkeypatch):
@@ -711,7 +718,8 @@ def test_mme_counts_pairs(tmp_path, monkeypatch):
 def test_mmbench_is_circular(tmp_path, monkeypatch):
     put_mmbench(tmp_path)
     task = open_one("mmbench", tmp_path)
-    assert task.questions[0].images == task.questions[1].images != task.questions[3].images
+    first, second, _, other = (q.images[0] for q in task.questions[:4])
+    assert first is second and first != other
     rows = score(task, lambda q, kind: q.answers[0] if q.name != "1000001" else "no idea", monkeypatch)
     assert rows["mmbench"]["n"] == 3 and rows["mmbench"]["score"] == pytest.approx(66.67)
     assert rows["mmbench/c1"]["score"] == 0 and rows["mmbench/l0"]["score"] == 100
@@ -888,6 +896,11 @@ def test_addresses_that_are_wrong_say_so(tmp_path):
     ]:
         with pytest.raises(UserError, match=words):
             evaluation.open_tasks(evaluation.EvalConfig(tasks=tasks, root=str(tmp_path)))
+    bare = [{k: v for k, v in row.items() if k != "image"} for row in TSV["mmstar"]]
+    with pytest.raises(
+        UserError, match="line 2: not a question of mmstar .*'image'.*its columns are index, question"
+    ):
+        open_one("mmstar", put(tmp_path, "bare.tsv", bare))
     with pytest.raises(UserError, match="--limit has no effect"):
         evaluation.open_tasks(evaluation.EvalConfig(tasks="scenes_vqa", n=1, limit=3))
     put_gqa(tmp_path)
@@ -993,12 +1006,27 @@ def test_a_killed_run_goes_on_where_it_stopped(saved, tmp_path, monkeypatch, cap
     assert sum(asked) == 6 and {p.name: p.read_bytes() for p in answers.iterdir()} == whole
     assert results(out) == first
 
+    def generate(self, batch, *a, **k):  # killed once more, in its second batch
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return asked.append(batch.samples) or real(self, batch, *a, **k)
+
+    asked.clear()
+    (answers / "pope.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:20])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model.VLM, "generate", generate)
+        evaluation.main(flags)
+    there = (answers / "pope.jsonl").read_bytes().splitlines(keepends=True)
+    assert there[:5] == lines[:5] and len(there) == 8 and {*there} <= {*lines}
+    evaluation.main(flags)
+    assert {p.name: p.read_bytes() for p in answers.iterdir()} == whole
+
     (answers / "pope.blind.jsonl").unlink()
     again = tmp_path / "again.json"
     evaluation.main(["--answers", str(answers), *base[2:], "--out", str(again)])  # no model: what is there
     assert results(again)[0]["score"] == first[0]["score"] and results(again)[0]["blind_score"] is None
     (answers / "pope.jsonl").write_bytes(b"".join(lines[:5]))
-    with pytest.raises(UserError, match="7 of 12 questions have no answer there.*give --model"):
+    with pytest.raises(UserError, match="7 of 12 questions have no answer, the first.*give --model"):
         evaluation.main(["--answers", str(answers), *base[2:]])
     with pytest.raises(UserError, match="--model is missing"):
         evaluation.main(base[2:])

@@ -57,11 +57,11 @@ BITS = {2: torch.int16, 4: torch.int32}
 @dataclass
 class EvalConfig:
     model: str = ""  # run or checkpoint folder
-    tasks: str = "scenes"  # comma list of scenes (most), scenes_vqa, scenes_text, ..., or kind:FILE.jsonl
+    tasks: str = "scenes"  # comma list of scenes (most), scenes_vqa, ..., pope or pope:PATH, ..., kind:FILE
     shots: str = ""  # demonstrations, in MM1's templates of a base model: 0, 4 or 0,4,8; "": chat template
-    demos: str = ""  # train split of kind:FILE tasks, FILE.jsonl: what their demonstrations are drawn from
+    demos: str = ""  # train split of a task of files: what its demonstrations are drawn from
     scoring: str = "generate"  # or likelihood: the likeliest of the possible answers, where these are known
-    images: str = ""  # folder of the images of kind:FILE tasks; default: the file's own
+    images: str = ""  # folder of the images of tasks of files; default: the file's own
     tokens: str = "full"  # visual tokens at inference: full, pruned, or both
     root: str = "playground/data/eval"  # where benchmarks without a path have their folders, as LLaVA's do
     limit: int = 0  # above 0: of each task of files only so many questions, drawn by the seed
@@ -88,8 +88,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--dtype '{cfg.dtype}' is unknown: use auto, float32 or bfloat16")
     if cfg.scoring not in ("generate", "likelihood"):
         raise UserError(f"--scoring '{cfg.scoring}' is unknown: use generate or likelihood")
-    if cfg.chat and (cfg.shots or cfg.demos or cfg.scoring != "generate"):
-        raise UserError("--shots, --demos and --scoring have no effect on --chat")
+    if cfg.chat and (cfg.shots or cfg.demos or cfg.answers or cfg.limit or cfg.scoring != "generate"):
+        raise UserError("--shots, --demos, --scoring, --answers and --limit have no effect on --chat")
     model.require_at_least(cfg, 1, "n batch_size")
     model.require_at_least(cfg, 0, "limit")
     tasks = [] if cfg.chat else open_tasks(cfg)

@@ -237,11 +237,11 @@ def run_cell(cell: Cell, seed: int, cfg: ClaimsConfig) -> dict:
 def exam(n: int, size: int, resample: int) -> tuple:
     """Questions, different pictures, and the number of each question's picture, its own and another's."""
     questions = evaluation.scenes_task("scenes_vqa", n, 0).questions
-    images = [q.image for q in questions]
-    number = {image: i for i, image in enumerate(dict.fromkeys(images))}
+    images = [q.images for q in questions]
+    number = {image: i for i, (image,) in enumerate(dict.fromkeys(images))}
     cfg = model.ModelConfig(model.ImageConfig(resample=resample), model.ViTConfig(image_size=size))
     pixels = torch.from_numpy(data.load_images([*number], cfg))
-    own, other = ([number[i] for i in those] for those in (images, evaluation.derange(images, 0)))
+    own, other = ([number[i] for (i,) in those] for those in (images, evaluation.derange(images, 0)))
     return questions, pixels, own, other
 
 
@@ -287,7 +287,7 @@ def examine(run: Path, cfg: ClaimsConfig, pruned: bool) -> dict[str, np.ndarray]
     questions, pixels, own, other = exam(cfg.n, vlm.cfg.vit.image_size, vlm.cfg.image.resample)
     both = right_answers(vlm, tokenizer, questions * 2, pixels, own + other)
     task = evaluation.scenes_task("scenes_ref", cfg.ref, 0)
-    boxes = [q.image for q in task.questions]
+    boxes = [q.images for q in task.questions]
     said = evaluation.answer_all(vlm, tokenizer, task, boxes, "full", evaluation.EvalConfig())
     ref = np.array(evaluation.score_answers(task, said))
     found = {"right": both[: len(own)], "blind": both[len(own) :], "picture": np.array(own), "ref": ref}
@@ -309,7 +309,7 @@ def examine_shots(run: Path, cfg: ClaimsConfig) -> dict[str, np.ndarray]:
         name, shots = key.split()
         name, n = {"caption": "cap"}.get(name, name), cfg.shots_n * (5 if name == "bind" else 1)
         task = evaluation.few_shot_task(f"scenes_{name}", n, int(shots), 0)
-        images = [q.image for q in task.questions]
+        images = [q.images for q in task.questions]
         said = evaluation.answer_all(vlm, tokenizer, task, images, "full", plain)
         found[key] = np.array(evaluation.score_answers(task, said))
         if key == "vqa 8":

@@ -205,14 +205,14 @@ def test_one_pass_equals_greedy_decoding_for_all_questions(flags, mode):
     vlm, tokenizer = model.VLM.build(cfg).eval(), data.find_tokenizer(cfg)
     questions, pixels, own, other = claims.exam(24, cfg.vit.image_size, cfg.image.resample)
     right = claims.right_answers(vlm, tokenizer, questions * 2, pixels, own + other, 5, mode)
-    images = [q.image for q in questions]
+    images = [q.images for q in questions]
     task = evaluation.Task("scenes_vqa", "vqa", questions, max_new_tokens=16)
     for mine, shown in zip(right.reshape(2, -1), (images, evaluation.derange(images, 0))):
         said = evaluation.answer_all(vlm, tokenizer, task, shown, mode, evaluation.EvalConfig())
         assert [*mine] == [s == q.answers[0] for s, q in zip(said, questions)]
         assert [*mine] == evaluation.score_answers(task, said)  # here nobody says "two" for 2
         assert 0 < mine.mean() < 1
-        asked = [evaluation.Question(q.image, q.text, [s]) for q, s in zip(questions, said)]
+        asked = [evaluation.Question(q.images, q.text, [s]) for q, s in zip(questions, said)]
         whole = [len(tokenizer.encode(s)) < 16 for s in said]  # ended by itself
         pictures = own if shown is images else other
         assert (claims.right_answers(vlm, tokenizer, asked, pixels, pictures, mode=mode)[whole]).all()

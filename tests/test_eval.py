@@ -116,7 +116,7 @@ def test_chat_answers_and_remembers(own_set, trained, monkeypatch, capsys):
 
 
 def test_derangement_moves_every_image_and_keeps_pairs_together():
-    images = [data.make_scene("test", i // 3) for i in range(30)]
+    images = [(data.make_scene("test", i // 3),) for i in range(30)]
     other = evaluation.derange(images, 0)
     assert all(a != b for a, b in zip(images, other))
     assert set(other) == set(images)
@@ -129,8 +129,8 @@ def test_an_oracle_scores_100_and_the_blind_one_less(name, monkeypatch):
     task = evaluation.scenes_task(name, 40, 0)
     cfg = evaluation.EvalConfig()
 
-    def answer_all(vlm, tokenizer, task, images, mode, cfg):
-        looked = [a is q.image for a, q in zip(images, task.questions)]
+    def answer_all(vlm, tokenizer, task, images, mode, cfg, log, blind=False):
+        looked = [a is q.images for a, q in zip(images, task.questions)]
         return [q.answers[0] if seen else "blue" for q, seen in zip(task.questions, looked)]
 
     monkeypatch.setattr(evaluation, "answer_all", answer_all)
@@ -149,8 +149,8 @@ def test_an_oracle_scores_100_and_the_blind_one_less(name, monkeypatch):
 def test_test_questions_do_not_come_from_training_scenes():
     task = evaluation.scenes_task("scenes_vqa", 50, 0)
     train = {data.make_scene("train", i) for i in range(2000)}
-    assert not train & {q.image for q in task.questions}
-    assert any(q.held_out for q in task.questions)
+    assert not train & {q.images[0] for q in task.questions}
+    assert any("held_out" in q.parts for q in task.questions)
 
 
 def test_rank_file_that_is_none_is_refused(tmp_path):

@@ -87,11 +87,11 @@ def test_demonstrations_are_drawn_per_question_from_the_train_split(name):
     assert shown == [tuple(demo.name for demo in q.demos) for q in again.questions]
     assert shown != [tuple(demo.name for demo in q.demos) for q in other.questions]
     assert len(set(shown)) == len(shown) and all(len(set(ids)) == 4 for ids in shown)
-    assert [(q.image, q.text, q.answers) for q in none.questions] == [
-        (q.image, q.text, q.answers) for q in task.questions
+    assert [(q.images, q.text, q.answers) for q in none.questions] == [
+        (q.images, q.text, q.answers) for q in task.questions
     ]
     pictures = {demo.image for q in task.questions for demo in q.demos}
-    assert not pictures & {q.image for q in task.questions}
+    assert not pictures & {q.images[0] for q in task.questions}
     pairs = {(thing.colour, thing.shape) for picture in pictures for thing in picture.things}
     assert pairs and not pairs & data.HELD_OUT
     if name == "scenes_bind":
@@ -180,7 +180,7 @@ def test_an_oracle_is_perfect_and_blind_swaps_the_test_picture_alone(name, monke
         """The right answer for the right pictures, then on to a next example, as a base model would."""
         wrong = {"yes": "no"}
         said = [
-            q.answers[0] if shown[-1] == q.image else wrong.get(q.answers[0], "yes")
+            q.answers[0] if shown[-1] == q.images[0] else wrong.get(q.answers[0], "yes")
             for q, shown in truth["now"]
         ]
         return [TOKENIZER.encode(text + "\nQuestion: more") for text in said]
@@ -196,10 +196,10 @@ def test_an_oracle_is_perfect_and_blind_swaps_the_test_picture_alone(name, monke
     n = len(task.questions)
     assert len(seen) == 2 * n
     true = Counter(tuple(images) for images in seen[:n])
-    assert true == Counter((*(d.image for d in q.demos), q.image) for q in task.questions)
+    assert true == Counter((*(d.image for d in q.demos), *q.images) for q in task.questions)
     blind = {tuple(images[:2]): images[2] for images in seen[n:]}
     for question in task.questions:  # demonstrations stay true
-        assert blind[tuple(d.image for d in question.demos)] != question.image
+        assert blind[tuple(d.image for d in question.demos)] != question.images[0]
 
 
 @torch.no_grad()
@@ -210,7 +210,7 @@ def test_likelihood_is_the_sum_over_the_answers_tokens(mode, shots):
     vlm, task = tiny_vlm(), evaluation.few_shot_task("scenes_vqa", 2, shots, 0)
     samples, options, expected = [], [], []
     for question in task.questions[:6]:
-        shown = [*(demo.image for demo in question.demos), question.image]
+        shown = [*(demo.image for demo in question.demos), *question.images]
         samples.append((evaluation.prompt_of(task, question, TOKENIZER), data.load_images(shown, vlm.cfg)))
         options.append([TOKENIZER.encode(text) for text in ("red", "blue", "two words here", "0")])
         for ids in options[-1]:
@@ -224,7 +224,7 @@ def test_likelihood_is_the_sum_over_the_answers_tokens(mode, shots):
     assert [len(each) for each in sums] == [4] * 6
     assert [x for each in sums for x in each] == pytest.approx(expected, abs=1e-3)
     cfg = evaluation.EvalConfig(scoring="likelihood", batch_size=20)
-    images = [q.image for q in task.questions]
+    images = [q.images for q in task.questions]
     said = evaluation.answer_all(vlm, TOKENIZER, task, images, mode, cfg)
     assert all(answer in q.choices for answer, q in zip(said, task.questions))
     question, sample = task.questions[0], samples[0]
@@ -244,7 +244,7 @@ def test_candidates_have_the_tokens_that_answers_have_in_documents(tokenizer, sh
         return [np.array([0.0, 1.0])] * len(samples)
 
     monkeypatch.setattr(evaluation, "answer_likelihoods", answer_likelihoods)
-    cfg, images = evaluation.EvalConfig(scoring="likelihood"), [q.image for q in task.questions]
+    cfg, images = evaluation.EvalConfig(scoring="likelihood"), [q.images for q in task.questions]
     assert evaluation.answer_all(tiny_vlm(), tokenizer, task, images, "full", cfg) == ["yes"] * 3
     expected = "noyes" if tokenizer is OTHERS[0] and shots is None else " no yes"  # the chat template's turn
     assert {tokenizer.bpe.decode(sum(options, [])) for options in seen} == {expected}
@@ -264,7 +264,7 @@ def test_choices_hold_every_right_answer(tmp_path):
 def test_generation_ends_behind_a_stop_and_is_cut_in_front_of_it():
     vlm, task = tiny_vlm(), evaluation.few_shot_task("scenes_vqa", 1, 0, 0)
     samples = [
-        (evaluation.prompt_of(task, q, TOKENIZER), data.load_images([q.image], vlm.cfg))
+        (evaluation.prompt_of(task, q, TOKENIZER), data.load_images(q.images, vlm.cfg))
         for q in task.questions
     ]
     batch = data.prompt_batch(samples, "full", vlm.cfg)
@@ -293,7 +293,7 @@ def test_boxes_may_hold_commas_and_files_are_told_apart(tmp_path):
         row = {"image": "../0.png", "text": "?", "answers": ["x"]}
         (tmp_path / folder / "val.jsonl").write_text(json.dumps(row))
     for tasks, demos, words in (
-        ("vqa:a/val.jsonl,caption:b/val.jsonl", "", "two files named val"),
+        ("vqa:a/val.jsonl,caption:b/val.jsonl", "", "two tasks named val"),
         ("vqa:a/val.jsonl,caption:b/other.jsonl", "d.jsonl", "caption and vqa"),
     ):
         cfg = evaluation.EvalConfig(tasks=tasks.replace(":", f":{tmp_path}/"), demos=demos, shots="0")
@@ -313,7 +313,7 @@ def test_a_token_that_ends_an_answer_may_hold_some_of_it(monkeypatch):
         return [tokenizer.encode(" a red ring.\n")]
 
     monkeypatch.setattr(vlm, "generate", generate)
-    images = [q.image for q in task.questions]
+    images = [q.images for q in task.questions]
     assert evaluation.answer_all(vlm, tokenizer, task, images, "full", evaluation.EvalConfig()) == [
         "a red ring."
     ]
@@ -322,14 +322,14 @@ def test_a_token_that_ends_an_answer_may_hold_some_of_it(monkeypatch):
 
 def test_prompts_longer_than_the_decoders_context_are_refused():
     task = evaluation.few_shot_task("scenes_vqa", 1, 8, 0)
-    images = [q.image for q in task.questions]
+    images = [q.images for q in task.questions]
     for mode, per_image in (("full", 8), ("pruned", 5)):
         with pytest.raises(
             UserError, match=rf"scenes_vqa: 9 x {per_image} visual tokens.*trained for 150: use"
         ):
             evaluation.answer_all(tiny_vlm(150), TOKENIZER, task, images, mode, evaluation.EvalConfig())
     prompts = [evaluation.prompt_of(task, q, TOKENIZER) for q in task.questions]
-    shown = [[*(d.image for d in q.demos), q.image] for q in task.questions]
+    shown = [[*(d.image for d in q.demos), *q.images] for q in task.questions]
     longest = max(8 * 9 + len(texts_of(pieces)) for pieces in prompts)
     cfg = tiny_vlm(longest + task.max_new_tokens).cfg
     assert max(evaluation.check_lengths(task, prompts, shown, cfg, "full")) == longest  # it just fits
@@ -382,7 +382,7 @@ def test_text_loss_is_cross_entropy_per_token(tmp_path, capsys):
 
 def test_who_ignores_the_binding_is_at_chance():
     task = evaluation.few_shot_task("scenes_bind", 800, 4, 0)
-    kinds = {kind: [q for q in task.questions if q.type == kind] for kind in ("name", "yes_no")}
+    kinds = {kind: [q for q in task.questions if q.parts[0] == kind] for kind in ("name", "yes_no")}
     assert [len(each) for each in kinds.values()] == [400, 400]
 
     def score(strategy) -> dict[str, float]:
@@ -393,7 +393,7 @@ def test_who_ignores_the_binding_is_at_chance():
 
     def thing(q):
         place = re.search(f"is (?:the )?({'|'.join(data.PLACES)})\\b", q.text)[1]
-        return next(t for t in q.image.things if data.PLACES[t.cell] == place)
+        return next(t for t in q.images[0].things if data.PLACES[t.cell] == place)
 
     def plain(q):  # what it is called
         return thing(q).colour if "colour" in q.text else thing(q).shape
@@ -413,9 +413,9 @@ def test_who_ignores_the_binding_is_at_chance():
     # Nothing of picture and thing tells which it will be, whatever is said of it: the word fits any alike.
     for feature in (
         lambda q: thing(q).colour in ("red", "blue", "green"),  # test scenes have more of these
-        lambda q: sum(t.colour == thing(q).colour for t in q.image.things) > 1,
-        lambda q: sum(t.shape == thing(q).shape for t in q.image.things) > 1,
-        lambda q: len(q.image.things) > 3,
+        lambda q: sum(t.colour == thing(q).colour for t in q.images[0].things) > 1,
+        lambda q: sum(t.shape == thing(q).shape for t in q.images[0].things) > 1,
+        lambda q: len(q.images[0].things) > 3,
     ):
         for kind, (a, b) in {"name": (plain, word), "yes_no": (lambda q: "yes", lambda q: "no")}.items():
             right = score(lambda q: a(q) if feature(q) else b(q))[kind]
@@ -434,7 +434,7 @@ def test_demonstrations_of_a_binding_settle_it():
             m for m in (*data.COLOURS, *data.SHAPES) if all(agrees(d, word, m) for d in question.demos)
         ]
         assert len(meanings) == 1, question.demos
-        asked = data.Example(question.image, question.text, question.answers[0])
+        asked = data.Example(question.images[0], question.text, question.answers[0])
         settled += agrees(asked, word, meanings[0])
         pairings.add((word, meanings[0]))
     assert settled == 200

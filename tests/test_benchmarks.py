@@ -1,0 +1,1187 @@
+"""Benchmarks: miniatures in the layouts of LLaVA, VLMEvalKit and the hub; joins, answer files, two ranks."""
+
+import base64
+import io
+import json
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import test_vlm
+from PIL import Image
+
+import data
+import eval as evaluation
+import model
+from model import UserError
+
+ROOT = Path(__file__).parent.parent
+TOKENIZER = data.Tokenizer.from_pretrained(model.ASSETS / "scenes.tiktoken")
+SHORT, LETTER = evaluation.SHORT, evaluation.LETTER
+COLOURS = ["red", "blue", "green", "orange", "white", "black"]
+CAPTIONS = [f"a {a} disc lies near two {b} rings" for a, b in zip(COLOURS, COLOURS[1:] + COLOURS[:1])]
+LONG = 60 * "q"  # as long as a VLMEvalKit picture, and no picture
+
+
+def png(n: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 10), (40 * n, 90, 10)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def coded(n: int) -> str:
+    return base64.b64encode(png(n)).decode()
+
+
+def put(folder: Path, name: str, content) -> Path:
+    """A picture, JSON, JSON lines, text or a .tsv, by the name."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, str):
+        path.write_text(content)
+    elif path.suffix == ".tsv":
+        lines = ["\t".join(content[0])] + ["\t".join(str(v) for v in row.values()) for row in content]
+        path.write_text("\n".join(lines) + "\n")
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    else:
+        path.write_text(json.dumps(content))
+    return path
+
+
+def put_coco(folder: Path, questions: str, annotations: str) -> None:
+    for n in range(4):
+        put(folder, f"val2014/COCO_val2014_{n:012d}.jpg", png(n))
+    asked = [{"image_id": n, "question": f"what is {n}?", "question_id": 10 * n + 1} for n in range(4)]
+    told = [
+        {"question_id": 10 * n + 1, "image_id": n, "answers": [{"answer": COLOURS[n], "answer_id": 1}] * 10}
+        for n in range(4)
+    ]
+    put(folder, questions, {"info": {}, "questions": asked})
+    put(folder, annotations, {"annotations": told[::-1]})
+
+
+def put_vqav2(folder: Path) -> None:
+    put_coco(folder, "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json")
+
+
+def put_okvqa(folder: Path) -> None:
+    put_coco(folder, "OpenEnded_mscoco_val2014_questions.json", "mscoco_val2014_annotations.json")
+
+
+def put_textvqa(folder: Path) -> None:
+    asked, told = [], []
+    for n in range(4):
+        put(folder, f"train_images/p{n // 2}.jpg", png(n // 2))
+        text = f"What is {n}?\nReference OCR token: A{n}, b{SHORT}"
+        asked.append(
+            {"question_id": f"p{n // 2}", "image": f"p{n // 2}.jpg", "text": text, "category": "default"}
+        )
+        told.append(
+            {
+                "image_id": f"p{n // 2}",
+                "question_id": n,
+                "question": f"what is {n}?",
+                "answers": [COLOURS[n]] * 10,
+            }
+        )
+    put(folder, "llava_textvqa_val_v051_ocr.jsonl", asked)
+    put(folder, "TextVQA_0.5.1_val.json", {"data": told[::-1]})
+
+
+def put_vizwiz(folder: Path) -> None:
+    rows = []
+    for n in range(4):
+        put(folder, f"val/V{n}.jpg", png(n))
+        answers = [{"answer": COLOURS[n], "answer_confidence": "yes"}] * 10
+        rows.append({"image": f"V{n}.jpg", "question": "what colour?", "answers": answers, "answerable": 1})
+    put(folder, "val.json", rows)
+
+
+def put_gqa(folder: Path) -> None:
+    asked, told = [], {}
+    for n in range(4):
+        put(folder, f"data/images/n{n}.jpg", png(n))
+        asked.append({"question_id": f"0{n}", "image": f"n{n}.jpg", "text": "What colour?" + SHORT})
+        told[f"0{n}"] = {"question": "What colour?", "imageId": f"n{n}", "answer": COLOURS[n]}
+    put(folder, "llava_gqa_testdev_balanced.jsonl", asked[::-1])
+    put(folder, "data/testdev_balanced_questions.json", told)
+
+
+def put_scienceqa(folder: Path) -> None:
+    asked, told = [], {}
+    for n in range(4):
+        text = f"Context: c{n}\nWhich?\nA. red\nB. blue\nC. green"
+        row = {
+            "id": f"{n}",
+            "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "?"}],
+        }
+        if n < 3:
+            put(folder, f"images/test/{n}/image.png", png(n))
+            row["image"], row["conversations"][0]["value"] = f"{n}/image.png", "<image>\n" + text
+        asked.append(row)
+        told[f"{n}"] = {
+            "question": "Which?",
+            "choices": COLOURS[:3],
+            "answer": n % 3,
+            "split": "test",
+            "image": None,
+        }
+    put(folder, "llava_test_CQM-A.json", asked)
+    put(folder, "problems.json", {**told, "9": {**told["0"], "split": "train"}})
+
+
+def put_pope(folder: Path) -> None:
+    asked = []
+    for number, category in enumerate(("random", "popular", "adversarial")):
+        told = []
+        for n in range(4):
+            put(folder, f"val2014/C{n}.jpg", png(n))
+            row = {"image": f"C{n}.jpg", "text": f"Is there a {COLOURS[n]} ring?"}
+            told.append({**row, "question_id": n + 1, "label": ("yes", "no")[n % 2]})
+            text = row["text"] + SHORT
+            asked.append({**row, "question_id": 100 * number + n, "text": text, "category": category})
+        put(folder, f"coco/coco_pope_{category}.json", "".join(json.dumps(row) + "\n" for row in told))
+    put(folder, "llava_pope_test.jsonl", asked[::-1])
+
+
+def put_mme(folder: Path) -> None:
+    release, asked = "MME_Benchmark_release_version", []
+    for category, deep in (("color", ""), ("artwork", "deep"), ("code_reasoning", "")):
+        for n in range(2):
+            told = [(f"Is it {COLOURS[n]}?", "Yes"), (f"Is it {COLOURS[n + 2]}?", "No")]
+            where = f"{release}/{category}/{'images/' if deep else ''}000{n}.png"
+            put(folder, where, png(n + len(category) % 3))
+            lines = "".join(f"{q} Please answer yes or no.\t{a}\n" for q, a in told)
+            put(folder, f"{release}/{category}/{'questions_answers_YN/' if deep else ''}000{n}.txt", lines)
+            for q, _ in told:
+                name = f"{category}/{'images/' if deep else ''}000{n}.png"
+                asked.append({"question_id": name, "image": name, "text": q + SHORT, "category": category})
+    put(folder, "llava_mme.jsonl", asked)
+
+
+def mmbench_rows() -> list[dict]:
+    rows = []
+    for n in range(3):
+        for turn in range(3):
+            options = [COLOURS[(k + turn) % 3] for k in range(3)] + [""]
+            image = coded(n) if not turn else str(n)
+            row = {
+                "index": n + 1_000_000 * turn,
+                "question": f"Which is {n}?",
+                "hint": "Look." if n else "nan",
+            }
+            row |= {**dict(zip("ABCD", options)), "answer": "ABC"[options.index(COLOURS[n])]}
+            rows.append(
+                {**row, "category": f"c{n}", "image": image, "l2-category": f"l{n % 2}", "split": "dev"}
+            )
+    return rows
+
+
+def put_mmbench(folder: Path) -> None:
+    put(folder, "mmbench_dev_20230712.tsv", mmbench_rows())
+
+
+def put_mmbench_cn(folder: Path) -> None:
+    put(folder, "mmbench_dev_cn_20231003.tsv", mmbench_rows())
+
+
+def put_seed(folder: Path) -> None:
+    asked, told = [], []
+    for n in range(4):
+        kind = ("image", "video")[n // 3]
+        put(folder, f"SEED-Bench-{kind}/p_{n}", png(n))
+        lines = "".join(f"\n{c}. {o}" for c, o in zip("ABCD", COLOURS))
+        text = f"Which?{lines}{LETTER}"
+        asked.append({"question_id": f"{n}_0", "image": f"SEED-Bench-{kind}/p_{n}", "text": text})
+        row = {**{f"choice_{c}": o for c, o in zip("abcd", COLOURS)}, "answer": "ABCD"[n], "data_type": kind}
+        told.append({**row, "question": "Which?", "question_id": f"{n}_0", "question_type_id": 1 + n // 2})
+    put(folder, "llava-seed-bench.jsonl", asked)
+    types = {"Scene Understanding": 1, "Action Recognition": 2}
+    put(folder, "SEED-Bench.json", {"question_type": types, "questions": told[::-1]})
+
+
+def put_docvqa(folder: Path) -> None:
+    rows = []
+    for n in range(4):
+        put(folder, f"documents/d{n}.png", png(n))
+        row = {"questionId": n, "question": "What does it say?", "image": f"documents/d{n}.png"}
+        rows.append({**row, "answers": [f"ITC {n} Limited", f"itc {n}"], "data_split": "val"})
+    put(folder, "val_v1.0_withQT.json", {"dataset_name": "docvqa", "data": rows})
+
+
+def put_chartqa(folder: Path) -> None:
+    for kind in ("human", "augmented"):
+        rows = []
+        for n in range(2):
+            put(folder, f"test/png/{kind}{n}.png", png(n + 2 * (kind == "human")))
+            rows.append({"imgname": f"{kind}{n}.png", "query": f"How many {n}?", "label": f"{10 ** (n + 1)}"})
+        put(folder, f"test/test_{kind}.json", rows)
+
+
+def karpathy(names: list[str], **more) -> dict:
+    rows = []
+    for n, name in enumerate(names):
+        sentences = [{"raw": CAPTIONS[n], "tokens": []}] * 5
+        rows.append({"filename": name, "imgid": n, "sentences": sentences, "split": "test", **more})
+    return {"images": [*rows, {**rows[0], "imgid": 99, "split": "train", "filename": "gone.jpg"}]}
+
+
+def put_coco_cap(folder: Path) -> None:
+    for n in range(4):
+        put(folder, f"val2014/C{n}.jpg", png(n))
+    put(folder, "dataset_coco.json", karpathy([f"C{n}.jpg" for n in range(4)], filepath="val2014"))
+
+
+def put_flickr30k(folder: Path) -> None:
+    for n in range(4):
+        put(folder, f"flickr30k-images/{n}.jpg", png(n))
+    put(folder, "dataset_flickr30k.json", karpathy([f"{n}.jpg" for n in range(4)]))
+
+
+def put_nocaps(folder: Path) -> None:
+    images, told = [], []
+    for n in range(4):
+        put(folder, f"images/{n}.jpg", png(n))
+        images.append({"id": n, "file_name": f"{n}.jpg", "domain": ("in-domain", "out-domain")[n % 2]})
+        told += [{"image_id": n, "id": 10 * n + k, "caption": CAPTIONS[n]} for k in range(3)]
+    put(folder, "nocaps_val_4500_captions.json", {"images": images, "annotations": told[::-1]})
+
+
+def put_textcaps(folder: Path) -> None:
+    rows = []
+    for n in range(4):
+        put(folder, f"train_images/t{n}.jpg", png(n))
+        row = {"image_id": f"t{n}", "caption_str": CAPTIONS[n], "reference_strs": [CAPTIONS[n]] * 2}
+        rows += [{**row, "caption_id": 2 * n + k} for k in range(2)]
+    put(folder, "TextCaps_0.1_val.json", {"data": rows})
+
+
+def put_refcoco(folder: Path, name: str = "refcoco") -> None:
+    for split in ("val", "testA"):
+        rows = []
+        for n in range(2):
+            put(folder, f"coco/{n}.png", png(n))
+            row = {
+                "image": f"coco/{n}.png",
+                "sent": f"the {COLOURS[n]} one, {split}",
+                "width": 20,
+                "height": 10,
+            }
+            rows.append({**row, "height": 10, "bbox": [2 * n, n, 10 + 8 * n, 5 + n]})
+        put(folder, f"{name}_{split}.jsonl", rows)
+
+
+def put_arc(folder: Path, name: str) -> None:
+    rows = []
+    for n in range(4):
+        labels = "ABCD" if n % 2 else "1234"
+        choices = [{"text": colour, "label": label} for colour, label in zip(COLOURS, labels)]
+        rows.append(
+            {"id": f"M{n}", "question": {"stem": f"Which {n}?", "choices": choices}, "answerKey": labels[n]}
+        )
+    put(folder, name, rows)
+
+
+def put_piqa(folder: Path) -> None:
+    rows = [{"goal": f"Do {n}.", "sol1": "Push it.", "sol2": "Pull it slowly."} for n in range(4)]
+    put(folder, "valid.jsonl", rows)
+    put(folder, "valid-labels.lst", "0\n1\n1\n0\n")
+
+
+def put_hellaswag(folder: Path) -> None:
+    rows = []
+    for n in range(4):
+        row = {"ind": n, "activity_label": "Cooking", "ctx_a": "He cuts.", "ctx_b": "then he", "label": n}
+        rows.append({**row, "ctx": "He cuts. then he", "endings": [f"eats [x] {c}." for c in COLOURS[:4]]})
+    put(folder, "hellaswag_val.jsonl", rows)
+
+
+def mmmu_rows() -> list[dict]:
+    rows = []
+    for n in range(4):
+        options = str(COLOURS[:3]) if n < 3 else "[]"
+        row = {
+            "id": f"validation_Art_Theory_{n}",
+            "question": "<image 2> or <image 1>: which?",
+            "options": options,
+        }
+        row |= {"image_1": png(n), "image_2": png(n + 1), "answer": "ABC"[n] if n < 3 else "['24', '24.0']"}
+        rows.append({**row, "question_type": "multiple-choice" if n < 3 else "open"})
+    return rows
+
+
+LLAVA = {
+    "vqav2": put_vqav2, "okvqa": put_okvqa, "textvqa": put_textvqa, "textvqa_ocr": put_textvqa,
+    "vizwiz": put_vizwiz, "gqa": put_gqa, "scienceqa": put_scienceqa, "pope": put_pope, "mme": put_mme,
+    "mmbench": put_mmbench, "mmbench_cn": put_mmbench_cn, "seed": put_seed, "docvqa": put_docvqa,
+    "chartqa": put_chartqa, "coco_cap": put_coco_cap, "flickr30k": put_flickr30k, "nocaps": put_nocaps,
+    "textcaps": put_textcaps, "refcoco": put_refcoco,
+    "refcoco+": lambda folder: put_refcoco(folder, "refcoco+"),
+    "refcocog": lambda folder: put_refcoco(folder, "refcocog"),
+    "arc_easy": lambda folder: put_arc(folder, "ARC-Easy-Test.jsonl"),
+    "arc_challenge": lambda folder: put_arc(folder, "ARC-Challenge-Test.jsonl"),
+    "piqa": put_piqa, "hellaswag": put_hellaswag,
+}  # fmt: skip
+TOLD = [(n, dict(zip("ABCD", COLOURS)), "ABCD"[n]) for n in range(4)]
+TSV = {  # VLMEvalKit's columns
+    "mmbench": mmbench_rows(),
+    "mmbench_cn": mmbench_rows(),
+    "mmstar": [
+        {
+            "index": n,
+            "image": coded(n),
+            "question": "Which?",
+            **o,
+            "answer": a,
+            "category": f"c{n // 2}",
+            "l2_category": f"l{n}",
+        }
+        for n, o, a in TOLD
+    ],
+    "seed": [
+        {"index": n, "image": coded(n), "question": "Which?", **o, "answer": a, "category": "Scene"}
+        for n, o, a in TOLD
+    ],
+    "mmmu": [
+        {
+            "index": n,
+            "image": f"['{coded(n)}', '{coded(n + 1)}']",
+            "question": "<image 1> or <image 2>?",
+            **o,
+            "answer": a,
+            "category": "Art",
+            "l2-category": "Arts",
+            "split": "validation",
+        }
+        for n, o, a in TOLD
+    ],
+    "scienceqa": [
+        {"index": n, "image": coded(n), "question": "Which?", "hint": "", **o, "answer": a}
+        for n, o, a in TOLD
+    ],
+    "pope": [
+        {
+            "index": n,
+            "image": coded(n % 2),
+            "question": f"Is it {n}?",
+            "answer": "yesno"[3 * (n % 2) :][:3],
+            "category": "random",
+        }
+        for n in range(4)
+    ],
+    "mme": [
+        {
+            "index": n,
+            "image": coded(n // 2),
+            "question_id": f"color/{n // 2}.png",
+            "category": "color",
+            "question": f"Is it {n}? Please answer yes or no.",
+            "answer": ("Yes", "No")[n % 2],
+        }
+        for n in range(4)
+    ],
+    "chartqa": [
+        {"index": n, "image": coded(n), "question": "How many?", "answer": 10**n, "split": "test_human"}
+        for n in range(4)
+    ],
+}
+
+
+def picture(n: int) -> dict:
+    return {"bytes": png(n), "path": f"{n}.png"}
+
+
+def each(*columns: dict) -> list[dict]:
+    return [{"image": picture(n), "question": "Which?", **row} for n, row in enumerate(columns)]
+
+
+PARQUET = {  # the hub's columns, as lmms-eval reads them
+    "vqav2": each(
+        *({"question_id": n, "answers": [{"answer": c, "answer_id": 1}] * 10} for n, c in enumerate(COLOURS))
+    ),
+    "okvqa": each(*({"question_id": n, "answers": [c] * 10} for n, c in enumerate(COLOURS))),
+    "textvqa": each(
+        *({"question_id": n, "answers": [c] * 10, "ocr_tokens": ["A"]} for n, c in enumerate(COLOURS))
+    ),
+    "textvqa_ocr": each(
+        *({"question_id": n, "answers": [c] * 10, "ocr_tokens": ["A"]} for n, c in enumerate(COLOURS))
+    ),
+    "vizwiz": each(*({"question_id": f"V{n}", "answers": [c] * 10} for n, c in enumerate(COLOURS))),
+    "scienceqa": each(*({"choices": COLOURS[:4], "answer": n, "hint": ""} for n in range(4))),
+    "pope": each(
+        *(
+            {
+                "question_id": str(n // 2),
+                "answer": ("yes", "no")[n // 2],
+                "category": ("random", "popular")[n % 2],
+            }
+            for n in range(4)
+        )
+    ),
+    "mme": [
+        {
+            "image": picture(n // 2),
+            "question_id": f"color/{n // 2}.png",
+            "category": "color",
+            "question": f"Is it {n}? Please answer yes or no.",
+            "answer": ("Yes", "No")[n % 2],
+        }
+        for n in range(4)
+    ],
+    "mmbench": each(
+        *(
+            {"index": n, **o, "answer": a, "hint": "nan", "category": "c", "L2-category": "l"}
+            for n, o, a in TOLD
+        )
+    ),
+    "seed": [
+        {
+            "image": [picture(n)],
+            "question": "Which?",
+            "answer": "ABCD"[n],
+            "data_type": "image",
+            "question_id": str(n),
+            "question_type_id": 1,
+            **{f"choice_{c}": o for c, o in zip("abcd", COLOURS)},
+        }
+        for n in range(4)
+    ],
+    "mmmu": [{**row, "image_1": picture(n), "image_2": picture(n + 1)} for n, row in enumerate(mmmu_rows())],
+    "mmstar": [
+        {
+            "index": n,
+            "question": "Which?\nOptions: A: red, B: blue, C: green, D: orange",
+            "image": {"bytes": png(n), "path": None},
+            "answer": a,
+            "category": f"c{n // 2}",
+            "l2_category": f"l{n}",
+        }
+        for n, _, a in TOLD
+    ],
+    "docvqa": each(*({"questionId": str(n), "answers": [f"ITC {c}"]} for n, c in enumerate(COLOURS))),
+    "chartqa": each(
+        *({"type": t, "answer": str(10**n)} for n, t in enumerate(["human_test", "augmented_test"] * 2))
+    ),
+    "coco_cap": each(
+        *({"question_id": f"{n}.jpg", "id": n, "answer": [c] * 5} for n, c in enumerate(CAPTIONS))
+    ),
+    "flickr30k": each(*({"img_id": str(n), "caption": [c] * 5} for n, c in enumerate(CAPTIONS))),
+    "nocaps": each(
+        *(
+            {"image_id": n, "annotations_captions": [c] * 9, "domain": "in-domain"}
+            for n, c in enumerate(CAPTIONS)
+        )
+    ),
+    "textcaps": each(
+        *({"image_id": str(n), "caption_str": [c], "reference_strs": [c] * 5} for n, c in enumerate(CAPTIONS))
+    ),
+    "refcoco": each(
+        *({"question_id": str(n), "answer": ["this", "that"], "bbox": [2.0, n, 8.0, 4.0]} for n in range(4))
+    ),
+}
+
+
+def open_one(name: str, path: Path | str, **flags) -> evaluation.Task:
+    (task,) = evaluation.open_tasks(evaluation.EvalConfig(tasks=f"{name}:{path}", **flags))
+    return task
+
+
+def right_answer(question: evaluation.Question, kind: str) -> str:
+    if kind == "likelihood":
+        return json.dumps(
+            [-1.0 if str(k) == question.answers[0] else -200.0 for k in range(len(question.choices))]
+        )
+    return question.answers[0]
+
+
+def wrong_answer(question: evaluation.Question, kind: str) -> str:
+    if kind == "likelihood":
+        return json.dumps(
+            [-200.0 if str(k) == question.answers[0] else -1.0 for k in range(len(question.choices))]
+        )
+    return {"yes": "No", "no": "Yes"}.get(question.answers[0].lower(), "nothing of that")
+
+
+def score(task: evaluation.Task, answer, monkeypatch, blind=wrong_answer) -> dict:
+    """Rows by name, where the model answers so, and so behind other pictures."""
+
+    def answer_all(vlm, tokenizer, task, images, mode, cfg, log, blind_pass=False, **_):
+        true = [q.images for q in task.questions]
+        swapped = images != true
+        assert not swapped or all(a != b for a, b in zip(images, true))
+        return [(blind if swapped else answer)(q, task.kind) for q in task.questions]
+
+    monkeypatch.setattr(evaluation, "answer_all", lambda *a, blind=False: answer_all(*a))
+    rows, shown = evaluation.score_task(None, None, task, "full", evaluation.EvalConfig())
+    assert all(
+        {"task", "metric", "score", "stderr", "n", "shots", "tokens", "blind_score", "chance"} <= r.keys()
+        for r in rows
+    )
+    evaluation.print_table(rows)
+    assert evaluation.html_results(rows)
+    return {row["task"]: row for row in rows}
+
+
+def check_oracle(task: evaluation.Task, monkeypatch) -> dict:
+    top = 1000 if task.kind == "caption" else 100
+    rows, wrong = score(task, right_answer, monkeypatch), score(task, wrong_answer, monkeypatch)
+    assert rows[task.name]["score"] == top, rows
+    assert wrong[task.name]["score"] < top / 2
+    assert rows[task.name]["prompt"] == evaluation.BENCHMARKS[task.benchmark].prompt
+    sees = any(q.images for q in task.questions)
+    assert (rows[task.name]["blind_score"] is None) == (not sees)
+    return rows
+
+
+@pytest.mark.parametrize("name", LLAVA)
+def test_folders_of_llava_and_of_the_authors(name, tmp_path, monkeypatch):
+    folder = tmp_path / (evaluation.BENCHMARKS[name].folder or name)
+    LLAVA[name](folder)
+    task = open_one(name, folder)
+    check_oracle(task, monkeypatch)
+    (found,) = evaluation.open_tasks(evaluation.EvalConfig(tasks=name, root=str(tmp_path)))
+    assert found.questions == task.questions
+
+
+@pytest.mark.parametrize("name", TSV)
+def test_tables_of_vlmevalkit(name, tmp_path, monkeypatch):
+    task = open_one(name, put(tmp_path, "X_DEV.tsv", TSV[name]))
+    assert all(isinstance(p, bytes) and p.startswith(b"\x89PNG") for q in task.questions for p in q.images)
+    check_oracle(task, monkeypatch)
+
+
+@pytest.mark.parametrize("name", PARQUET)
+def test_parquet_of_the_hub(name, tmp_path, monkeypatch):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    split = evaluation.BENCHMARKS[name].split
+    for which, rows in ((split, PARQUET[name]), ("other", PARQUET[name][:1])):
+        parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / f"{which}-00000-of-00001.parquet")
+    task = open_one(name, tmp_path)
+    check_oracle(task, monkeypatch)
+    if name == "refcoco":  # COCO's x, y, width, height in a picture of 20 x 10
+        assert [q.answers for q in task.questions[:3]] == [
+            ["100 0 500 400"],
+            ["100 0 500 400"],
+            ["100 100 500 500"],
+        ]
+
+
+def test_gqa_of_the_hub_has_its_pictures_in_files_of_their_own(tmp_path, monkeypatch):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    images = [{"id": f"n{n}", "image": picture(n)} for n in range(3)]
+    asked = [{"id": f"0{n}", "imageId": f"n{n}", "question": "?", "answer": COLOURS[n]} for n in range(3)]
+    for part, rows in (("images", images), ("instructions", asked)):
+        (tmp_path / f"testdev_balanced_{part}").mkdir()
+        file = tmp_path / f"testdev_balanced_{part}" / "testdev-00000-of-00001.parquet"
+        parquet.write_table(arrow.Table.from_pylist(rows), file)
+    check_oracle(open_one("gqa", tmp_path), monkeypatch)
+
+
+# --- What is asked
+
+
+def test_prompts_to_the_letter(tmp_path):
+    for name, put_files in LLAVA.items():
+        put_files(tmp_path / name)
+    texts = {name: open_one(name, tmp_path / name).questions[0].text for name in LLAVA}
+    options = "\nA. red\nB. blue\nC. green"
+    assert texts["vqav2"] == f"what is 0?{SHORT}" == texts["okvqa"]
+    assert texts["textvqa"] == f"What is 0?{SHORT}"
+    assert texts["textvqa_ocr"] == f"What is 0?\nReference OCR token: A0, b{SHORT}"
+    assert texts["vizwiz"] == (
+        f"what colour?\nWhen the provided information is insufficient, respond with 'Unanswerable'.{SHORT}"
+    )
+    assert texts["scienceqa"] == f"Context: c0\nWhich?{options}{LETTER}"
+    assert texts["pope"] == f"Is there a orange ring?{SHORT}"  # the suffix is there once
+    assert texts["mme"] == f"Is it red?{SHORT}"
+    assert texts["mmbench"] == f"Which is 0?{options}{LETTER}"
+    assert texts["mmbench_cn"] == f"Which is 0?{options}\n请直接回答选项字母。"
+    assert texts["seed"] == f"Which?{options}\nD. orange{LETTER}"
+    assert texts["chartqa"] == "How many 0?\nAnswer the question with a single word."
+    assert texts["coco_cap"] == "Provide a one-sentence caption for the provided image."
+    assert texts["arc_easy"] == "Question: Which 0?\nAnswer:" and texts["piqa"] == "Question: Do 0.\nAnswer:"
+    assert texts["hellaswag"] == "Cooking: He cuts. Then he"
+    swag = open_one("hellaswag", tmp_path / "hellaswag").questions[1]
+    assert swag.choices == tuple(f"eats {c}." for c in COLOURS[:4]) and swag.answers == ["1"]
+    assert open_one("mmbench", tmp_path / "mmbench").questions[3].text.startswith("Look.\nWhich is 1?")
+    star = open_one("mmstar", put(tmp_path, "MMStar.tsv", TSV["mmstar"])).questions[0].text
+    assert star == f"Which?{options}\nD. orange{LETTER.removesuffix('.')}"
+    box = open_one("refcoco", tmp_path / "refcoco").questions[1]
+    assert box.text.endswith("the blue one, testA") and box.answers == ["100 100 900 600"]
+
+
+def test_pictures_stand_at_their_marks():
+    def told(text: str, n: int) -> str:
+        q = evaluation.Question((*map(png, range(n)),), text, ["A"])
+        pieces = evaluation.prompt_of(evaluation.Task("t", "mmmu", [q]), q, TOKENIZER)
+        said = "".join(f"[{p}]" if isinstance(p, int) else TOKENIZER.bpe.decode(p[0]) for p in pieces)
+        return re.sub(" +", " ", said)
+
+    plain = told("which?", 1)
+    assert "[0]" in plain and plain.index("[0]") < plain.index("which?")
+    marked = told("see <image 2> then <image 1>, <image 2>; <image 9>", 3)
+    places = [marked.index(mark) for mark in ("[2]", "see", "[1]", "then", "[0]", "<image 2>", "<image 9>")]
+    assert places == sorted(places)  # the one without a mark first, a second mark stays text
+    assert "[" not in told("no picture <image 1>", 0) and "<image 1>" in told("no picture <image 1>", 0)
+
+
+def test_several_pictures_none_and_bytes_go_through_a_model(tmp_path):
+    vlm = test_vlm.tiny_vlm(tied=True, context=2048)
+    task = open_one("mmmu", put(tmp_path, "MMMU.tsv", TSV["mmmu"]))
+    assert [len(q.images) for q in task.questions] == [2] * 4
+    task.questions[1].images, task.max_new_tokens = (), 4
+    for mode in ("full", "pruned"):
+        rows, shown = evaluation.score_task(vlm, TOKENIZER, task, mode, evaluation.EvalConfig(batch_size=3))
+        assert rows[0]["n"] == 4 and len(shown) == 4 and sum(card["image"] is None for card in shown) == 1
+    assert all(
+        evaluation.html_card({**c, "image": c["image"] and data.open_image(c["image"])}) for c in shown
+    )
+
+
+def test_likelihoods_of_words_are_those_of_the_decoder(tmp_path):
+    """Sums and sums a byte, against one sequence at a time through the decoder alone."""
+    put_piqa(tmp_path)
+    vlm, task = test_vlm.tiny_vlm(tied=True, context=2048), open_one("piqa", tmp_path)
+    rows, _ = evaluation.score_task(vlm, TOKENIZER, task, "full", evaluation.EvalConfig(batch_size=3))
+    right = {"acc": 0, "acc_norm": 0}
+    for question in task.questions:
+        sums = []
+        for option in question.choices:
+            head = [*TOKENIZER.start, *TOKENIZER.encode(question.text)]
+            ids = [*head, *TOKENIZER.encode(option)]
+            logits = vlm.decoder(test_vlm.torch.tensor([ids]))[0].log_softmax(-1)
+            sums.append(sum(logits[t - 1, ids[t]].item() for t in range(len(head), len(ids))))
+        norms = [s / len(option.encode()) for s, option in zip(sums, question.choices)]
+        right["acc"] += sums.index(max(sums)) == int(question.answers[0])
+        right["acc_norm"] += norms.index(max(norms)) == int(question.answers[0])
+    assert {row["metric"]: row["score"] for row in rows} == {k: 25 * v for k, v in right.items()}
+    assert all(row["blind_score"] is None for row in rows)
+    best = json.dumps([-10.0, -12.0])  # 8 and 15 bytes
+    question = task.questions[0]
+    assert evaluation.likeliest(best, question) == 0 and evaluation.likeliest(best, question, True) == 1
+
+
+# --- How it is scored
+
+
+def half(question, kind):
+    return right_answer(question, kind) if str(question.name)[-1] in "02468" else wrong_answer(question, kind)
+
+
+def test_pope_has_f1_per_category_and_its_mean(tmp_path, monkeypatch):
+    put_pope(tmp_path)
+    task = open_one("pope", tmp_path)
+    rows = score(task, lambda q, kind: "Yes", monkeypatch)
+    assert (
+        rows["pope"]["score"] == rows["pope/random"]["score"] == 50 == rows["pope/random precision"]["score"]
+    )
+    assert (
+        rows["pope/mean f1"]["score"] == pytest.approx(66.67)
+        and rows["pope/popular yes_ratio"]["score"] == 100
+    )
+    first = next(q for q in task.questions if q.parts == ("random",) and q.answers == ["yes"])
+    one_wrong = score(task, lambda q, kind: "No" if q is first else right_answer(q, kind), monkeypatch)
+    f1 = [one_wrong[f"pope/{part} f1"]["score"] for part in ("random", "popular", "adversarial")]
+    assert f1[1:] == [100, 100] and f1[0] < 100
+    assert one_wrong["pope/mean f1"]["score"] == pytest.approx(sum(f1) / 3, abs=0.01)
+    assert rows["pope/random f1"]["blind_score"] == 0
+
+
+def test_pope_labels_of_the_authors_alone_are_enough(tmp_path, monkeypatch):
+    """They number their questions anew in each file."""
+    put_pope(tmp_path)
+    (tmp_path / "llava_pope_test.jsonl").unlink()
+    task = open_one("pope", tmp_path)
+    assert len(task.questions) == 12 and {q.name for q in task.questions} >= {"random/1", "popular/1"}
+    assert all(q.text.endswith(SHORT) and q.text.count("single word") == 1 for q in task.questions)
+    check_oracle(task, monkeypatch)
+
+
+def test_mme_counts_pairs(tmp_path, monkeypatch):
+    put_mme(tmp_path)
+    task = open_one("mme", tmp_path)
+    assert score(task, right_answer, monkeypatch)["mme/perception points"]["score"] == 400
+    missed = task.questions[0]
+    rows = score(task, lambda q, kind: "No" if q is missed else right_answer(q, kind), monkeypatch)
+    assert missed.parts == ("color",) and rows["mme/color points"]["score"] == 75 + 50
+    assert rows["mme/perception points"]["score"] == 325 and rows["mme/cognition points"]["score"] == 200
+    few = open_one("mme", tmp_path, limit=2).questions
+    assert len(few) == 4 and len({q.name for q in few}) == 2  # pairs stay together
+
+
+def test_mmbench_is_circular(tmp_path, monkeypatch):
+    put_mmbench(tmp_path)
+    task = open_one("mmbench", tmp_path)
+    first, second, _, other = (q.images[0] for q in task.questions[:4])
+    assert first is second and first != other
+    rows = score(task, lambda q, kind: q.answers[0] if q.name != "1000001" else "no idea", monkeypatch)
+    assert rows["mmbench"]["n"] == 3 and rows["mmbench"]["score"] == pytest.approx(66.67)
+    assert rows["mmbench/c1"]["score"] == 0 and rows["mmbench/l0"]["score"] == 100
+    assert rows["mmbench"]["chance"] == 0  # one letter is never right in all rotations
+    few = open_one("mmbench", tmp_path, limit=1).questions
+    assert len(few) == 3 and len({q.group for q in few}) == 1
+
+
+def test_mmstar_is_a_mean_over_its_capabilities(tmp_path, monkeypatch):
+    rows = [{**row, "l2_category": "ab"[n == 3], "category": "c"} for n, row in enumerate(TSV["mmstar"])]
+    task = open_one("mmstar", put(tmp_path, "MMStar.tsv", rows))
+    found = score(task, lambda q, kind: "D", monkeypatch)
+    assert found["mmstar"]["score"] == 50 and found["mmstar/a"]["score"] == 0  # not 25
+
+
+def test_captions_of_coco_and_rows_of_one_caption_each(tmp_path, monkeypatch):
+    images = [{"id": n, "file_name": f"{n:012d}.jpg"} for n in range(3)]
+    told = [{"image_id": n % 3, "id": n, "caption": CAPTIONS[n]} for n in range(6)]
+    for image in images:
+        put(tmp_path, f"coco/val2017/{image['file_name']}", png(image["id"]))
+        put(tmp_path, f"text/train_images/{image['id']}.jpg", png(image["id"]))
+    put(tmp_path, "coco/captions_val2017.json", {"images": images, "annotations": told})
+    rows = [{"image_id": row["image_id"], "caption_str": row["caption"]} for row in told]
+    put(tmp_path, "text/TextCaps_0.1_val.json", {"data": rows})
+    for name, folder in (("coco_cap", "coco"), ("textcaps", "text")):
+        task = open_one(name, tmp_path / folder)
+        assert [q.answers for q in task.questions] == [[CAPTIONS[n], CAPTIONS[n + 3]] for n in range(3)]
+        rows = score(task, right_answer, monkeypatch)
+        expected = evaluation.cider_d(CAPTIONS[:3], [q.answers for q in task.questions])
+        assert rows[name]["score"] == pytest.approx(100 * sum(expected) / 3, abs=0.01)
+        assert rows[f"{name}/bleu4"]["score"] == 100
+
+
+def test_parts_of_seed_scienceqa_chartqa_and_nocaps(tmp_path, monkeypatch):
+    names = {}
+    for name in ("seed", "scienceqa", "chartqa", "nocaps", "refcoco"):
+        LLAVA[name](tmp_path / name)
+        rows = score(open_one(name, tmp_path / name), right_answer, monkeypatch)
+        names[name] = [row.partition("/")[2] for row in rows][1:]
+        if name == "scienceqa":
+            assert rows["scienceqa/IMG"]["n"] == 3 and rows["scienceqa/TXT"]["blind_score"] is None
+            assert rows["scienceqa"]["blind_score"] == 25  # what is asked without a picture stays as it is
+    assert names["seed"] == ["image", "video", "Scene Understanding", "Action Recognition"]
+    assert names["scienceqa"] == ["IMG", "TXT"] and names["chartqa"] == ["augmented", "human"]
+    assert names["nocaps"] == ["in-domain", "out-domain", "bleu4"] and names["refcoco"] == ["testA", "val"]
+
+
+def test_a_task_of_questions_without_labels_is_answered_but_not_scored(tmp_path, capsys):
+    rows = []
+    for n in range(3):
+        put(tmp_path, f"vqav2/test2015/{n}.jpg", png(n))
+        put(tmp_path, f"vizwiz/test/V{n}.jpg", png(n))
+        rows.append(
+            {"question_id": 7 + n, "image": f"{n}.jpg", "text": "What?" + SHORT, "category": "default"}
+        )
+    put(tmp_path, "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", rows[:2])
+    put(tmp_path, "vqav2/llava_vqav2_mscoco_test2015.jsonl", rows)
+    put(tmp_path, "vizwiz/llava_test.jsonl", [{**r, "image": f"V{n}.jpg"} for n, r in enumerate(rows)])
+    out = tmp_path / "eval.json"
+    evaluation.main(
+        [*run_of(tmp_path), "--tasks", "vqav2,vizwiz", "--root", str(tmp_path), "--out", str(out)]
+    )
+    assert json.loads(out.read_text())["results"] == []
+    assert "vqav2: no right answers" in capsys.readouterr().out
+    folder = tmp_path / "eval_answers"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "vizwiz.jsonl", "vizwiz.upload.json", "vqav2.jsonl", "vqav2.upload.json"
+    ]  # fmt: skip
+    said = [json.loads(line) for line in (folder / "vqav2.jsonl").read_text().splitlines()]
+    upload = {
+        row["question_id"]: row["answer"] for row in json.loads((folder / "vqav2.upload.json").read_text())
+    }
+    assert upload == {**{r["question_id"]: evaluation.vqa_normalise(r["text"]) for r in said}, 9: ""}
+    assert {row["image"] for row in json.loads((folder / "vizwiz.upload.json").read_text())} == {
+        "V0.jpg",
+        "V1.jpg",
+        "V2.jpg",
+    }
+
+
+# --- What is wrong with files
+
+
+@pytest.mark.parametrize(
+    "name, change, words",
+    [
+        (
+            "pope",
+            lambda f: (f / "coco/coco_pope_random.json").write_text("{}"),
+            "coco_pope_.*has no label for category random",
+        ),
+        (
+            "pope",
+            lambda f: (f / "val2014/C1.jpg").unlink(),
+            r"llava_pope_test.jsonl line \d+: .*C1.jpg does not exist",
+        ),
+        (
+            "textvqa",
+            lambda f: (f / "TextVQA_0.5.1_val.json").write_text('{"data": [\n{]}'),
+            "TextVQA_0.5.1_val.json line 2",
+        ),
+        (
+            "gqa",
+            lambda f: put(
+                f,
+                "llava_gqa_testdev_balanced.jsonl",
+                [{"question_id": "00", "image": "n0.jpg", "text": "a"}] * 2,
+            ),
+            r"jsonl line 2: question_id 00 is there twice, first at .*jsonl line 1",
+        ),
+        (
+            "gqa",
+            lambda f: (
+                (f / "llava_gqa_testdev_balanced.jsonl").unlink()
+                or (f / "data/testdev_balanced_questions.json").unlink()
+            ),
+            "not the folder of gqa: it lacks llava_gqa",
+        ),
+        (
+            "docvqa",
+            lambda f: (
+                put(f, "val_v1.0.json", {"data": [{"questionId": 1, "image": "documents/d0.png"}]})
+                and (f / "val_v1.0_withQT.json").unlink()
+            ),
+            "record 0: not a question of docvqa .*its columns are file, questionId",
+        ),
+        (
+            "docvqa",
+            lambda f: put(
+                f,
+                "val_v1.0_withQT.json",
+                {
+                    "data": [
+                        {"questionId": n, "question": "?", "image": "documents/d0.png", "answers": ["x"] * n}
+                        for n in range(2)
+                    ]
+                },
+            ),
+            "question 0 of docvqa has no right answer, others do",
+        ),
+        (
+            "mme",
+            lambda f: put(
+                f,
+                "MME_Benchmark_release_version/color/0001.txt",
+                (f / "MME_Benchmark_release_version/color/0001.txt").read_text().replace("\tYes", "\tMaybe"),
+            ),
+            "mme: expected yes or no in one of MME's 14 categories",
+        ),
+        (
+            "mmbench",
+            lambda f: put(f, "mmbench_dev_20230712.tsv", [{**mmbench_rows()[0], "image": "77"}]),
+            "line 2: .*77, which no row has",
+        ),
+        (
+            "mmbench",
+            lambda f: put(f, "mmbench_dev_20230712.tsv", [{**mmbench_rows()[0], "answer": "E"}]),
+            "answer E is none of",
+        ),
+    ],
+)
+def test_errors_name_file_line_and_fix(name, change, words, tmp_path, monkeypatch):
+    LLAVA[name](tmp_path / name)
+    change(tmp_path / name)
+    with pytest.raises(UserError, match=words):
+        score(open_one(name, tmp_path / name), lambda q, kind: "x", monkeypatch)
+
+
+def test_addresses_that_are_wrong_say_so(tmp_path):
+    for tasks, words in [
+        ("pope", "no folder .*pope; say where it is: --root DIR or --tasks pope:PATH"),
+        (f"pope:{tmp_path}/none", "no such file or folder"),
+        ("popes", "is unknown: use scenes, .*pope"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            evaluation.open_tasks(evaluation.EvalConfig(tasks=tasks, root=str(tmp_path)))
+    bare = [{k: v for k, v in row.items() if k != "image"} for row in TSV["mmstar"]]
+    with pytest.raises(
+        UserError, match="line 2: not a question of mmstar .*'image'.*its columns are index, question"
+    ):
+        open_one("mmstar", put(tmp_path, "bare.tsv", bare))
+    with pytest.raises(UserError, match="--limit has no effect"):
+        evaluation.open_tasks(evaluation.EvalConfig(tasks="scenes_vqa", n=1, limit=3))
+    put_gqa(tmp_path)
+    with pytest.raises(UserError, match="two tasks named gqa"):
+        evaluation.open_tasks(evaluation.EvalConfig(tasks=f"gqa:{tmp_path},gqa:{tmp_path}/."))
+
+
+def test_labels_come_by_their_question_and_not_by_the_order_of_files(tmp_path):
+    put_textvqa(tmp_path)  # labels are in reverse there, two questions share a picture and its id
+    for q in open_one("textvqa", tmp_path).questions:
+        assert q.answers == [COLOURS[int(re.search(r"\d", q.text)[0])]] * 10
+    lines = (tmp_path / "llava_textvqa_val_v051_ocr.jsonl").read_text()
+    again = put(tmp_path, "twice.jsonl", lines + lines.splitlines()[0] + "\n")
+    names = [
+        q.name
+        for q in open_one("textvqa", again.rename(tmp_path / "llava_textvqa_val_v051_ocr.jsonl")).questions
+    ]
+    assert names == [
+        "p0",
+        "p0",
+        "p1",
+        "p1",
+        "p0#4",
+    ]  # ids are the pictures', the same question stands there twice
+    put(tmp_path, "llava_textvqa_val_v051_ocr.jsonl", [json.loads(line) for line in lines.splitlines()])
+    one = open_one("textvqa", tmp_path / "llava_textvqa_val_v051_ocr.jsonl")
+    assert one.questions == open_one("textvqa", tmp_path).questions  # a question file instead of its folder
+    only = put(tmp_path / "star", "any.tsv", TSV["mmstar"])
+    assert open_one("mmstar", only.parent).questions == open_one("mmstar", only).questions
+    one = open_one("textvqa", tmp_path, limit=2)
+    assert len(one.questions) == 2 and one.limit == 2
+
+
+# --- Files of answers
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    run = tmp_path_factory.mktemp("tiny") / "step-00000001"
+    test_vlm.tiny_vlm(tied=True, context=2048).save_pretrained(
+        run, {"stage": "pretrain", "train": {"init": "", "seed": 0}}
+    )
+    TOKENIZER.save(run / "tokenizer")
+    return run
+
+
+def run_of(folder: Path) -> list[str]:
+    run = folder / "run" / "step-00000001"
+    if not run.exists():
+        test_vlm.tiny_vlm(tied=True, context=2048).save_pretrained(
+            run, {"stage": "pretrain", "train": {"init": "", "seed": 0}}
+        )
+        TOKENIZER.save(run / "tokenizer")
+    return ["--model", str(run), "--device", "cpu", "--dtype", "float32"]
+
+
+def results(out: Path) -> list[dict]:
+    return json.loads(out.read_text())["results"]
+
+
+def test_answers_that_llava_gave_are_scored_as_they_are(tmp_path):
+    put_pope(tmp_path / "pope")
+    rows = [json.loads(line) for line in (tmp_path / "pope/llava_pope_test.jsonl").read_text().splitlines()]
+    more = {"answer_id": "x", "model_id": "llava-v1.5-7b", "metadata": {}}
+    said = [{"question_id": r["question_id"], "prompt": r["text"], "text": "Yes", **more} for r in rows]
+    put(tmp_path, "answers/pope.jsonl", said)
+    flags = ["--answers", str(tmp_path / "answers"), "--tasks", "pope", "--root", str(tmp_path)]
+    evaluation.main([*flags, "--out", str(tmp_path / "eval.json")])
+    found = {row["task"]: row["score"] for row in results(tmp_path / "eval.json")}
+    assert found["pope"] == 50 and found["pope/random recall"] == 100
+    assert [p.name for p in (tmp_path / "answers").iterdir()] == ["pope.jsonl"]
+
+
+def test_a_killed_run_goes_on_where_it_stopped(saved, tmp_path, monkeypatch, capsys):
+    put_pope(tmp_path / "pope")
+    out, answers = tmp_path / "eval.json", tmp_path / "eval_answers"
+    base = ["--model", str(saved), "--tasks", "pope", "--root", str(tmp_path), "--device", "cpu"]
+    flags = [*base, "--out", str(out), "--batch_size", "3", "--report", str(tmp_path / "r.html")]
+    evaluation.main(flags)
+    whole = {path.name: path.read_bytes() for path in answers.iterdir()}
+    first, table = results(out), (tmp_path / "r.html").read_text()
+    assert sorted(whole) == ["pope.blind.jsonl", "pope.jsonl"] and "pope" in table
+    row = json.loads(whole["pope.jsonl"].splitlines()[0])
+    assert {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"} == row.keys()
+    assert row["question_id"] == 203 and row["model_id"] == str(
+        saved
+    )  # as the question file has it, in its order
+
+    asked = []
+    real = model.VLM.generate
+    monkeypatch.setattr(
+        model.VLM,
+        "generate",
+        lambda self, batch, *a, **k: asked.append(batch.samples) or real(self, batch, *a, **k),
+    )
+    evaluation.main(flags)
+    assert not asked and {p.name: p.read_bytes() for p in answers.iterdir()} == whole
+
+    lines = whole["pope.jsonl"].splitlines(keepends=True)
+    (answers / "pope.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:20])  # killed while it wrote
+    (answers / "pope.rank1.jsonl").write_bytes(lines[9])  # by one of several ranks, before
+    evaluation.main(flags)
+    assert sum(asked) == 6 and {p.name: p.read_bytes() for p in answers.iterdir()} == whole
+    assert results(out) == first
+
+    def generate(self, batch, *a, **k):  # killed once more, in its second batch
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return asked.append(batch.samples) or real(self, batch, *a, **k)
+
+    asked.clear()
+    (answers / "pope.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:20])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model.VLM, "generate", generate)
+        evaluation.main(flags)
+    there = (answers / "pope.jsonl").read_bytes().splitlines(keepends=True)
+    assert there[:5] == lines[:5] and len(there) == 8 and {*there} <= {*lines}
+    evaluation.main(flags)
+    assert {p.name: p.read_bytes() for p in answers.iterdir()} == whole
+
+    (answers / "pope.blind.jsonl").unlink()
+    again = tmp_path / "again.json"
+    evaluation.main(["--answers", str(answers), *base[2:], "--out", str(again)])  # no model: what is there
+    assert results(again)[0]["score"] == first[0]["score"] and results(again)[0]["blind_score"] is None
+    (answers / "pope.jsonl").write_bytes(b"".join(lines[:5]))
+    with pytest.raises(UserError, match="7 of 12 questions have no answer, the first.*give --model"):
+        evaluation.main(["--answers", str(answers), *base[2:]])
+    with pytest.raises(UserError, match="--model is missing"):
+        evaluation.main(base[2:])
+
+
+def test_answers_of_another_run_are_refused(saved, tmp_path):
+    put_gqa(tmp_path / "gqa")
+    flags = [
+        "--model",
+        str(saved),
+        "--tasks",
+        "gqa",
+        "--root",
+        str(tmp_path),
+        "--answers",
+        str(tmp_path / "a"),
+    ]
+    evaluation.main(flags)
+    file = tmp_path / "a" / "gqa.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    assert len(lines) == 4
+    for text, words in [
+        (lines[0] + lines[0], r"gqa.jsonl line 2: question_id 03 is answered twice"),
+        (lines[0].replace('"weights": "', '"weights": "1'), "line 1: not an answer of this run .weights"),
+        (lines[0].replace('"seed": 0', '"seed": 1'), "seed 1 instead of 0"),
+        (lines[0].replace("What colour", "Which colour"), "another prompt"),
+        (lines[0].replace('"question_id": "03"', '"question_id": "9"'), "question_id 9 is not one of gqa"),
+        ("{}\n" + lines[0], "line 1: expected an answer in LLaVA's format"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(UserError, match=words):
+            evaluation.main(flags)
+    file.write_text("".join(lines))
+    evaluation.main([*flags, "--limit", "2", "--out", str(tmp_path / "few.json")])  # answers of more are fine
+    few = json.loads((tmp_path / "few.json").read_text())
+    assert few["limit"] == 2 and few["results"][0]["n"] == 2 and few["results"][0]["limit"] == 2
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_answers_of_one_process(saved, tmp_path):
+    """Answers of a killed run of other ranks, lying beside, are taken over."""
+    put_pope(tmp_path / "pope")
+    put_piqa(tmp_path / "piqa")
+    tasks = ["--tasks", "pope,piqa,scenes_pope", "--root", str(tmp_path), "--batch_size", "5"]
+    flags = ["eval.py", "--model", str(saved), "--device", "cpu", *tasks]
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for name, launch in (("one", [sys.executable]), ("two", two), ("two", two)):
+        subprocess.run(
+            [*launch, *flags, "--out", str(tmp_path / f"{name}.json")], cwd=ROOT, check=True, timeout=300
+        )
+        if (tmp_path / "two_answers").is_dir() and not (tmp_path / "killed").exists():
+            (tmp_path / "killed").touch()
+            file = tmp_path / "two_answers" / "pope.jsonl"
+            lines = file.read_text().splitlines(keepends=True)
+            file.write_text("".join(lines[:4]))
+            file.with_name("pope.rank3.jsonl").write_text("".join(lines[4:7]) + lines[7][:30])
+    assert results(tmp_path / "one.json") == results(tmp_path / "two.json")
+    one, other = (
+        {p.name: p.read_bytes() for p in (tmp_path / f"{n}_answers").iterdir()} for n in ("one", "two")
+    )
+    assert one == other and len(one) == 3
+
+
+def test_benchmarks_have_shots_from_a_train_split(tmp_path):
+    put_gqa(tmp_path / "test")
+    rows = [
+        {"question_id": n, "question": "What shape?", "answer": c, "image": f"t{n}.png"}
+        for n, c in enumerate(COLOURS)
+    ]
+    for n in range(6):
+        put(tmp_path, f"train/t{n}.png", png(n))
+    put(tmp_path, "train/train.jsonl", rows)
+    demos = str(tmp_path / "train" / "train.jsonl")
+    task = open_one("gqa", tmp_path / "test", shots="2", demos=demos)
+    pieces = evaluation.prompt_of(task, task.questions[0], TOKENIZER)
+    said = "".join(f"[{p}]" if isinstance(p, int) else TOKENIZER.bpe.decode(p[0]) for p in pieces)
+    one = r"\[\d\] Question: What shape\? Short answer: \w+\n"
+    assert re.fullmatch(one * 2 + r"\[2\] Question: What colour\? Short answer:", said)
+    put_scienceqa(tmp_path / "sqa")
+    with pytest.raises(UserError, match="question 3 has 0 pictures, MM1's templates have one"):
+        open_one("scienceqa", tmp_path / "sqa", shots="0")
+
+
+# --- The adapter for lmms-eval that README shows
+
+
+def readme_block() -> str:
+    """The first python block under README's heading, or "" until it has one."""
+    section = (ROOT / "README.md").read_text().partition("\n## lmms-eval\n")[2].partition("\n## ")[0]
+    return section.partition("```python\n")[2].partition("```")[0]
+
+
+def fake_lmms_eval(monkeypatch) -> dict:
+    """As much of lmms_eval as a model sees: its base class, the registry's decorator, requests."""
+    registry = {}
+
+    class lmms:
+        def __init__(self):
+            self.task_dict = {}
+
+        @classmethod
+        def create_from_arg_string(cls, text: str, more: dict | None = None):
+            return cls(**dict(pair.split("=") for pair in text.split(",")), **(more or {}))
+
+    def register_model(*names):
+        return lambda cls: [registry.setdefault(name, cls) for name in names][0]
+
+    parts = {
+        "": {},
+        ".api": {},
+        ".api.model": {"lmms": lmms},
+        ".api.registry": {"register_model": register_model},
+    }
+    parts[".api.instance"] = {"Instance": types.SimpleNamespace}
+    for name, content in parts.items():
+        module = types.ModuleType("lmms_eval" + name)
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, "lmms_eval" + name, module)
+    return registry
+
+
+def run_adapter(code: str, run: Path, monkeypatch) -> None:
+    registry = fake_lmms_eval(monkeypatch)
+    exec(compile(code, "README.md", "exec"), {"__name__": "adapter"})
+    adapter = registry["sightspeed"].create_from_arg_string(f"pretrained={run},device=cpu,batch_size=2")
+    red, blue = Image.new("RGB", (20, 10), "red"), Image.new("RGB", (20, 10), "blue")
+    documents = [{"image": [red]}, {"image": [blue, red]}, {"image": []}]
+    adapter.task_dict = {"t": {"test": documents}}
+    texts = ["What colour?", "Which of the two?", "Say a word."]
+
+    def ask(i: int, second) -> types.SimpleNamespace:
+        return types.SimpleNamespace(args=(texts[i], second, lambda doc: doc["image"], i, "t", "test"))
+
+    tokens = {"max_new_tokens": 6, "until": ["\n\n"]}
+    said = adapter.generate_until([ask(i, dict(tokens)) for i in (2, 0, 1)])
+    vlm = model.VLM.from_pretrained(run).eval()
+    questions = [evaluation.Question((*d["image"],), t, ["x"]) for d, t in zip(documents, texts)]
+    task = evaluation.Task("t", "vqa", questions, 6)
+    right = evaluation.answer_all(
+        vlm, TOKENIZER, task, [q.images for q in questions], "full", evaluation.EvalConfig()
+    )
+    assert said == [right[i].partition("\n\n")[0].strip() for i in (2, 0, 1)]
+    scored = adapter.loglikelihood([ask(0, "red"), ask(0, lambda doc: "blue")])
+    q, cfg = questions[0], evaluation.EvalConfig()
+    sample = data.load_sample(evaluation.prompt_of(task, q, TOKENIZER), [red], vlm.cfg)
+    options = [[TOKENIZER.encode(word) for word in ("red", "blue")]]
+    (sums,) = evaluation.answer_likelihoods(vlm, [sample], options, cfg.tokens)
+    assert [value for value, _ in scored] == pytest.approx([*sums], abs=1e-3)
+    assert all(isinstance(greedy, bool) for _, greedy in scored)
+    with pytest.raises(NotImplementedError):
+        adapter.generate_until_multi_round([])
+
+
+def test_the_adapter_for_lmms_eval_that_readme_shows(saved, monkeypatch):
+    code = readme_block()
+    if not code:
+        pytest.skip("README has no '## lmms-eval' yet")
+    run_adapter(code, saved, monkeypatch)

@@ -1255,10 +1255,10 @@ class Table:
         """
         n = int(np.searchsorted(self.first, i, side="right")) - 1
         file, k = self.files[n], i - int(self.first[n])
-        number = int(self.lines[n][k])
+        number = k if self.suffix == ".parquet" else int(self.lines[n][k])
         place = f"{file} {'line' if self.suffix in ('.jsonl', '.tsv', '.txt') else 'record'} {number}"
         if self.suffix == ".parquet":
-            return self.parquet_row(file, k, number), place
+            return self.parquet_row(file, n, k), place
         start, end = int(self.starts[n][k]), int(self.starts[n][k + 1])
         handle = self.handle(file)
         handle.seek(start)
@@ -1310,13 +1310,13 @@ class Table:
             raise BadRecord(f"{place}: its image is that of index {index}, which no row has")
         return self.rows_by_index[index]
 
-    def parquet_row(self, file: Path, k: int, group: int) -> dict:
+    def parquet_row(self, file: Path, n: int, k: int) -> dict:
         """Rows lie in groups, which are read whole; the last one is kept."""
+        group = int(self.lines[n][k])
         if self.group[0] != (os.getpid(), file, group):
             rows = pyarrow_parquet(file).ParquetFile(file).read_row_group(group).to_pylist()
             self.group = (os.getpid(), file, group), rows
-        file_lines = self.lines[self.files.index(file)]
-        return dict(self.group[1][k - int(np.searchsorted(file_lines, group))])
+        return dict(self.group[1][k - int(np.searchsorted(self.lines[n], group))])
 
 
 def find_files(path: Path) -> list[Path]:
@@ -1781,6 +1781,8 @@ def open_sources(spec: str, stage: str) -> list[tuple[Dataset, float]]:
     path = Path(spec)
     if spec == "scenes":
         entries = [{"kind": kind, "path": "scenes", "weight": weight} for kind, weight in SCENES_MIX[stage]]
+    elif not path.exists() and not glob.has_magic(path.name):
+        raise UserError(f"--data {spec}: no such file; use 'scenes', a file of records or a mixture file")
     else:
         source = open_file(path)
         first = source.first(lambda i: source.table.raw(i)[0])

@@ -572,7 +572,7 @@ def best_tiling(size: tuple[int, int], side: int, tilings=TILINGS) -> tuple[int,
 
 def tiling_of(cfg: ModelConfig, size: tuple[int, int]) -> tuple[int, int]:
     """Columns and rows of tiles beside the whole picture, (0, 0) if it is not cut."""
-    fixed = {"": (0, 0), "split": (2, 2)}  # split: MM1's sub-images (its section 5)
+    fixed = {"": (0, 0), "pad": (0, 0), "split": (2, 2)}  # split: MM1's sub-images (its section 5)
     return fixed.get(cfg.image.cut) or best_tiling(size, cfg.vit.image_size)
 
 
@@ -587,6 +587,8 @@ def cut_picture(picture: Image.Image, cfg: ModelConfig) -> np.ndarray:
     "split" cuts the picture as a square, "anyres" and "unpad" with its aspect, centred on black.
     """
     side, resample = cfg.vit.image_size, cfg.image.resample
+    if cfg.image.cut == "pad":
+        picture = padded(picture, cfg.image.mean)
     columns, rows = tiling_of(cfg, picture.size)
     whole = to_pixels(picture, side, resample)[None]
     if not columns:
@@ -597,6 +599,14 @@ def cut_picture(picture: Image.Image, cfg: ModelConfig) -> np.ndarray:
     sheet.paste(picture.resize((w, h), resample, reducing_gap=3.0), ((W - w) // 2, (H - h) // 2))
     tiles = np.asarray(sheet).reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3)
     return np.concatenate([whole, tiles.reshape(-1, 3, side, side)])
+
+
+def padded(picture: Image.Image, mean: list[float]) -> Image.Image:
+    """On a square of its longer side, in the encoder's mean colour, as LLaVA-1.5 has it."""
+    (w, h), side = picture.size, max(picture.size)
+    sheet = Image.new("RGB", (side, side), tuple(int(255 * x) for x in mean))
+    sheet.paste(picture, ((side - w) // 2, (side - h) // 2))
+    return sheet
 
 
 def picture_slots(cfg: ModelConfig, mode: str, size: tuple[int, int]) -> np.ndarray:
@@ -1245,10 +1255,10 @@ class Table:
         """
         n = int(np.searchsorted(self.first, i, side="right")) - 1
         file, k = self.files[n], i - int(self.first[n])
-        number = int(self.lines[n][k])
+        number = k if self.suffix == ".parquet" else int(self.lines[n][k])
         place = f"{file} {'line' if self.suffix in ('.jsonl', '.tsv', '.txt') else 'record'} {number}"
         if self.suffix == ".parquet":
-            return self.parquet_row(file, k, number), place
+            return self.parquet_row(file, n, k), place
         start, end = int(self.starts[n][k]), int(self.starts[n][k + 1])
         handle = self.handle(file)
         handle.seek(start)
@@ -1300,13 +1310,13 @@ class Table:
             raise BadRecord(f"{place}: its image is that of index {index}, which no row has")
         return self.rows_by_index[index]
 
-    def parquet_row(self, file: Path, k: int, group: int) -> dict:
+    def parquet_row(self, file: Path, n: int, k: int) -> dict:
         """Rows lie in groups, which are read whole; the last one is kept."""
+        group = int(self.lines[n][k])
         if self.group[0] != (os.getpid(), file, group):
             rows = pyarrow_parquet(file).ParquetFile(file).read_row_group(group).to_pylist()
             self.group = (os.getpid(), file, group), rows
-        file_lines = self.lines[self.files.index(file)]
-        return dict(self.group[1][k - int(np.searchsorted(file_lines, group))])
+        return dict(self.group[1][k - int(np.searchsorted(self.lines[n], group))])
 
 
 def find_files(path: Path) -> list[Path]:
@@ -1771,6 +1781,8 @@ def open_sources(spec: str, stage: str) -> list[tuple[Dataset, float]]:
     path = Path(spec)
     if spec == "scenes":
         entries = [{"kind": kind, "path": "scenes", "weight": weight} for kind, weight in SCENES_MIX[stage]]
+    elif not path.exists() and not glob.has_magic(path.name):
+        raise UserError(f"--data {spec}: no such file; use 'scenes', a file of records or a mixture file")
     else:
         source = open_file(path)
         first = source.first(lambda i: source.table.raw(i)[0])

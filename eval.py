@@ -5,6 +5,12 @@
     python eval.py --model runs/a/sft --chat image.png
     python eval.py --model runs/a/pretrain --tasks scenes_bind,scenes_cap --shots 0,4,8    # MM1's protocol
     python eval.py --model runs/a/pretrain --tasks vqa:my/val.jsonl --shots 4 --demos my/train.jsonl
+    python eval.py --model runs/a/sft --tasks pope,mme --root playground/data/eval --out runs/a/eval.json
+    torchrun --nproc_per_node=8 eval.py --model runs/a/sft --tasks mmstar:MMStar.tsv,mmmu:MMMU --out eval.json
+    python eval.py --answers runs/a/eval_answers --tasks pope    # scores answers that are there, no model
+
+Benchmarks (the names in BENCHMARKS) are read from LLaVA's folders, from a .tsv of VLMEvalKit or from parquet
+files of the hub. Answers of files are kept in LLaVA's format beside --out; a run that was killed goes on.
 
 A task is scored twice: as it is, and with the images swapped (a seeded derangement): what a model scores
 blind it did not see. Scores are 0-100 (CIDEr-D x 100), with n and the standard error beside them; that of
@@ -51,11 +57,11 @@ BITS = {2: torch.int16, 4: torch.int32}
 @dataclass
 class EvalConfig:
     model: str = ""  # run or checkpoint folder
-    tasks: str = "scenes"  # comma list of scenes (most), scenes_vqa, scenes_text, ..., or kind:FILE.jsonl
+    tasks: str = "scenes"  # comma list of scenes (most), scenes_vqa, ..., pope or pope:PATH, ..., kind:FILE
     shots: str = ""  # demonstrations, in MM1's templates of a base model: 0, 4 or 0,4,8; "": chat template
-    demos: str = ""  # train split of kind:FILE tasks, FILE.jsonl: what their demonstrations are drawn from
+    demos: str = ""  # train split of a task of files: what its demonstrations are drawn from
     scoring: str = "generate"  # or likelihood: the likeliest of the possible answers, where these are known
-    images: str = ""  # folder of the images of kind:FILE tasks; default: the file's own
+    images: str = ""  # folder of the images of tasks of files; default: the file's own
     tokens: str = "full"  # visual tokens at inference: full, pruned, or both
     root: str = "playground/data/eval"  # where benchmarks without a path have their folders, as LLaVA's do
     limit: int = 0  # above 0: of each task of files only so many questions, drawn by the seed
@@ -82,8 +88,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--dtype '{cfg.dtype}' is unknown: use auto, float32 or bfloat16")
     if cfg.scoring not in ("generate", "likelihood"):
         raise UserError(f"--scoring '{cfg.scoring}' is unknown: use generate or likelihood")
-    if cfg.chat and (cfg.shots or cfg.demos or cfg.scoring != "generate"):
-        raise UserError("--shots, --demos and --scoring have no effect on --chat")
+    if cfg.chat and (cfg.shots or cfg.demos or cfg.answers or cfg.limit or cfg.scoring != "generate"):
+        raise UserError("--shots, --demos, --scoring, --answers and --limit have no effect on --chat")
     model.require_at_least(cfg, 1, "n batch_size")
     model.require_at_least(cfg, 0, "limit")
     tasks = [] if cfg.chat else open_tasks(cfg)
@@ -397,7 +403,7 @@ def file_task(kind: str, path: Path, images: str) -> Task:
             image = (Path(images) if images else path.parent) / row["image"]
             choices = tuple(option_letters(row["text"])) if kind == "choice" else CHOICES.get(kind, ())
             parts = (row.get("category", ""),) if kind != "caption" else ()
-            name = str(row.get("question_id", number))
+            name = row.get("question_id", str(number))
             questions.append(Question((image,), row["text"], answers, parts, choices, name))
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(
@@ -478,7 +484,7 @@ BOX = {"kind": "ref", "prompt": REGION, "max_new_tokens": 32, "parts": ("split",
 WORDS = {
     "kind": "likelihood",
     "prompt": "Question: {question}\nAnswer:",
-    "max_new_tokens": 0,
+    "max_new_tokens": 64,  # room for an option
     "extra": norm_rows,
 }
 BENCHMARKS = {
@@ -601,8 +607,6 @@ COLUMNS = {  # ours: what files call it; the first that is there and not empty c
     "answers": "answers answer answerKey reference_strs annotations_captions sentences captions caption "
     "caption_str label multiple_choice_answer",
     "options": "options choices endings",
-    "category": "category",
-    "type": "type",
 }
 
 
@@ -684,8 +688,9 @@ def find_files(name: str, path: Path, images: str) -> tuple[Path, str, str, str]
         if not missing:
             return folder, path.name if path.is_file() else asked, labels, picture
         tried.append(" and ".join(missing))
-    if path.is_file():
-        return folder, path.name, "", "{image}"
+    only = [path] if path.is_file() else [*folder.glob("*.tsv")]
+    if len(only) == 1:
+        return folder, only[0].name, "", "{image}"
     raise UserError(
         f"{path}: not the folder of {name}: it lacks {', or '.join(tried) or 'a .tsv or .parquet file'}; "
         f"give such a folder, a .tsv or parquet files: --tasks {name}:PATH"
@@ -694,7 +699,7 @@ def find_files(name: str, path: Path, images: str) -> tuple[Path, str, str, str]
 
 def table_rows(name: str, path: Path) -> Iterator[tuple[dict, str]]:
     """Rows of a .tsv, or of parquet files: those of the benchmark's split, if it is one of several."""
-    every = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    every = sorted(path.rglob("*.parquet")) if path.is_dir() else sorted(path.parent.glob(path.name))
     files = [file for file in every if file.name.startswith(BENCHMARKS[name].split)] or every
     splits = {file.name.partition("-")[0] for file in files}
     if len(splits) > 1:
@@ -717,7 +722,7 @@ def read_benchmark(name: str, path: Path, images: str) -> Task:
     parquet files of the hub. Pictures of tables stay in memory, each once.
     """
     row, seen = BENCHMARKS[name], {}
-    if not path.exists():
+    if not path.exists() and not any(path.parent.glob(path.name)):
         raise UserError(f"--tasks {name}:{path}: no such file or folder")
     table = path.suffix in (".tsv", ".parquet") or (path.is_dir() and any(path.rglob("*.parquet")))
     labels, folder, pattern = {}, path.parent, ""
@@ -737,17 +742,11 @@ def read_benchmark(name: str, path: Path, images: str) -> Task:
             if label is None:
                 told = ", ".join(f"{key} {value}" for key, value in zip(row.join, join_key(row, raw)))
                 raise UserError(f"{place}: {label_files} in {folder} has no label for {told}")
-            raw = {
-                **label,
-                "question": None,
-                **{key: value for key, value in raw.items() if value is not None},
-            }
+            raw = {**label, "question": None, **{k: v for k, v in raw.items() if v is not None}}
         try:
-            if table:
-                shown = encoded_pictures(raw, seen, place)
-            else:
-                shown = file_pictures(raw, folder, images, pattern, place)
-            found = questions_of(name, raw, shown, place)
+            pictures = (raw, seen, place) if table else (raw, folder, images, pattern, place)
+            shown = encoded_pictures(*pictures) if table else file_pictures(*pictures)
+            found = questions_of(name, raw, shown)
         except (KeyError, ValueError, TypeError, IndexError, SyntaxError, AttributeError) as e:
             has = ", ".join(map(str, [*raw][:20]))
             raise UserError(f"{place}: not a question of {name} ({e!r}); its columns are {has}") from None
@@ -757,13 +756,15 @@ def read_benchmark(name: str, path: Path, images: str) -> Task:
         merged = {}
         for q in questions:
             first = merged.setdefault(str(q.name), q)
-            first.answers = [*dict.fromkeys(first.answers + q.answers)] if first is not q else q.answers
+            first.answers += q.answers if first.answers != q.answers else []  # TextCaps has all in each row
         questions = [*merged.values()]
     twice = [key for key, k in Counter(q.key for q in questions).items() if k > 1]
     if twice and all(q.parts for q in questions):  # POPE numbers its questions anew in every category
         questions = [replace(q, name=f"{q.parts[0]}/{q.name}") for q in questions]
     first = {}
     for q, place in zip(questions, places):
+        if q.key in first and "image" in row.join:  # its id is the picture's, who is asked the same twice
+            q.name = f"{q.name}#{len(first)}"
         if q.key in first:
             raise UserError(
                 f"{place}: question_id {q.name} is there twice, first at {first[q.key]}: drop one"
@@ -777,14 +778,14 @@ def read_benchmark(name: str, path: Path, images: str) -> Task:
 def bare_question(row: Benchmark, raw: dict) -> str:
     """Without what prompts add to it."""
     text = re.sub(r"\n?Reference OCR token:.*", "", str(first_of(raw, COLUMNS["question"]) or ""))
+    text = text.replace("in the imange?", "in the image?")  # POPE's typo, not in all of its versions
     text = text.strip().removesuffix(SHORT.strip()).strip()
     return text.removesuffix("Please answer yes or no.").strip()
 
 
 def join_key(row: Benchmark, raw: dict) -> tuple[str, ...]:
-    name = str(first_of(raw, COLUMNS["id"]))
     found = {
-        "id": name,
+        "id": str(first_of(raw, COLUMNS["id"])),
         "image": Path(str(first_of(raw, COLUMNS["image"]))).stem,
         "question": bare_question(row, raw).lower(),
         "category": part_of(raw, "category", ()),
@@ -819,21 +820,15 @@ def encoded_pictures(raw: dict, seen: dict, place: str) -> tuple:
 def file_pictures(raw: dict, folder: Path, images: str, pattern: str, place: str) -> tuple:
     if not pattern or (pattern.endswith("{image}") and not raw.get("image")):  # ScienceQA has some without
         return ()
-    path = (
-        Path(images) / pattern.rpartition("/")[2].format_map(raw)
-        if images
-        else folder / pattern.format_map(raw)
-    )
-    if not path.is_file():
-        deeper = path.parent / "images" / path.name  # MME's categories are of two layouts
-        if not deeper.is_file():
-            raise UserError(f"{place}: image {path} does not exist")
-        path = deeper
-    return (path,)
+    path = Path(images or folder) / (pattern.rpartition("/")[2] if images else pattern).format_map(raw)
+    deeper = path.parent / "images" / path.name  # some of MME's categories have it so
+    if not path.is_file() and not deeper.is_file():
+        raise UserError(f"{place}: image {path} does not exist")
+    return (path if path.is_file() else deeper,)
 
 
 def texts_of(value) -> list[str]:
-    """Answers of any form: a text, a number, a list or, as Python writes it, its text; objects that have it."""
+    """Answers of any form: a text, a number, a list (or what Python writes of it), objects that have it."""
     if value is None or value == "?":
         return []
     if isinstance(value, str) and value.startswith("['"):
@@ -856,17 +851,16 @@ def options_of(raw: dict) -> list[str]:
     return [each["text"] if isinstance(each, dict) else str(each) for each in value]
 
 
-def questions_of(name: str, raw: dict, shown: tuple, place: str) -> list[Question]:
+def questions_of(name: str, raw: dict, shown: tuple) -> list[Question]:
     """A record as the question to ask: one, but for RefCOCO, which tells a box in several sentences."""
     row = BENCHMARKS[name]
+    if not shown and row.kind not in ("scienceqa", "likelihood"):
+        raise KeyError("image")
     if isinstance(raw.get("question"), dict):  # ARC's own files
         raw = {**raw, **raw["question"], "question": raw["question"]["stem"]}
     if "conversations" in raw:  # LLaVA's ScienceQA
-        raw = {
-            **raw,
-            "text": raw["conversations"][0]["value"].replace("<image>", "").strip(),
-            "question": None,
-        }
+        told = raw["conversations"][0]["value"].replace("<image>", "").strip()
+        raw = {**raw, "text": told, "question": None}
     number = first_of(raw, COLUMNS["image id" if row.kind == "caption" else "id"])
     parts = tuple(part_of(raw, column, shown) for column in row.parts)
     if row.kind == "ref":
@@ -964,6 +958,16 @@ def score_task(
         if not log.rank:
             print(f"{task.name}: no right answers in {task.path}, so no score; answers are kept in {where}")
         return [], []
+    try:
+        return score_rows(vlm, tokenizer, task, answers, mode, cfg, log)
+    except ValueError as e:  # a right answer that is none
+        raise UserError(f"{task.path or task.name}: {e}") from None
+
+
+def score_rows(
+    vlm, tokenizer, task: Task, answers: list[str], mode: str, cfg: EvalConfig, log: Log
+) -> tuple[list[dict], list[dict]]:
+    asked, row = task.questions, BENCHMARKS.get(task.benchmark)
     scores = score_answers(task, answers)
     seeing = [i for i, q in enumerate(asked) if q.images]
     blind = other = None
@@ -1060,18 +1064,15 @@ def answer_all(
     answers = open_answers(path, task, about, log) if log.folder else {}
     todo = [i for i in range(len(asked)) if i not in answers]
     if vlm is None and todo:
-        told = (
-            f"{len(todo)} of {len(asked)} questions have no answer there, the first is {asked[todo[0]].name}"
-        )
+        told = f"{len(todo)} of {len(asked)} questions have no answer, the first is {asked[todo[0]].name}"
         raise UserError(f"{path}: {told}: give --model to have them answered")
     prompts = {i: prompt_of(task, asked[i], tokenizer) for i in todo}
     shown = {i: [*(demo.image for demo in asked[i].demos), *images[i]] for i in todo}
     lengths = check_lengths(task, [*prompts.values()], [*shown.values()], vlm.cfg, mode) if todo else []
     order = [i for _, i in sorted(zip(lengths, todo))]
     marks = stop_marks(task)
-    stops = (
-        [i for token, i in tokenizer.ranks.items() if any(m.encode() in token for m in marks)] if todo else []
-    )
+    ranks = tokenizer.ranks.items() if todo else ()
+    stops = [i for token, i in ranks if any(mark.encode() in token for mark in marks)]
     size = max(1, cfg.batch_size // (1 + (task.shots or 0)))  # as many pictures at any number of shots
     batches = [order[start : start + size] for start in range(0, len(order), size)][log.rank :: log.world]
     new = {}
@@ -1124,7 +1125,7 @@ def part_path(path: Path, log: Log) -> Path:
 
 
 def answers_about(task: Task, mode: str, cfg: EvalConfig, log: Log, blind: bool) -> dict:
-    """What an answer depends on beside its question: none is taken over from a run where this was different."""
+    """What an answer depends on beside its question: from a run where this was different none is taken."""
     about = {**log.facts, "template": "chat" if task.shots is None else "base", "scoring": cfg.scoring}
     about |= {"shots": task.shots or 0, "tokens": mode, "seed": cfg.seed, "most_tokens": task.max_new_tokens}
     return {**about, "swapped_over": len(task.questions)} if blind else about
@@ -1160,7 +1161,8 @@ def read_answers(path: Path, task: Task, about: dict) -> dict[int, str]:
         try:
             row = json.loads(text)
             name, prompt, said, its = (str(row["question_id"]), row["prompt"], row["text"], row["metadata"])
-            other = [key for key, value in about.items() if its.get(key) != value]
+            sure = "model" in about  # else they are scored as they are, LLaVA's own too, which tell less
+            other = [key for key, value in about.items() if its.get(key, None if sure else value) != value]
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"{path} line {line}: expected an answer in LLaVA's format ({e!r})") from None
         number = numbers.get((name, prompt))
@@ -1331,7 +1333,7 @@ def print_table(results: list[dict]) -> None:
     head = f"\n{'task':<28}{'shots':>5}  {'tokens':<8}{'score':>7}{'±':>7}{'blind':>8}{'chance':>8}{'n':>7}"
     print(head + "  metric")
     for r in results:
-        name = "  " + r["task"].split("/")[1] if "/" in r["task"] else r["task"]
+        name = "  " + r["task"].partition("/")[2] if "/" in r["task"] else r["task"]
         blind, chance = ("–" if r[key] is None else f"{r[key]:.1f}" for key in ("blind_score", "chance"))
         digits = 1 if r["metric"] != KINDS["text"][0] else 3
         error = "–" if r["stderr"] is None else f"{r['stderr']:.{digits}f}"

@@ -143,7 +143,9 @@ class ImageConfig:
     mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
     std: list[float] = field(default_factory=lambda: [0.25, 0.25, 0.25])
     resample: int = 3  # Pillow's number: 2 bilinear, 3 bicubic
-    cut: str = ""  # into views of vit.image_size: split, anyres or unpad (see --resolution); "" for one view
+    cut: str = (
+        ""  # into views of vit.image_size: split, anyres, unpad (see --resolution); "" or pad: one view
+    )
 
 
 @dataclass
@@ -1430,12 +1432,13 @@ def scale_up(vlm: "VLM", name: str, init: str = "inflate") -> None:
 
 # Resolution: how large a view is and into how many a picture is cut. "split": MM1's sub-images, a 2x2 crop
 # beside the whole (its section 5); "anyres": LLaVA-NeXT's tilings; "unpad": those without their padding.
-CUTS = ("", "split", "anyres", "unpad")
+# "pad": LLaVA-1.5's one view, a square with the mean colour beside the picture instead of a distorted one.
+CUTS = ("", "pad", "split", "anyres", "unpad")
 
 
 def at_resolution(cfg: ModelConfig, resolution: str) -> ModelConfig:
     """The config after --resolution SIDE, SIDE+CUT or +CUT; not checked yet. "" changes nothing."""
-    asked = re.fullmatch(r"([1-9]\d*)?(?:\+(split|anyres|unpad))?", resolution)
+    asked = re.fullmatch(rf"([1-9]\d*)?(?:\+({'|'.join(CUTS[1:])}))?", resolution)
     if not asked:
         raise UserError(
             f"--resolution '{resolution}': use SIDE in pixels, SIDE+CUT or +CUT, CUT {' or '.join(CUTS[1:])}"
@@ -2158,9 +2161,9 @@ def chain_of_sight(decoder: DecoderConfig, decoder_from: str, plan_only: str = "
     }  # fmt: skip
 
 
-def llava(decoder: DecoderConfig, decoder_from: str, resolution: str = "", plan_only: str = "") -> dict:
+def llava(decoder: DecoderConfig, decoder_from: str, resolution: str = "+pad", plan_only: str = "") -> dict:
     """LLaVA as DualSpeed (2602.03815) trains it: fast on a tenth of the tokens, one step of ten on all."""
-    tiles, row = (5, 4096) if resolution else (1, 2048)
+    tiles, row = (5, 4096) if "unpad" in resolution else (1, 2048)
     return {
         "source": f"DualSpeed, arXiv 2602.03815, on LLaVA's recipe; {tiles} x 576 tokens a picture",
         "ours": "packed rows, one mode a step (the code: a micro-batch), 58 tokens kept (57), AdamW's 0.95"

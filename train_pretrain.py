@@ -45,7 +45,9 @@ class RunConfig:
     init: str = ""  # start from this run or checkpoint instead of the preset's halves
     scale: str = ""  # token scaling applied to --init, see model.SCALINGS
     scale_init: str = "inflate"  # of its new scales; not in the paper: queries (those random) or random (all)
-    resolution: str = ""  # SIDE, SIDE+CUT or +CUT: pixels of a view; CUT split, anyres or unpad into several
+    resolution: str = (
+        ""  # SIDE, SIDE+CUT or +CUT: pixels of a view; CUT pad, or split, anyres, unpad: several
+    )
     resume: str = ""  # "auto": continue the run in --out where its newest checkpoint left it
     data: str = "scenes"  # scenes, a LLaVA .json or a mixture .json
     val_data: str = ""  # the same for validation; default: --data itself, or unseen scenes

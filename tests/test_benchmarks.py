@@ -1,4 +1,4 @@
-"""Benchmarks: miniatures in the layouts of LLaVA, VLMEvalKit and the hub; joins, files of answers, two ranks."""
+"""Benchmarks: miniatures in the layouts of LLaVA, VLMEvalKit and the hub; joins, answer files, two ranks."""
 
 import base64
 import io
@@ -42,13 +42,15 @@ def put(folder: Path, name: str, content) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, bytes):
         path.write_bytes(content)
+    elif isinstance(content, str):
+        path.write_text(content)
     elif path.suffix == ".tsv":
         lines = ["\t".join(content[0])] + ["\t".join(str(v) for v in row.values()) for row in content]
         path.write_text("\n".join(lines) + "\n")
     elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in content))
     else:
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        path.write_text(json.dumps(content))
     return path
 
 
@@ -158,7 +160,7 @@ def put_mme(folder: Path) -> None:
             lines = "".join(f"{q} Please answer yes or no.\t{a}\n" for q, a in told)
             put(folder, f"{release}/{category}/{'questions_answers_YN/' if deep else ''}000{n}.txt", lines)
             for q, _ in told:
-                name = f"{category}/000{n}.png"
+                name = f"{category}/{'images/' if deep else ''}000{n}.png"
                 asked.append({"question_id": name, "image": name, "text": q + SHORT, "category": category})
     put(folder, "llava_mme.jsonl", asked)
 
@@ -271,7 +273,7 @@ def put_refcoco(folder: Path, name: str = "refcoco") -> None:
                 "width": 20,
                 "height": 10,
             }
-            rows.append({**row, "bbox": [2 * n, n, 10 + 8 * n, 5 + n]})
+            rows.append({**row, "height": 10, "bbox": [2 * n, n, 10 + 8 * n, 5 + n]})
         put(folder, f"{name}_{split}.jsonl", rows)
 
 
@@ -319,7 +321,8 @@ LLAVA = {
     "vizwiz": put_vizwiz, "gqa": put_gqa, "scienceqa": put_scienceqa, "pope": put_pope, "mme": put_mme,
     "mmbench": put_mmbench, "mmbench_cn": put_mmbench_cn, "seed": put_seed, "docvqa": put_docvqa,
     "chartqa": put_chartqa, "coco_cap": put_coco_cap, "flickr30k": put_flickr30k, "nocaps": put_nocaps,
-    "textcaps": put_textcaps, "refcoco": put_refcoco, "refcoco+": lambda folder: put_refcoco(folder, "refcoco+"),
+    "textcaps": put_textcaps, "refcoco": put_refcoco,
+    "refcoco+": lambda folder: put_refcoco(folder, "refcoco+"),
     "refcocog": lambda folder: put_refcoco(folder, "refcocog"),
     "arc_easy": lambda folder: put_arc(folder, "ARC-Easy-Test.jsonl"),
     "arc_challenge": lambda folder: put_arc(folder, "ARC-Challenge-Test.jsonl"),
@@ -330,33 +333,64 @@ TSV = {  # VLMEvalKit's columns
     "mmbench": mmbench_rows(),
     "mmbench_cn": mmbench_rows(),
     "mmstar": [
-        {"index": n, "image": coded(n), "question": "Which?", **o, "answer": a, "category": f"c{n // 2}",
-         "l2_category": f"l{n}"} for n, o, a in TOLD
+        {
+            "index": n,
+            "image": coded(n),
+            "question": "Which?",
+            **o,
+            "answer": a,
+            "category": f"c{n // 2}",
+            "l2_category": f"l{n}",
+        }
+        for n, o, a in TOLD
     ],
     "seed": [
         {"index": n, "image": coded(n), "question": "Which?", **o, "answer": a, "category": "Scene"}
         for n, o, a in TOLD
     ],
     "mmmu": [
-        {"index": n, "image": f"['{coded(n)}', '{coded(n + 1)}']", "question": "<image 1> or <image 2>?", **o,
-         "answer": a, "category": "Art", "l2-category": "Arts", "split": "validation"} for n, o, a in TOLD
+        {
+            "index": n,
+            "image": f"['{coded(n)}', '{coded(n + 1)}']",
+            "question": "<image 1> or <image 2>?",
+            **o,
+            "answer": a,
+            "category": "Art",
+            "l2-category": "Arts",
+            "split": "validation",
+        }
+        for n, o, a in TOLD
     ],
     "scienceqa": [
-        {"index": n, "image": coded(n), "question": "Which?", "hint": "", **o, "answer": a} for n, o, a in TOLD
+        {"index": n, "image": coded(n), "question": "Which?", "hint": "", **o, "answer": a}
+        for n, o, a in TOLD
     ],
     "pope": [
-        {"index": n, "image": coded(n % 2), "question": f"Is it {n}?", "answer": "yesno"[3 * (n % 2) :][:3],
-         "category": "random"} for n in range(4)
-    ],
-    "mme": [
-        {"index": n, "image": coded(n // 2), "question_id": f"color/{n // 2}.png", "category": "color",
-         "question": f"Is it {n}? Please answer yes or no.", "answer": ("Yes", "No")[n % 2]} for n in range(4)
-    ],
-    "chartqa": [
-        {"index": n, "image": coded(n), "question": "How many?", "answer": 10 ** n, "split": "test_human"}
+        {
+            "index": n,
+            "image": coded(n % 2),
+            "question": f"Is it {n}?",
+            "answer": "yesno"[3 * (n % 2) :][:3],
+            "category": "random",
+        }
         for n in range(4)
     ],
-}  # fmt: skip
+    "mme": [
+        {
+            "index": n,
+            "image": coded(n // 2),
+            "question_id": f"color/{n // 2}.png",
+            "category": "color",
+            "question": f"Is it {n}? Please answer yes or no.",
+            "answer": ("Yes", "No")[n % 2],
+        }
+        for n in range(4)
+    ],
+    "chartqa": [
+        {"index": n, "image": coded(n), "question": "How many?", "answer": 10**n, "split": "test_human"}
+        for n in range(4)
+    ],
+}
 
 
 def picture(n: int) -> dict:
@@ -368,39 +402,89 @@ def each(*columns: dict) -> list[dict]:
 
 
 PARQUET = {  # the hub's columns, as lmms-eval reads them
-    "vqav2": each(*({"question_id": n, "answers": [{"answer": c, "answer_id": 1}] * 10} for n, c in enumerate(COLOURS))),
+    "vqav2": each(
+        *({"question_id": n, "answers": [{"answer": c, "answer_id": 1}] * 10} for n, c in enumerate(COLOURS))
+    ),
     "okvqa": each(*({"question_id": n, "answers": [c] * 10} for n, c in enumerate(COLOURS))),
-    "textvqa": each(*({"question_id": n, "answers": [c] * 10, "ocr_tokens": ["A"]} for n, c in enumerate(COLOURS))),
-    "textvqa_ocr": each(*({"question_id": n, "answers": [c] * 10, "ocr_tokens": ["A"]} for n, c in enumerate(COLOURS))),
+    "textvqa": each(
+        *({"question_id": n, "answers": [c] * 10, "ocr_tokens": ["A"]} for n, c in enumerate(COLOURS))
+    ),
+    "textvqa_ocr": each(
+        *({"question_id": n, "answers": [c] * 10, "ocr_tokens": ["A"]} for n, c in enumerate(COLOURS))
+    ),
     "vizwiz": each(*({"question_id": f"V{n}", "answers": [c] * 10} for n, c in enumerate(COLOURS))),
     "scienceqa": each(*({"choices": COLOURS[:4], "answer": n, "hint": ""} for n in range(4))),
     "pope": each(
-        *({"question_id": str(n // 2), "answer": ("yes", "no")[n // 2], "category": ("random", "popular")[n % 2]}
-          for n in range(4))
+        *(
+            {
+                "question_id": str(n // 2),
+                "answer": ("yes", "no")[n // 2],
+                "category": ("random", "popular")[n % 2],
+            }
+            for n in range(4)
+        )
     ),
     "mme": [
-        {"image": picture(n // 2), "question_id": f"color/{n // 2}.png", "category": "color",
-         "question": f"Is it {n}? Please answer yes or no.", "answer": ("Yes", "No")[n % 2]} for n in range(4)
+        {
+            "image": picture(n // 2),
+            "question_id": f"color/{n // 2}.png",
+            "category": "color",
+            "question": f"Is it {n}? Please answer yes or no.",
+            "answer": ("Yes", "No")[n % 2],
+        }
+        for n in range(4)
     ],
-    "mmbench": each(*({"index": n, **o, "answer": a, "hint": "nan", "category": "c", "L2-category": "l"} for n, o, a in TOLD)),
+    "mmbench": each(
+        *(
+            {"index": n, **o, "answer": a, "hint": "nan", "category": "c", "L2-category": "l"}
+            for n, o, a in TOLD
+        )
+    ),
     "seed": [
-        {"image": [picture(n)], "question": "Which?", "answer": "ABCD"[n], "data_type": "image",
-         "question_id": str(n), "question_type_id": 1, **{f"choice_{c}": o for c, o in zip("abcd", COLOURS)}}
+        {
+            "image": [picture(n)],
+            "question": "Which?",
+            "answer": "ABCD"[n],
+            "data_type": "image",
+            "question_id": str(n),
+            "question_type_id": 1,
+            **{f"choice_{c}": o for c, o in zip("abcd", COLOURS)},
+        }
         for n in range(4)
     ],
     "mmmu": [{**row, "image_1": picture(n), "image_2": picture(n + 1)} for n, row in enumerate(mmmu_rows())],
     "mmstar": [
-        {"index": n, "question": "Which?\nOptions: A: red, B: blue, C: green, D: orange", "image": {"bytes": png(n), "path": None},
-         "answer": a, "category": f"c{n // 2}", "l2_category": f"l{n}"} for n, _, a in TOLD
+        {
+            "index": n,
+            "question": "Which?\nOptions: A: red, B: blue, C: green, D: orange",
+            "image": {"bytes": png(n), "path": None},
+            "answer": a,
+            "category": f"c{n // 2}",
+            "l2_category": f"l{n}",
+        }
+        for n, _, a in TOLD
     ],
     "docvqa": each(*({"questionId": str(n), "answers": [f"ITC {c}"]} for n, c in enumerate(COLOURS))),
-    "chartqa": each(*({"type": t, "answer": str(10**n)} for n, t in enumerate(["human_test", "augmented_test"] * 2))),
-    "coco_cap": each(*({"question_id": f"{n}.jpg", "id": n, "answer": [c] * 5} for n, c in enumerate(CAPTIONS))),
+    "chartqa": each(
+        *({"type": t, "answer": str(10**n)} for n, t in enumerate(["human_test", "augmented_test"] * 2))
+    ),
+    "coco_cap": each(
+        *({"question_id": f"{n}.jpg", "id": n, "answer": [c] * 5} for n, c in enumerate(CAPTIONS))
+    ),
     "flickr30k": each(*({"img_id": str(n), "caption": [c] * 5} for n, c in enumerate(CAPTIONS))),
-    "nocaps": each(*({"image_id": n, "annotations_captions": [c] * 9, "domain": "in-domain"} for n, c in enumerate(CAPTIONS))),
-    "textcaps": each(*({"image_id": str(n), "caption_str": [c], "reference_strs": [c] * 5} for n, c in enumerate(CAPTIONS))),
-    "refcoco": each(*({"question_id": str(n), "answer": ["this", "that"], "bbox": [2.0, n, 8.0, 4.0]} for n in range(4))),
-}  # fmt: skip
+    "nocaps": each(
+        *(
+            {"image_id": n, "annotations_captions": [c] * 9, "domain": "in-domain"}
+            for n, c in enumerate(CAPTIONS)
+        )
+    ),
+    "textcaps": each(
+        *({"image_id": str(n), "caption_str": [c], "reference_strs": [c] * 5} for n, c in enumerate(CAPTIONS))
+    ),
+    "refcoco": each(
+        *({"question_id": str(n), "answer": ["this", "that"], "bbox": [2.0, n, 8.0, 4.0]} for n in range(4))
+    ),
+}
 
 
 def open_one(name: str, path: Path | str, **flags) -> evaluation.Task:
@@ -478,7 +562,14 @@ def test_parquet_of_the_hub(name, tmp_path, monkeypatch):
     split = evaluation.BENCHMARKS[name].split
     for which, rows in ((split, PARQUET[name]), ("other", PARQUET[name][:1])):
         parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / f"{which}-00000-of-00001.parquet")
-    check_oracle(open_one(name, tmp_path), monkeypatch)
+    task = open_one(name, tmp_path)
+    check_oracle(task, monkeypatch)
+    if name == "refcoco":  # COCO's x, y, width, height in a picture of 20 x 10
+        assert [q.answers for q in task.questions[:3]] == [
+            ["100 0 500 400"],
+            ["100 0 500 400"],
+            ["100 100 500 500"],
+        ]
 
 
 def test_gqa_of_the_hub_has_its_pictures_in_files_of_their_own(tmp_path, monkeypatch):
@@ -627,7 +718,8 @@ def test_mme_counts_pairs(tmp_path, monkeypatch):
 def test_mmbench_is_circular(tmp_path, monkeypatch):
     put_mmbench(tmp_path)
     task = open_one("mmbench", tmp_path)
-    assert task.questions[0].images == task.questions[1].images != task.questions[3].images
+    first, second, _, other = (q.images[0] for q in task.questions[:4])
+    assert first is second and first != other
     rows = score(task, lambda q, kind: q.answers[0] if q.name != "1000001" else "no idea", monkeypatch)
     assert rows["mmbench"]["n"] == 3 and rows["mmbench"]["score"] == pytest.approx(66.67)
     assert rows["mmbench/c1"]["score"] == 0 and rows["mmbench/l0"]["score"] == 100
@@ -641,6 +733,24 @@ def test_mmstar_is_a_mean_over_its_capabilities(tmp_path, monkeypatch):
     task = open_one("mmstar", put(tmp_path, "MMStar.tsv", rows))
     found = score(task, lambda q, kind: "D", monkeypatch)
     assert found["mmstar"]["score"] == 50 and found["mmstar/a"]["score"] == 0  # not 25
+
+
+def test_captions_of_coco_and_rows_of_one_caption_each(tmp_path, monkeypatch):
+    images = [{"id": n, "file_name": f"{n:012d}.jpg"} for n in range(3)]
+    told = [{"image_id": n % 3, "id": n, "caption": CAPTIONS[n]} for n in range(6)]
+    for image in images:
+        put(tmp_path, f"coco/val2017/{image['file_name']}", png(image["id"]))
+        put(tmp_path, f"text/train_images/{image['id']}.jpg", png(image["id"]))
+    put(tmp_path, "coco/captions_val2017.json", {"images": images, "annotations": told})
+    rows = [{"image_id": row["image_id"], "caption_str": row["caption"]} for row in told]
+    put(tmp_path, "text/TextCaps_0.1_val.json", {"data": rows})
+    for name, folder in (("coco_cap", "coco"), ("textcaps", "text")):
+        task = open_one(name, tmp_path / folder)
+        assert [q.answers for q in task.questions] == [[CAPTIONS[n], CAPTIONS[n + 3]] for n in range(3)]
+        rows = score(task, right_answer, monkeypatch)
+        expected = evaluation.cider_d(CAPTIONS[:3], [q.answers for q in task.questions])
+        assert rows[name]["score"] == pytest.approx(100 * sum(expected) / 3, abs=0.01)
+        assert rows[f"{name}/bleu4"]["score"] == 100
 
 
 def test_parts_of_seed_scienceqa_chartqa_and_nocaps(tmp_path, monkeypatch):
@@ -696,23 +806,81 @@ def test_a_task_of_questions_without_labels_is_answered_but_not_scored(tmp_path,
 @pytest.mark.parametrize(
     "name, change, words",
     [
-        ("pope", lambda f: (f / "coco/coco_pope_random.json").write_text("{}"), "coco_pope_.*has no label for category random"),
-        ("pope", lambda f: (f / "val2014/C1.jpg").unlink(), r"llava_pope_test.jsonl line \d+: .*C1.jpg does not exist"),
-        ("textvqa", lambda f: (f / "TextVQA_0.5.1_val.json").write_text('{"data": [\n{]}'), "TextVQA_0.5.1_val.json line 2"),
-        ("gqa", lambda f: put(f, "llava_gqa_testdev_balanced.jsonl", [{"question_id": "00", "image": "n0.jpg", "text": "a"}] * 2),
-         r"jsonl line 2: question_id 00 is there twice, first at .*jsonl line 1"),
-        ("gqa", lambda f: (f / "llava_gqa_testdev_balanced.jsonl").unlink() or (f / "data/testdev_balanced_questions.json").unlink(),
-         "not the folder of gqa: it lacks llava_gqa"),
-        ("docvqa", lambda f: put(f, "val_v1.0.json", {"data": [{"questionId": 1, "image": "documents/d0.png"}]}) and
-         (f / "val_v1.0_withQT.json").unlink(), "record 0: not a question of docvqa .*its columns are file, questionId"),
-        ("docvqa", lambda f: put(f, "val_v1.0_withQT.json", {"data": [
-            {"questionId": n, "question": "?", "image": "documents/d0.png", "answers": ["x"] * n} for n in range(2)]}),
-         "question 0 of docvqa has no right answer, others do"),
-        ("mmbench", lambda f: put(f, "mmbench_dev_20230712.tsv", [{**mmbench_rows()[0], "image": "77"}]),
-         "line 2: .*77, which no row has"),
-        ("mmbench", lambda f: put(f, "mmbench_dev_20230712.tsv", [{**mmbench_rows()[0], "answer": "E"}]), "answer E is none of"),
+        (
+            "pope",
+            lambda f: (f / "coco/coco_pope_random.json").write_text("{}"),
+            "coco_pope_.*has no label for category random",
+        ),
+        (
+            "pope",
+            lambda f: (f / "val2014/C1.jpg").unlink(),
+            r"llava_pope_test.jsonl line \d+: .*C1.jpg does not exist",
+        ),
+        (
+            "textvqa",
+            lambda f: (f / "TextVQA_0.5.1_val.json").write_text('{"data": [\n{]}'),
+            "TextVQA_0.5.1_val.json line 2",
+        ),
+        (
+            "gqa",
+            lambda f: put(
+                f,
+                "llava_gqa_testdev_balanced.jsonl",
+                [{"question_id": "00", "image": "n0.jpg", "text": "a"}] * 2,
+            ),
+            r"jsonl line 2: question_id 00 is there twice, first at .*jsonl line 1",
+        ),
+        (
+            "gqa",
+            lambda f: (
+                (f / "llava_gqa_testdev_balanced.jsonl").unlink()
+                or (f / "data/testdev_balanced_questions.json").unlink()
+            ),
+            "not the folder of gqa: it lacks llava_gqa",
+        ),
+        (
+            "docvqa",
+            lambda f: (
+                put(f, "val_v1.0.json", {"data": [{"questionId": 1, "image": "documents/d0.png"}]})
+                and (f / "val_v1.0_withQT.json").unlink()
+            ),
+            "record 0: not a question of docvqa .*its columns are file, questionId",
+        ),
+        (
+            "docvqa",
+            lambda f: put(
+                f,
+                "val_v1.0_withQT.json",
+                {
+                    "data": [
+                        {"questionId": n, "question": "?", "image": "documents/d0.png", "answers": ["x"] * n}
+                        for n in range(2)
+                    ]
+                },
+            ),
+            "question 0 of docvqa has no right answer, others do",
+        ),
+        (
+            "mme",
+            lambda f: put(
+                f,
+                "MME_Benchmark_release_version/color/0001.txt",
+                (f / "MME_Benchmark_release_version/color/0001.txt").read_text().replace("\tYes", "\tMaybe"),
+            ),
+            "mme: expected yes or no in one of MME's 14 categories",
+        ),
+        (
+            "mmbench",
+            lambda f: put(f, "mmbench_dev_20230712.tsv", [{**mmbench_rows()[0], "image": "77"}]),
+            "line 2: .*77, which no row has",
+        ),
+        (
+            "mmbench",
+            lambda f: put(f, "mmbench_dev_20230712.tsv", [{**mmbench_rows()[0], "answer": "E"}]),
+            "answer E is none of",
+        ),
     ],
-)  # fmt: skip
+)
 def test_errors_name_file_line_and_fix(name, change, words, tmp_path, monkeypatch):
     LLAVA[name](tmp_path / name)
     change(tmp_path / name)
@@ -728,6 +896,11 @@ def test_addresses_that_are_wrong_say_so(tmp_path):
     ]:
         with pytest.raises(UserError, match=words):
             evaluation.open_tasks(evaluation.EvalConfig(tasks=tasks, root=str(tmp_path)))
+    bare = [{k: v for k, v in row.items() if k != "image"} for row in TSV["mmstar"]]
+    with pytest.raises(
+        UserError, match="line 2: not a question of mmstar .*'image'.*its columns are index, question"
+    ):
+        open_one("mmstar", put(tmp_path, "bare.tsv", bare))
     with pytest.raises(UserError, match="--limit has no effect"):
         evaluation.open_tasks(evaluation.EvalConfig(tasks="scenes_vqa", n=1, limit=3))
     put_gqa(tmp_path)
@@ -739,8 +912,24 @@ def test_labels_come_by_their_question_and_not_by_the_order_of_files(tmp_path):
     put_textvqa(tmp_path)  # labels are in reverse there, two questions share a picture and its id
     for q in open_one("textvqa", tmp_path).questions:
         assert q.answers == [COLOURS[int(re.search(r"\d", q.text)[0])]] * 10
+    lines = (tmp_path / "llava_textvqa_val_v051_ocr.jsonl").read_text()
+    again = put(tmp_path, "twice.jsonl", lines + lines.splitlines()[0] + "\n")
+    names = [
+        q.name
+        for q in open_one("textvqa", again.rename(tmp_path / "llava_textvqa_val_v051_ocr.jsonl")).questions
+    ]
+    assert names == [
+        "p0",
+        "p0",
+        "p1",
+        "p1",
+        "p0#4",
+    ]  # ids are the pictures', the same question stands there twice
+    put(tmp_path, "llava_textvqa_val_v051_ocr.jsonl", [json.loads(line) for line in lines.splitlines()])
     one = open_one("textvqa", tmp_path / "llava_textvqa_val_v051_ocr.jsonl")
     assert one.questions == open_one("textvqa", tmp_path).questions  # a question file instead of its folder
+    only = put(tmp_path / "star", "any.tsv", TSV["mmstar"])
+    assert open_one("mmstar", only.parent).questions == open_one("mmstar", only).questions
     one = open_one("textvqa", tmp_path, limit=2)
     assert len(one.questions) == 2 and one.limit == 2
 
@@ -770,6 +959,19 @@ def run_of(folder: Path) -> list[str]:
 
 def results(out: Path) -> list[dict]:
     return json.loads(out.read_text())["results"]
+
+
+def test_answers_that_llava_gave_are_scored_as_they_are(tmp_path):
+    put_pope(tmp_path / "pope")
+    rows = [json.loads(line) for line in (tmp_path / "pope/llava_pope_test.jsonl").read_text().splitlines()]
+    more = {"answer_id": "x", "model_id": "llava-v1.5-7b", "metadata": {}}
+    said = [{"question_id": r["question_id"], "prompt": r["text"], "text": "Yes", **more} for r in rows]
+    put(tmp_path, "answers/pope.jsonl", said)
+    flags = ["--answers", str(tmp_path / "answers"), "--tasks", "pope", "--root", str(tmp_path)]
+    evaluation.main([*flags, "--out", str(tmp_path / "eval.json")])
+    found = {row["task"]: row["score"] for row in results(tmp_path / "eval.json")}
+    assert found["pope"] == 50 and found["pope/random recall"] == 100
+    assert [p.name for p in (tmp_path / "answers").iterdir()] == ["pope.jsonl"]
 
 
 def test_a_killed_run_goes_on_where_it_stopped(saved, tmp_path, monkeypatch, capsys):
@@ -804,12 +1006,27 @@ def test_a_killed_run_goes_on_where_it_stopped(saved, tmp_path, monkeypatch, cap
     assert sum(asked) == 6 and {p.name: p.read_bytes() for p in answers.iterdir()} == whole
     assert results(out) == first
 
+    def generate(self, batch, *a, **k):  # killed once more, in its second batch
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return asked.append(batch.samples) or real(self, batch, *a, **k)
+
+    asked.clear()
+    (answers / "pope.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:20])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model.VLM, "generate", generate)
+        evaluation.main(flags)
+    there = (answers / "pope.jsonl").read_bytes().splitlines(keepends=True)
+    assert there[:5] == lines[:5] and len(there) == 8 and {*there} <= {*lines}
+    evaluation.main(flags)
+    assert {p.name: p.read_bytes() for p in answers.iterdir()} == whole
+
     (answers / "pope.blind.jsonl").unlink()
     again = tmp_path / "again.json"
     evaluation.main(["--answers", str(answers), *base[2:], "--out", str(again)])  # no model: what is there
     assert results(again)[0]["score"] == first[0]["score"] and results(again)[0]["blind_score"] is None
     (answers / "pope.jsonl").write_bytes(b"".join(lines[:5]))
-    with pytest.raises(UserError, match="7 of 12 questions have no answer there.*give --model"):
+    with pytest.raises(UserError, match="7 of 12 questions have no answer, the first.*give --model"):
         evaluation.main(["--answers", str(answers), *base[2:]])
     with pytest.raises(UserError, match="--model is missing"):
         evaluation.main(base[2:])

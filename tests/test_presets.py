@@ -223,7 +223,7 @@ def test_flags_over_recipe_over_defaults_and_the_recipe_goes_on(tmp_path, small_
         ("--preset cos-7b", "cos-7b is for planning only: Vicuna"),
         ("--preset llava-next", "is no folder and not downloaded: fetch it"),
         ("--resolution 64x2", "--resolution '64x2': use SIDE in pixels"),
-        ("--resolution +crop", "CUT split or anyres or unpad"),
+        ("--resolution +crop", "CUT pad or split or anyres or unpad"),
         ("--resolution 128", "this chain connector sees 64 px, which --scale changes"),
         ("--resolution +unpad", "unpad needs a grid of tokens .* not chain"),
         ("--connector.kind mlp --resolution 60", "60 is no multiple of vit.patch_size 8"),

@@ -471,3 +471,17 @@ def test_a_new_model_starts_at_the_resolution_and_recipes_carry_it(tmp_path, sma
     assert model.VLM.from_pretrained(tmp_path / "b").cfg.image.cut == "anyres"
     train_sft.main([*one, "--init", str(tmp_path / "b"), "--resolution", "48", "--out", str(tmp_path / "c")])
     assert model.VLM.from_pretrained(tmp_path / "c").cfg.image.cut == ""  # the flag wins over the recipe
+
+
+def test_a_padded_picture_lies_in_the_middle_of_the_mean_colour():
+    cfg = ModelConfig(vit=ViTConfig(64, 8, 32, 4, 2, 64))
+    cfg.image.cut, cfg.image.mean = "pad", [0.48145466, 0.4578275, 0.40821073]  # CLIP's: (122, 116, 104)
+    side = cfg.vit.image_size
+    for size in ((side, side // 2), (side // 2 + 1, side)):
+        picture = Image.new("RGB", size, "red")
+        views = data.cut_picture(picture, cfg)
+        expected = np.full((side, side, 3), (122, 116, 104), np.uint8)
+        left, top = (side - size[0]) // 2, (side - size[1]) // 2
+        expected[top : top + size[1], left : left + size[0]] = (255, 0, 0)
+        assert np.array_equal(views, expected.transpose(2, 0, 1)[None])
+    assert len(data.picture_slots(cfg, "full", (300, 200))) == cfg.visual_tokens()

@@ -129,6 +129,7 @@ def main(argv: list[str]) -> None:
         stats = optimizer_step(run, ddp, micro, optimizers, step, caption_loss)
         run.log(step, stats, micro, waited, tokens)
         finish_step(run, vlm, tokenizer, optimizers, step)
+    del ddp  # its end would hold the GIL while it waits for a thread of gloo's that wants it
     run.close()
 
 

@@ -84,6 +84,7 @@ def main(argv: list[str]) -> None:
         stats = optimizer_step(run, ddp, micro, optimizers, step, loss)
         run.log(step, stats, micro, waited, visual_tokens=mean_tokens)
         finish_step(run, vlm, tokenizer, optimizers, step)
+    del ddp  # its end would hold the GIL while it waits for a thread of gloo's that wants it
     run.close()
 
 

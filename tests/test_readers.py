@@ -1,6 +1,7 @@
 """Real data: lists, tars, parquet and tables by offset; broken records; pictures; check and convert."""
 
 import base64
+import contextlib
 import csv
 import io
 import json
@@ -597,25 +598,35 @@ def test_pictures_are_turned_and_bombs_and_halves_are_refused(tmp_path, monkeypa
 
 
 # --- The commands
-def run(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "data.py", *words], cwd=ROOT, capture_output=True, text=True)
+def run(*words: str) -> tuple[int, str]:
+    """Exit code and output of data.py, in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            data.main([*words])
+            code = 0
+        except SystemExit as e:
+            code = e.code
+        except UserError as e:
+            code = 2
+            print(e)
+    return code, out.getvalue()
 
 
 def test_check_tells_what_is_there_and_fails_if_much_is_broken(tmp_path):
     path = broken_set(tmp_path)
-    done = run("check", str(path))
-    assert done.returncode == 1, done.stderr
-    out = done.stdout
-    assert "train: 200 records of kind chat" in out and "usable   170, skipped 30 (15.00%)" in out
+    code, out = run("check", str(path))
+    assert (
+        code == 1 and "train: 200 records of kind chat" in out and "usable   170, skipped 30 (15.00%)" in out
+    )
     for line in ("10 image missing", "10 image broken", "10 malformed", "record 3: image", "130 records"):
         assert line in out
     assert "[[ It is number" in out or "[[ Text" in out  # the learned part of a sample
     assert out.count("learned text in [[ ]]") >= 1 and "30 of 200 records would be skipped" in out
     good = [chat(None, "Q?", f"{i}. \x1b[31m<|end|>") for i in range(300)]
     path.write_text(json.dumps([*good, chat("gone.png")]))
-    done = run("check", str(path), "--workers", "2")
-    assert done.returncode == 0 and "usable   300, skipped 1 (0.33%)" in done.stdout
-    assert "\x1b" not in done.stdout  # of the data's own
+    code, out = run("check", str(path), "--workers", "2")
+    assert code == 0 and "usable   300, skipped 1 (0.33%)" in out
+    assert "\x1b" not in out  # of the data's own
 
 
 def test_check_counts_what_a_plain_loop_counts(tmp_path, capsys):
@@ -648,8 +659,13 @@ def test_check_counts_what_a_plain_loop_counts(tmp_path, capsys):
     ],
 )
 def test_wrong_commands_are_one_sentence(words, told):
-    done = run(*words)
-    assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1
+    code, out = run(*words)
+    assert code == 2 and told in out and out.count("\n") == 1
+
+
+def test_the_command_line_gives_one_sentence_and_exit_code_2():
+    done = subprocess.run([sys.executable, "data.py", "chek"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "data.py: chek: what to do? See python data.py --help\n"
 
 
 def test_a_document_goes_without_its_missing_pictures(tmp_path):
@@ -708,15 +724,13 @@ def test_validation_and_answers_on_broken_data(tmp_path, small_halves, capsys):
 
 def test_check_takes_the_limits_of_the_recipe(tmp_path):
     path = write(tmp_path / "x.json", json.dumps([chat(None, "word " * 300, "Yes.")] * 40).encode())
-    done = run("check", str(path), "--workers", "1")
-    assert (
-        done.returncode == 1 and "40 no answer left" in done.stdout and "within 256 positions" in done.stdout
-    )
-    done = run("check", str(path), "--workers", "1", "--row_length", "1024")
-    assert done.returncode == 0 and "usable   40" in done.stdout
+    code, out = run("check", str(path), "--workers", "1")
+    assert code == 1 and "40 no answer left" in out and "within 256 positions" in out
+    code, out = run("check", str(path), "--workers", "1", "--row_length", "1024")
+    assert code == 0 and "usable   40" in out
     path.write_text(json.dumps([chat(None, "Say <image>.", "Yes.")] * 3))
-    assert "3 records have <image> as text" in run("check", str(path)).stdout
-    assert run("check", "scenes", "--preset", "cos-7b").returncode == 2
+    assert "3 records have <image> as text" in run("check", str(path))[1]
+    assert run("check", "scenes", "--preset", "cos-7b")[0] == 2
 
 
 # --- Twenty thousand records

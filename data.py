@@ -43,7 +43,7 @@ import numpy as np
 import regex  # comes with tiktoken
 import tiktoken
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm import tqdm
@@ -310,6 +310,7 @@ class Record:
     parts: list
     images: list
     name: str = ""
+    lost: tuple[str, str] | None = None  # (why, what) of pictures that a document goes without
 
 
 def pieces_of(record: Record, tokenizer: Tokenizer) -> list[Piece]:
@@ -456,12 +457,26 @@ class BadRecord(UserError):
     """A record that cannot be used, while others can: runs skip it and count it by `why`."""
 
     def __init__(self, text: str, why: str = "malformed"):
-        super().__init__(text)
+        text = text if len(text) < 500 else f"{text[:300]} ... {text[-150:]}"  # a picture in base64
+        super().__init__(text.encode("utf-8", "backslashreplace").decode())
         self.why = why
 
 
 Picture = Image.Image | str | Path | bytes  # at hand, in a file, or encoded
 MOST_PIXELS = 178_956_970  # Pillow's limit against decompression bombs; files with more are broken to us
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "MPO",
+    "JPEG2000",
+    "PPM",
+    "AVIF",
+)  # none runs a program
+NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 def read_image(image: Picture, name: str, read):
@@ -472,13 +487,17 @@ def read_image(image: Picture, name: str, read):
         return read(image)
     told = f"of {len(image):,} bytes" if isinstance(image, bytes) else image
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:
             if math.prod(opened.size) > MOST_PIXELS:
                 raise ValueError(f"{opened.size[0]} x {opened.size[1]} pixels are too many")
             return read(opened)
-    except FileNotFoundError:
-        raise BadRecord(f"{name}: image {told} does not exist", "image missing") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
+    except MemoryError:
+        raise
+    except Exception as e:  # decoders raise anything
+        if getattr(e, "errno", None) in NOT_THERE:
+            raise BadRecord(f"{name}: image {told} does not exist", "image missing") from None
+        if getattr(e, "errno", None):  # too many open files, a network that hangs: not the picture's fault
+            raise
         raise BadRecord(f"{name}: image {told} does not decode ({e})", "image broken") from None
 
 
@@ -486,17 +505,36 @@ def turned(picture: Image.Image) -> int:
     """Its EXIF orientation, 1 to 8, or 0. A PNG's counts only before the pixels: no need to decode those."""
     if isinstance(picture, PngImagePlugin.PngImageFile) and "exif" not in picture.info:
         return 0
-    return picture.getexif().get(ExifTags.Base.Orientation, 0)
+    found = picture.getexif().get(ExifTags.Base.Orientation, 0)
+    return found if isinstance(found, int) and 1 <= found <= 8 else 0
+
+
+# What undoes an EXIF orientation, from 2 on
+TURNS = dict(
+    enumerate(
+        (
+            Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        ),
+        2,
+    )
+)  # fmt: skip
 
 
 def open_image(image: Picture, name: str = "") -> Image.Image:
     """Decode to RGB: EXIF orientation applied, palette and alpha laid on white."""
 
     def decode(picture: Image.Image) -> Image.Image:
+        orientation = turned(picture)
         picture.load()
-        return ImageOps.exif_transpose(picture) if turned(picture) > 1 else picture
+        return picture.transpose(TURNS[orientation]) if orientation > 1 else picture
 
     image = read_image(image, name, decode)
+    if image.mode[0] in "IF":  # 16 bits, or numbers of any size
+        values = np.asarray(image, np.float32)
+        largest = next((x for x in (1, 255, 65535) if values.max() <= x), values.max())
+        image = Image.fromarray((values * (255 / largest)).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -1219,7 +1257,7 @@ SUFFIXES = (
     ".json",
     ".txt",
 )  # what a folder is searched for, in this order
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 WITHIN_OBJECT = rb'(?:[^"{}]++|"(?:[^"\\]++|\\.)*+"|(?R))*+'
 JSON_OBJECT = regex.compile(rb"\{" + WITHIN_OBJECT + rb"\}", regex.DOTALL)
 CSV_FIELD_LIMIT = 2**31 - 1  # a picture in base64 is long; more is not a C long everywhere
@@ -1236,15 +1274,16 @@ class Table:
     def __init__(self, path: Path):
         self.path, self.files = path, find_files(path)
         self.suffix = self.files[0].suffix
-        indexes = []
+        indexes, self.changed = [], []
         for file in tqdm(self.files, desc=f"index {path}", disable=len(self.files) < 20, leave=False):
             stat = file.stat()
             indexes.append(index_file(file, stat.st_size, stat.st_mtime_ns))
+            self.changed.append(stat.st_mtime_ns)
         self.starts, self.lines = [starts for starts, _ in indexes], [lines for _, lines in indexes]
         self.first = np.cumsum([0] + [len(lines) for lines in self.lines])
         if not self.first[-1]:
             raise UserError(f"{path}: expected at least one record, in a .json file a list of them")
-        self.handles, self.process, self.rows_by_index, self.group = {}, 0, None, (None, None)
+        self.rows_by_index, self.group = None, (None, None)
 
     def __len__(self) -> int:
         return int(self.first[-1])
@@ -1260,7 +1299,7 @@ class Table:
         if self.suffix == ".parquet":
             return self.parquet_row(file, n, k), place
         start, end = int(self.starts[n][k]), int(self.starts[n][k + 1])
-        handle = self.handle(file)
+        handle = shared_handle(file, self.changed[n])
         handle.seek(start)
         content = handle.read(end - start)
         if self.suffix == ".tar":
@@ -1272,21 +1311,11 @@ class Table:
         if self.suffix == ".txt":
             return {"text": text.replace("\r\n", "\n")}, place
         if self.suffix == ".tsv":
-            return self.tsv_row(file, text, place), place
+            return self.tsv_row(tsv_header(file, self.changed[n]), text, place), place
         return read_object(text, file, start, end, place), place
 
-    def handle(self, file: Path):
-        if self.process != os.getpid():  # a forked worker would share the file position of its parent
-            self.handles, self.process = {}, os.getpid()
-        if file not in self.handles:
-            if len(self.handles) >= 64:
-                self.handles.pop(next(iter(self.handles))).close()
-            self.handles[file] = open(file, "rb")
-        return self.handles[file]
-
-    def tsv_row(self, file: Path, text: str, place: str) -> dict[str, str]:
-        header = tsv_header(file, file.stat().st_mtime_ns)
-        cells = tsv_cells(text)
+    def tsv_row(self, header: list[str], text: str, place: str) -> dict[str, str]:
+        cells = tsv_cells(text, place)
         if len(cells) != len(header):
             raise BadRecord(f"{place}: {len(cells)} cells, but the header names {len(header)}")
         row = dict(zip(header, cells))
@@ -1301,10 +1330,11 @@ class Table:
         """VLMEvalKit writes a picture once: other rows have the index of that one."""
         if self.rows_by_index is None:
             self.rows_by_index = {}
-            for file, starts, first in zip(self.files, self.starts, self.first):
+            for *file, starts, first in zip(self.files, self.changed, self.starts, self.first):
+                handle = shared_handle(*file)
                 for k, start in enumerate(starts[:-1].tolist()):
-                    self.handle(file).seek(start)
-                    cell = self.handle(file).read(64).partition(b"\t")[0]
+                    handle.seek(start)
+                    cell = handle.read(64).partition(b"\t")[0]
                     self.rows_by_index[cell.decode("utf-8", "replace")] = int(first) + k
         if index not in self.rows_by_index:
             raise BadRecord(f"{place}: its image is that of index {index}, which no row has")
@@ -1314,9 +1344,21 @@ class Table:
         """Rows lie in groups, which are read whole; the last one is kept."""
         group = int(self.lines[n][k])
         if self.group[0] != (os.getpid(), file, group):
-            rows = pyarrow_parquet(file).ParquetFile(file).read_row_group(group).to_pylist()
+            rows = open_parquet(file).read_row_group(group).to_pylist()
             self.group = (os.getpid(), file, group), rows
         return dict(self.group[1][k - int(np.searchsorted(self.lines[n], group))])
+
+
+HANDLES = {}  # of files, by process: a forked worker would share the file position of its parent
+
+
+def shared_handle(file: Path, changed: int):
+    key = os.getpid(), file, changed
+    if key not in HANDLES:
+        for other in [k for k in HANDLES if k[0] != os.getpid()] + [*HANDLES][: max(0, len(HANDLES) - 63)]:
+            HANDLES.pop(other, None)
+        HANDLES[key] = open(file, "rb")
+    return HANDLES[key]
 
 
 def find_files(path: Path) -> list[Path]:
@@ -1344,7 +1386,7 @@ def index_file(path: Path, size: int, changed: int) -> tuple[np.ndarray, np.ndar
     with the white space between them.
     """
     if path.suffix == ".parquet":
-        about = pyarrow_parquet(path).ParquetFile(path).metadata
+        about = open_parquet(path).metadata
         rows = [about.row_group(g).num_rows for g in range(about.num_row_groups)]
         return np.zeros(0, np.int64), np.repeat(np.arange(len(rows)), rows)
     if path.suffix == ".tar":
@@ -1361,18 +1403,27 @@ def index_lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
     starts, numbers, at, inside = array("q"), array("q"), 0, False
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            blank = line.isspace()
+            blank = not line.strip(b"\r\n" if path.suffix == ".tsv" else None)
             if not blank and not inside:
                 starts.append(at)
                 numbers.append(number)
             if path.suffix == ".tsv":
-                inside ^= line.count(b'"') % 2 == 1
+                inside = quote_goes_on(line, inside)
             else:
                 inside = path.suffix == ".txt" and not blank
             at += len(line)
     starts.append(at)
     header = path.suffix == ".tsv"
     return np.array(starts)[header:], np.array(numbers)[header:]
+
+
+def quote_goes_on(line: bytes, inside: bool) -> bool:
+    """Whether a quoted cell of a .tsv goes on behind a line. Only at a cell's beginning a quote opens it."""
+    for cell in line.rstrip(b"\r\n").split(b"\t") if inside or b'"' in line else ():
+        if not inside and cell[:1] == b'"':
+            inside, cell = True, cell[1:]
+        inside = inside and cell.count(b'"') % 2 == 0
+    return inside
 
 
 def index_json(path: Path) -> np.ndarray:
@@ -1440,10 +1491,14 @@ def index_tar(path: Path, size: int, changed: int) -> np.ndarray:
     kept = path.with_name(path.name + ".index.npy")
     try:
         found = np.load(kept, allow_pickle=False)
-        if found.dtype == np.int64 and (found[:2] == (size, changed)).all():
+        if (
+            found.dtype == np.int64
+            and (found[:2] == (size, changed)).all()
+            and (np.diff(found[2:]) > 0).all()
+        ):
             return found[2:]
-    except (OSError, ValueError):
-        pass  # none yet, or not one of ours
+    except Exception:
+        pass  # none yet, or not one of ours: it is written anew
     starts, last = array("q"), None
     try:
         with tarfile.open(path, "r:") as tar:
@@ -1454,8 +1509,12 @@ def index_tar(path: Path, size: int, changed: int) -> np.ndarray:
                         starts.append(member.offset)
                     last, end = key, member.offset_data + -(-member.size // 512) * 512
                 tar.members = []  # it would keep them all
+            tar.fileobj.seek(tar.offset)
+            while rest := tar.fileobj.read(2**20):
+                if rest.strip(b"\0"):
+                    raise tarfile.TarError(f"no member where one should begin, at byte {tar.offset}")
     except tarfile.TarError as e:
-        raise UserError(f"{path} is no plain tar ({e}): unpack a compressed one first") from None
+        raise UserError(f"{path} is damaged or no plain tar ({e}): unpack it if it is compressed") from None
     if starts:
         starts.append(min(end, size))
     found = np.array(starts, np.int64)
@@ -1485,17 +1544,27 @@ def read_tar_sample(content: bytes, place: str) -> dict:
                     name = member.name.rpartition("/")[2].partition(".")[2].lower()
                     members[name] = tar.extractfile(member).read()
         raw = json.loads(members.get("json", b"{}"))
-        text = members["txt"].decode().strip() if "txt" in members else None
+        text = members["txt"].decode("utf-8-sig").strip() if "txt" in members else None
     except (tarfile.TarError, OSError, ValueError, RecursionError) as e:
         raise BadRecord(f"{place}: does not read ({e})") from None
     if not isinstance(raw, dict):
         raise BadRecord(f"{place}: its .json is not an object")
     pictures = [content for name, content in members.items() if f".{name}".endswith(PICTURES)]
-    if isinstance(raw.get("images"), list):  # an interleaved document: pictures where it is not null
-        rest = iter(pictures)
-        raw["images"] = [None if image is None else next(rest, None) for image in raw["images"]]
+    named = next(
+        (raw[key] for key in ("image_info", "images", "image") if isinstance(raw.get(key), list)), None
+    )
+    if named is not None and sum(image is not None for image in named) != len(pictures):
+        raise BadRecord(
+            f"{place}: its .json names {len(named)} images, it has {len(pictures)}", "image missing"
+        )
+    rest = iter(pictures)
+    if isinstance(raw.get("image_info"), list):  # MMC4
+        raw["image_info"] = [dict(info, image_name=next(rest)) for info in raw["image_info"]]
         return raw
-    if "conversations" not in raw and (text is not None or "caption" in raw):
+    if isinstance(raw.get("images"), list):  # in a document null stands where a text is
+        raw["images"] = [None if image is None else next(rest) for image in raw["images"]]
+        return raw
+    if layout_of(raw) is None and (text is not None or isinstance(raw.get("caption"), str)):
         raw = {"caption": raw["caption"] if text is None else text} if pictures else {"text": text}
     return raw | ({"image": pictures} if pictures else {})
 
@@ -1503,20 +1572,26 @@ def read_tar_sample(content: bytes, place: str) -> dict:
 @functools.lru_cache
 def tsv_header(file: Path, changed: int) -> list[str]:
     with open(file, "rb") as opened:
-        return tsv_cells(opened.readline().decode("utf-8-sig", "replace").strip("\r\n"))
+        return tsv_cells(opened.readline().decode("utf-8-sig", "replace").strip("\r\n"), f"{file} line 1")
 
 
-def tsv_cells(text: str) -> list[str]:
+def tsv_cells(text: str, place: str) -> list[str]:
     csv.field_size_limit(CSV_FIELD_LIMIT)
-    return next(csv.reader(io.StringIO(text, newline=""), delimiter="\t"), [])
+    try:
+        return next(csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True), [])
+    except csv.Error as e:
+        raise BadRecord(f"{place}: its quotes do not close where cells end ({e})") from None
 
 
-def pyarrow_parquet(path: Path):
+def open_parquet(path: Path):
     try:
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
-    return pyarrow.parquet
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as e:
+        raise UserError(f"{path} is no parquet file that can be read ({e})") from None
 
 
 class FileSource:
@@ -1561,7 +1636,10 @@ class FileSource:
             known = "; ".join(f"{name}: {', '.join(sorted(keys))}" for name, (keys, _) in LAYOUTS.items())
             has = ", ".join([*raw][:8])
             raise BadRecord(f"{place}: expected a record of kind {self.kind}, but it has {has} ({known})")
-        return READERS[layout](raw, self.kind, self.folder, place)
+        try:
+            return READERS[layout](raw, self.kind, self.folder, place)
+        except (TypeError, ValueError, KeyError, AttributeError) as e:  # values of other types than ever seen
+            raise BadRecord(f"{place}: not a record of {layout} ({e!r})") from None
 
 
 PROBE = 100  # records that are tried before a file is given up
@@ -1603,7 +1681,8 @@ def local_pictures(images: list, folder: Path, place: str) -> list[Path | bytes]
             image = image.partition("://")[2]  # where wget --force-directories puts it
         if "://" in image:
             raise BadRecord(f"{place}: image {image} is a URL: download it first and write the file's path")
-        if os.path.isabs(image) or os.path.normpath(image).startswith(".."):
+        path = os.path.abspath(folder / image)  # links are followed, ".." is not
+        if not path.startswith(os.path.join(os.path.abspath(folder), "")):
             raise BadRecord(f"{place}: image {image} leads out of the folder {folder}", "image outside")
         found.append(folder / image)
     return found
@@ -1647,6 +1726,8 @@ def interleave(items: list[str | Path | bytes], joint: str, place: str) -> Recor
         run = list(run)
         parts += [joint.join(run)] if is_text else range(len(images), len(images) + len(run))
         images += [] if is_text else run
+    if not any(isinstance(part, str) and part.strip() for part in parts):
+        raise BadRecord(f"{place}: a document without text", "empty text")
     return Record("interleaved", parts, images, place)
 
 
@@ -1654,16 +1735,21 @@ def read_llava(raw: dict, kind: str, folder: Path, place: str) -> Record:
     """{"image": path, paths or none, "conversations": [{"from": "human" or "gpt", "value": text}, ...]}"""
     if not isinstance(raw["conversations"], list):
         raise BadRecord(f"{place}: expected an object with a list of 'conversations'")
-    images = raw.get("image") or []
+    images = raw.get("image") or raw.get("images") or []
     images = images if isinstance(images, list) else [images]
+    has_images = bool(images) or "image" in raw or "images" in raw
     turns, seen = [], 0
     for turn in raw["conversations"]:
         turn = turn if isinstance(turn, dict) else {}
-        if turn.get("from") not in ROLE_OF or not isinstance(turn.get("value"), str):
+        if (
+            not isinstance(turn.get("from"), str)
+            or turn["from"] not in ROLE_OF
+            or not isinstance(turn.get("value"), str)
+        ):
             told = "a turn must have 'from' (human or gpt) and a text 'value'"
             raise BadRecord(f"{place}: {told}, got {str(turn)[:200]}")
         role, parts = ROLE_OF[turn["from"]], [turn["value"]]
-        if role == "user" and images:  # without images "<image>" is plain text
+        if role == "user" and has_images:  # in a record without them "<image>" is plain text
             parts, seen = split_at_images(turn["value"], seen)
         turns.append((role, parts))
     if seen != len(images):
@@ -1703,20 +1789,21 @@ def read_cauldron(raw: dict, kind: str, folder: Path, place: str) -> Record:
     images = local_pictures([image for image in raw["images"] or [] if image is not None], folder, place)
     turns = []
     for n, pair in enumerate(raw["texts"]):
-        if not isinstance(pair, dict) or not isinstance(pair.get("user"), str | None):
+        if not isinstance(pair, dict) or not isinstance(pair.get("assistant"), str):
             raise BadRecord(f"{place}: text {n} must have 'user' and 'assistant', got {str(pair)[:200]}")
         turns.append(("user", [*(range(len(images)) if n == 0 else ()), (pair.get("user") or "").strip()]))
-        turns.append(("assistant", [str(pair.get("assistant") or "").strip()]))
+        turns.append(("assistant", [pair["assistant"].strip()]))
     return chat_record(turns, images, kind, place)
 
 
 def read_tsv_question(raw: dict, kind: str, folder: Path, place: str) -> Record:
     """A row of VLMEvalKit: its question with hint and options as LLaVA asks it, answered by the letter."""
     options = [f"{letter}. {raw[letter]}" for letter in OPTION_LETTERS if given(raw.get(letter))]
-    asked = (
-        [raw["hint"]] * given(raw.get("hint")) + [raw["question"], *options] + [LETTER_PROMPT] * bool(options)
-    )
-    images = tsv_pictures(raw["image"], place)
+    asked = [str(raw.get("hint"))] * given(raw.get("hint")) + [str(raw["question"]), *options]
+    asked += [LETTER_PROMPT] * bool(options)
+    if not given(raw["answer"]):
+        raise BadRecord(f"{place}: no answer", "empty answer")
+    images = raw["image"] if isinstance(raw["image"], list) else tsv_pictures(raw["image"], place)
     turns = [("user", [*range(len(images)), "\n".join(asked)]), ("assistant", [str(raw["answer"])])]
     return chat_record(turns, images, kind, place)
 
@@ -1751,6 +1838,8 @@ def read_captioned(raw: dict, kind: str, folder: Path, place: str) -> Record:
 def read_text(raw: dict, kind: str, folder: Path, place: str) -> Record:
     if not isinstance(raw["text"], str) or raw.keys() & {"image", "images"}:
         raise BadRecord(f"{place}: 'text' must be a text without an image beside it")
+    if not raw["text"].strip():
+        raise BadRecord(f"{place}: a document without text", "empty text")
     return Record("text", [raw["text"]], [], place)
 
 
@@ -1781,7 +1870,7 @@ def open_sources(spec: str, stage: str) -> list[tuple[Dataset, float]]:
     path = Path(spec)
     if spec == "scenes":
         entries = [{"kind": kind, "path": "scenes", "weight": weight} for kind, weight in SCENES_MIX[stage]]
-    elif not path.exists() and not glob.has_magic(path.name):
+    elif not spec or (not path.exists() and not glob.has_magic(path.name)):
         raise UserError(f"--data {spec}: no such file; use 'scenes', a file of records or a mixture file")
     else:
         source = open_file(path)
@@ -1905,6 +1994,7 @@ class Place(NamedTuple):
     mode: str  # full, fast or slow
     source: int  # in that group
     index: int  # of the record in that source
+    length: int = 0  # positions that a row has for it; 0: not packed
 
 
 @dataclass
@@ -2027,7 +2117,7 @@ class Plan(IterableDataset):
                 place = self.usable(self.place(group, number), skipped)
                 record, parts = self.parts(place)
                 for n, (_, length, seen) in enumerate(parts):
-                    found.append(place._replace(part=n))
+                    found.append(place._replace(part=n, length=length))
                     lengths.append(length)
                     views.append(seen)
                     kinds.append(record.kind)
@@ -2056,15 +2146,18 @@ class Plan(IterableDataset):
             rng = random.Random(f"{self.seed}-{place.group}-{place.source}-{place.index}-{attempt}")
             tried = place._replace(index=rng.randrange(len(source))) if attempt else place
             try:
-                if self.parts(tried)[1]:
+                record, parts = self.parts(tried)
+                if parts:
+                    skipped += [record.lost] if record.lost else []
                     return tried
-                told = f"{self.record(tried).name}: no answer is left within {self.limit} positions"
+                told = f"{record.name}: no answer is left within {self.limit} positions"
                 skipped.append(("no answer within the limit", told))
             except BadRecord as e:
                 skipped.append((e.why, str(e)))
         raise UserError(
             f"{PROBE} records of {source.name} one after the other cannot be used, the first: "
-            f"{skipped[before][1]}; python data.py check tells all, answers may need a larger --row_limit"
+            f"{skipped[before][1]}; python data.py check tells all; answers may need a larger --row_length "
+            "and --row_limit"
         )
 
     def record(self, place: Place) -> Record:
@@ -2080,7 +2173,7 @@ class Plan(IterableDataset):
         return self.latest[1]
 
     def find_parts(self, place: Place) -> tuple[Record, list[tuple[list[Piece], int, int]]]:
-        record = self.record(place)
+        record = whole_pictures(self.record(place))
         sizes = [picture_size(image, record.name) for image in record.images]  # that it is there, at least
         modes = {"fast": ["pruned"], "slow": ["full", "pruned"]}.get(place.mode, ["full"])
         slots = [max(each, key=len) for each in zip(*(sample_slots(self.cfg, m, sizes) for m in modes))]
@@ -2098,6 +2191,22 @@ class Plan(IterableDataset):
             if targets:
                 measured.append((part, length, sum(views[i] for i in pictures)))
         return record, measured
+
+
+def whole_pictures(record: Record) -> Record:
+    """A document without those of its pictures that are missing or broken: of the web's many are."""
+    errors, kept = [], []
+    for n, image in enumerate(record.images if record.kind == "interleaved" else ()):
+        try:
+            picture_size(image, record.name)
+            kept.append(n)
+        except BadRecord as e:
+            errors.append((f"{e.why}, its document kept", str(e)))
+    if not errors:
+        return record
+    parts = [part for part in record.parts if isinstance(part, str) or part in kept]
+    parts = [part if isinstance(part, str) else kept.index(part) for part in parts]
+    return replace(record, parts=parts, images=[record.images[n] for n in kept], lost=errors[0])
 
 
 @dataclass
@@ -2118,9 +2227,9 @@ class Stream(Dataset):
             packing["capacity"] = plan.pad_images * len(planned.rows) * plan.row_images
         try:
             for place in places:
-                record, parts = plan.parts(plan.usable(place, skipped))
-                samples.append(self.sample(record, parts[place.part][0], skipped))
-                filled[record.kind] += parts[place.part][1]
+                sample, kind, length = self.draw(place, skipped)
+                samples.append(sample)
+                filled[kind] += length
             batch = make_batch(
                 samples, [place.mode for place in places], plan.cfg, plan.row_length, plan.limit,
                 (planned.step + 1) * per_step, **packing,
@@ -2133,21 +2242,26 @@ class Stream(Dataset):
         batch.plan = planned
         return batch
 
-    def sample(self, record: Record, part: list[Piece], skipped: list[tuple[str, str]]) -> Sample:
-        """A part of a record, with the pictures of that part alone. A file that turns out to be broken only
-        when it is decoded keeps the room that was planned for it, blank, and its text is not learned.
+    def draw(self, place: Place, skipped: list[tuple[str, str]]) -> tuple[Sample, str, int]:
+        """The sample of a place, the kind of its record and its positions.
+
+        A picture that is found to be broken only here, where it is decoded, or that vanished since the plan
+        was made, leaves the room that was planned empty: text of which nothing is learned.
         """
-        own, cfg = [piece for piece in part if isinstance(piece, int)], self.plan.cfg
-        pieces = [own.index(piece) if isinstance(piece, int) else piece for piece in part]
-        images = [record.images[i] for i in own]
+        plan, kind, length = self.plan, self.plan.groups[place.group][place.source][0].kind, place.length
         try:
-            return load_sample(pieces, images, cfg, record.name)
+            if not length:
+                place = plan.usable(place, skipped)
+            record, parts = plan.parts(place)
+            if place.part >= len(parts):
+                raise BadRecord(f"{record.name}: is not what it was when the run began")
+            part, length, _ = parts[place.part]
+            own = [piece for piece in part if isinstance(piece, int)]
+            pieces = [own.index(piece) if isinstance(piece, int) else piece for piece in part]
+            return load_sample(pieces, [record.images[i] for i in own], plan.cfg, record.name), kind, length
         except BadRecord as e:
             skipped.append((e.why, str(e)))
-        sizes = picture_sizes(images, cfg, record.name)
-        blank = (sum(view_count(cfg, size) for size in sizes), 3, cfg.vit.image_size, cfg.vit.image_size)
-        unlearned = [piece if isinstance(piece, int) else (piece[0], False) for piece in pieces]
-        return Sample(unlearned, np.zeros(blank, np.uint8), sizes)
+        return load_sample([([plan.tokenizer.end] * max(1, length), False)], [], plan.cfg), kind, length
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2338,15 +2452,23 @@ def unpack(archive: Path, folder: Path, keep: int) -> None:
 @dataclass
 class CheckConfig:
     stage: str = "sft"  # the stage that is to train on it: pretrain or sft
-    preset: str = "tiny"  # whose tokenizer, visual tokens and way to cut pictures
-    row_limit: int = 2048  # positions of a record, as in training
+    preset: str = "tiny"  # whose tokenizer, visual tokens and recipe
+    resolution: str = ""  # as in training; so are these three, where 0 is what the recipe says
+    row_length: int = 0  # positions of a row
+    row_limit: int = 0  # positions of a record, with --batch_size
+    row_images: int = 0  # most views of a row
     limit: int = 0  # look at this many records of each source; 0: at all
     samples: int = 3  # records that are shown
     workers: int = 0  # processes; 0: one a core
 
 
+COUNTED = ("pictures", "tokens", "learned", "cut", "positions", "marks")
+
+
 class Chunks(Dataset):
-    """Item c: what there is to count in the c-th CHUNK records of a plan's only source, a dict of lists."""
+    """Item c: COUNTED of the usable ones of the c-th CHUNK records of a plan's only source, an array
+    (records, 6), and (why, what) of the others.
+    """
 
     CHUNK = 64
 
@@ -2356,30 +2478,34 @@ class Chunks(Dataset):
     def __len__(self) -> int:
         return -(-self.records // self.CHUNK)
 
-    def __getitem__(self, c: int) -> dict[str, list]:
-        found = collections.defaultdict(list)
+    def __getitem__(self, c: int) -> tuple[np.ndarray, list[tuple[str, str]]]:
+        counts, bad = [], []
         for i in range(c * self.CHUNK, min((c + 1) * self.CHUNK, self.records)):
             try:
-                self.examine(i, found)
+                counts.append(self.examine(i, bad))
             except BadRecord as e:
-                found["bad"].append((e.why, str(e)))
-        return dict(found)
+                bad.append((e.why, str(e)))
+        return np.array(counts, np.int64).reshape(-1, len(COUNTED)), bad
 
-    def examine(self, i: int, found: dict[str, list]) -> None:
+    def examine(self, i: int, bad: list) -> list[int]:
         record, parts = self.plan.parts(Place(0, 0, 0, "full", 0, i))
         for image in record.images:
             if not isinstance(image, Scene):
                 read_image(image, record.name, decode_small)
         if not parts:
             raise BadRecord(f"{record.name}: no answer within {self.plan.limit} positions", "no answer left")
+        if record.lost:
+            bad.append(record.lost)
         text = [piece for part, _, _ in parts for piece in part if not isinstance(piece, int)]
         tokens = sum(len(ids) for ids, _ in text)
         whole = sum(len(p[0]) for p in pieces_of(record, self.plan.tokenizer) if not isinstance(p, int))
-        found["pictures"].append(len(record.images))
-        found["cut"].append(tokens < whole)
-        found["tokens"].append(tokens)
-        found["learned"].append(sum(len(ids) for ids, supervised in text if supervised))
-        found["positions"].append(sum(length for _, length, _ in parts))
+        learned = sum(len(ids) for ids, supervised in text if supervised)
+        length = sum(length for _, length, _ in parts)
+        asked = [part for role, parts in record.parts if role == "user" for part in parts] * (
+            record.kind == "chat"
+        )
+        marks = any("<image>" in part for part in asked if isinstance(part, str))
+        return [len(record.images), tokens, learned, tokens < whole, length, marks]
 
 
 def decode_small(picture: Image.Image) -> None:
@@ -2389,59 +2515,70 @@ def decode_small(picture: Image.Image) -> None:
 
 
 def check(spec: str, cfg: CheckConfig) -> int:
-    """Reads all records and pictures of --data SPEC, and tells what a run would make of them. Exit code: 1 if
-    it would skip more than 1 %.
+    """Reads all records and pictures of --data SPEC, and tells what a run on all visual tokens would make of
+    them. Exit code: 1 if it would skip more than 1 %.
     """
+    from train_pretrain import RunConfig  # which imports this file
+
     if cfg.stage not in SCENES_MIX:
         raise UserError(f"--stage '{cfg.stage}': use pretrain or sft")
-    model.require_at_least(cfg, 1, "row_limit")
-    model.require_at_least(cfg, 0, "limit samples workers")
+    model.require_at_least(cfg, 0, "row_length row_limit row_images limit samples workers")
     row = model.preset(cfg.preset)
+    if row.get("plan_only"):
+        raise UserError(f"--preset {cfg.preset} is {row['plan_only']}")
+    run = model.from_dict(RunConfig, {**dataclasses.asdict(RunConfig()), **row[cfg.stage]})
+    run.row_length, run.row_limit = cfg.row_length or run.row_length, cfg.row_limit or run.row_limit
     model_cfg = model.copy_config(row["model"])
     if cfg.stage == "sft" and "scale" in row:
         model_cfg = model.scaled_config(model_cfg, row["scale"])
+    model_cfg = model.at_resolution(model_cfg, cfg.resolution or run.resolution).check()
     tokenizer, bad, records = find_tokenizer(model_cfg), 0, 0
     for source, _ in open_sources(spec, cfg.stage):
         plan = Plan(
-            [(source, 1.0)], tokenizer, model_cfg, lambda number: "full", 0, range(0), 1,
-            row_length=cfg.row_limit, row_images=10**9, limit=cfg.row_limit,
+            [(source, 1.0)], tokenizer, model_cfg, lambda number: "full", 0, range(0), 1, run.batch_size,
+            row_length=run.row_length, row_images=cfg.row_images or run.row_images, limit=run.row_limit,
         )  # fmt: skip
         most = cfg.limit or (1000 if isinstance(source, Scenes) else len(source))
-        chunks, found = Chunks(plan, min(most, len(source))), collections.defaultdict(list)
+        chunks, counts, reasons, told = Chunks(plan, min(most, len(source))), [], Counter(), {}
         workers = min(cfg.workers or len(os.sched_getaffinity(0)), len(chunks))
         loader = DataLoader(chunks, None, num_workers=workers, multiprocessing_context="fork")
-        for part in tqdm(loader, desc=source.name, unit=f"x{Chunks.CHUNK} records", leave=False):
-            for name, values in part.items():
-                found[name] += values
-        print(f"{source.name}: {chunks.records:,} records of kind {source.kind}")
-        print("\n".join("  " + line for line in told_of(found, cfg.row_limit)))
-        bad, records = bad + len(found["bad"]), records + chunks.records
-        for i in random.Random(0).sample(range(chunks.records), min(cfg.samples, chunks.records)):
-            show_sample(plan, i)
+        for some, skips in tqdm(loader, desc=source.name, unit=f"x{Chunks.CHUNK} records", leave=False):
+            counts.append(some)
+            for why, what in skips:
+                reasons[why] += 1
+                told.setdefault(why, []).extend([what] * (reasons[why] <= 10))
+        counts = np.concatenate(counts)
+        about = f"kind {source.kind}, at most {plan.limit:,} positions each"
+        print(f"{source.name}: {chunks.records:,} records of {about}")
+        print("\n".join("  " + line for line in told_of(chunks, counts, reasons, told)))
+        bad, records = bad + chunks.records - len(counts), records + chunks.records
+        shown = 0
+        for i in random.Random(0).sample(range(chunks.records), chunks.records):
+            if shown == cfg.samples:
+                break
+            shown += show_sample(plan, i)
     if bad > records / 100:
         print(f"{bad:,} of {records:,} records would be skipped, more than 1 %")
         return 1
     return 0
 
 
-def told_of(found: dict[str, list], limit: int) -> list[str]:
+def told_of(chunks: Chunks, counts: np.ndarray, reasons: Counter, told: dict[str, list[str]]) -> list[str]:
     """Lines about what `Chunks` counted."""
-    usable, bad = len(found["tokens"]), found["bad"]
-    lines = [f"usable   {usable:,}, skipped {len(bad):,} ({len(bad) / (usable + len(bad)):.2%})"]
-    for why, n in Counter(why for why, _ in bad).most_common():
-        lines.append(f"skipped  {n:,} {why}")
-        lines += [f"         {what}" for reason, what in bad if reason == why][:10]
+    usable, bad = len(counts), chunks.records - len(counts)
+    lines = [f"usable   {usable:,}, skipped {bad:,} ({bad / chunks.records:.2%})"]
+    for why, n in reasons.most_common():
+        lines += [f"skipped  {n:,} {why}"] + [f"         {what}" for what in told[why]]
     if not usable:
         return lines
-    with_pictures = sum(n > 0 for n in found["pictures"])
-    lines.append(f"pictures {sum(found['pictures']):,}, in {with_pictures:,} records; others have none")
-    lines.append(f"cut      {sum(found['cut']):,} records that are longer than {limit:,} positions")
-    share = sum(found["learned"]) / sum(found["tokens"])
-    lines.append(f"learned  {share:.1%} of {sum(found['tokens']):,} tokens of text")
-    positions = np.array(found["positions"])
-    lines.append(
-        f"length   {positions.min():,} to {positions.max():,} positions, median {np.median(positions):,.0f}"
-    )
+    pictures, tokens, learned, cut, positions, marks = counts.T
+    lines.append(f"pictures {pictures.sum():,}, in {(pictures > 0).sum():,} records; others have none")
+    if marks.any():
+        lines.append(f"marks    {marks.sum():,} records have <image> as text, as no picture belongs to it")
+    lines.append(f"cut      {cut.sum():,} records, longer than {chunks.plan.limit:,} positions")
+    lines.append(f"learned  {learned.sum() / tokens.sum():.1%} of {tokens.sum():,} tokens of text")
+    middle = np.median(positions)
+    lines.append(f"length   {positions.min():,} to {positions.max():,} positions, median {middle:,.0f}")
     powers = np.bincount(np.log2(positions).astype(int))
     for power in np.flatnonzero(powers):
         bar = "█" * math.ceil(40 * powers[power] / powers.max())
@@ -2449,14 +2586,16 @@ def told_of(found: dict[str, list], limit: int) -> list[str]:
     return lines
 
 
-def show_sample(plan: Plan, i: int) -> None:
-    """A record as the decoder sees it: what is learned is green, or in brackets where there is no colour."""
+def show_sample(plan: Plan, i: int) -> bool:
+    """A record as the decoder sees it: what is learned is green, or in brackets where there is no colour.
+    False if it cannot be used.
+    """
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     on, off = ("\x1b[32m", "\x1b[0m") if colour else ("[[", "]]")
     try:
         record, parts = plan.parts(Place(0, 0, 0, "full", 0, i))
     except BadRecord:
-        return
+        return False
     shown = ""
     for piece in parts[0][0] if parts else []:
         if isinstance(piece, int):
@@ -2467,7 +2606,10 @@ def show_sample(plan: Plan, i: int) -> None:
             c if c.isprintable() or c == "\n" else "?" for c in text
         )  # no escape codes of the data's
         shown += f"{on}{text}{off}" if piece[1] and text else text
-    print(f"\n{record.name}, learned text {'is green' if colour else 'in [[ ]]'}:\n{shown}\n")
+    print(
+        f"\n{record.name}, learned text {'is green' if colour else 'in [[ ]]'}:\n{shown}\n" if parts else ""
+    )
+    return bool(parts)
 
 
 @dataclass
@@ -2476,52 +2618,71 @@ class ConvertConfig:
     per_tar: int = 1000  # records of a tar
 
 
-def convert(path: Path, out: Path, cfg: ConvertConfig) -> None:
+def convert(path: Path, out: Path, cfg: ConvertConfig) -> int:
     """Records of any form, such as parquet, to tars that are read in any order: NUMBER.json and its pictures,
-    NUMBER.0.jpg and so on. Tars that are there already are kept, so that a repeated call goes on.
+    NUMBER.0.jpg and so on. Tars that are there already are kept, so that a repeated call goes on. Exit code:
+    1 if more than 1 % of what this call converted is bad.
     """
     model.require_at_least(cfg, 1, "per_tar")
-    table, bad = Table(path), []
+    table, bad, done = Table(path), [], 0
     folder = Path(cfg.images) if cfg.images else (path if path.is_dir() else path.parent)
-    out.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=len(table), desc=str(path), unit=" records")
-    for first in range(0, len(table), cfg.per_tar):
-        last = min(first + cfg.per_tar, len(table))
+    about = {"images": cfg.images, "per_tar": cfg.per_tar, "records": len(table), "files": {}}
+    about["files"] = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in table.files}
+    if (out / "convert.json").is_file() and read_json(out / "convert.json") != about:
+        raise UserError(f"{out} holds another conversion (convert.json): choose another folder")
+    if not (out / "convert.json").is_file():
+        write_json(out / "convert.json", about)
+    for first in tqdm(range(0, len(table), cfg.per_tar), desc=str(path), unit=" tars"):
         file = out / f"{first // cfg.per_tar:05d}.tar"
         temporary = file.with_name(file.name + ".tmp")
-        if not file.is_file():
-            with tarfile.open(temporary, "w") as tar:
-                for i in range(first, last):
-                    try:
-                        add_sample(tar, f"{i:09d}", *table.raw(i), folder)
-                    except (BadRecord, OSError) as e:
-                        bad.append(str(e))
-            os.replace(temporary, file)
-        bar.update(last - first)
-    bar.close()
-    print(f"{len(table) - len(bad):,} records in {out}, {len(bad):,} could not be converted")
+        if file.is_file():
+            continue
+        with tarfile.open(temporary, "w") as tar:
+            for i in range(first, min(first + cfg.per_tar, len(table))):
+                done += 1
+                try:
+                    members = sample_members(f"{i:09d}", *table.raw(i), folder)
+                except BadRecord as e:
+                    bad.append(str(e))
+                    continue
+                for name, content in members:
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        os.replace(temporary, file)
+    print(f"{len(table):,} records, {done:,} of them converted now to {out}, {len(bad):,} could not be used")
     print("\n".join(bad[:10]))
+    return int(len(bad) > done / 100)
 
 
-def add_sample(tar: tarfile.TarFile, key: str, raw: dict, place: str, folder: Path) -> None:
-    """A record to members of a tar: all pictures first, so that a bad one leaves nothing half-written."""
-    images = raw.get("images", raw.get("image"))
-    images = images if isinstance(images, list) else [images]
-    pictures = local_pictures([image for image in images if image is not None], folder, place)
-    contents = [p if isinstance(p, bytes) else p.read_bytes() for p in pictures]
-    rest = {name: value for name, value in raw.items() if name not in ("image", "images")}
-    if "images" in raw:
-        rest["images"] = [None if image is None else n for n, image in enumerate(images)]
-    members = [(f"{key}.json", json.dumps(rest, ensure_ascii=False, default=str).encode())]
-    members += [(f"{key}.{n}.{picture_suffix(c, place)}", c) for n, c in enumerate(contents)]
-    for name, content in members:
-        member = tarfile.TarInfo(name)
-        member.size = len(content)
-        tar.addfile(member, io.BytesIO(content))
+def sample_members(key: str, raw: dict, place: str, folder: Path) -> list[tuple[str, bytes]]:
+    """A record as members of a tar, (name, content). In its .json a number stands for each picture."""
+    layout = layout_of(raw)
+    if layout is None:
+        raise BadRecord(f"{place}: no record that is known here, it has {', '.join([*raw][:8])}")
+    name = next((name for name in ("image_info", "images", "image") if raw.get(name)), "")
+    images = raw[name] if isinstance(raw.get(name), list) else [raw[name]] if name else []
+    images = (
+        tsv_pictures(images[0], place) if layout == "VLMEvalKit" and name and len(images) == 1 else images
+    )
+    paths = [image.get("image_name") if name == "image_info" else image for image in images]
+    pictures = local_pictures([each for each in paths if each is not None], folder, place)
+    try:
+        contents = [p if isinstance(p, bytes) else p.read_bytes() for p in pictures]
+    except OSError as e:
+        raise BadRecord(f"{place}: {e}", "image missing") from None
+    if name and name != "image_info":
+        raw = {**raw, name: [None if image is None else n for n, image in enumerate(images)]}
+    members = [(f"{key}.json", json.dumps(raw, ensure_ascii=False, default=str).encode(errors="replace"))]
+    return members + [(f"{key}.{n}.{picture_suffix(c, place)}", c) for n, c in enumerate(contents)]
 
 
 def picture_suffix(content: bytes, place: str) -> str:
-    return read_image(content, place, lambda picture: (picture.format or "png").lower())
+    suffix = read_image(content, place, lambda picture: picture.format or "").lower()
+    suffix = {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2"}.get(suffix, suffix)
+    if f".{suffix}" not in PICTURES:
+        raise BadRecord(f"{place}: a picture of format {suffix} has no place in a tar", "image broken")
+    return suffix
 
 
 @dataclass
@@ -2546,7 +2707,7 @@ def main(argv: list[str]) -> None:
     elif command == ["convert"]:
         model.parse_cli(flags, USAGE, cfg := ConvertConfig())
         if len(words) == 3:
-            return convert(Path(words[1]), Path(words[2]), cfg)
+            raise SystemExit(convert(Path(words[1]), Path(words[2]), cfg))
     elif command == ["download"]:
         model.parse_cli(flags, USAGE, cfg := DownloadConfig())
         if len(words) == 2 and cfg.to:

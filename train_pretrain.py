@@ -244,7 +244,7 @@ class Run:
         if self.world > 1:
             skipped = [None] * self.world
             dist.all_gather_object(skipped, self.skipped)
-        skipped = sum(skipped, Counter())
+        skipped = sum(skipped, Counter())  # drops what is 0
         if skipped:
             told = ", ".join(f"{n} {why}" for why, n in skipped.most_common())
             self.say(f"skipped {skipped.total()} records: {told}; python data.py check {self.cfg.data}")
@@ -388,6 +388,10 @@ def start(stage: str, config: type, argv: list[str], doc: str):
     for source, _ in data.open_sources(cfg.data, stage):  # a wrong --data shows before a folder is made
         if isinstance(source, data.FileSource):
             source.first(source.with_pictures)
+            if source.table.suffix == ".parquet":
+                run.say(
+                    f"{source.path}: parquet is slow to read in any order; python data.py convert makes tars"
+                )
     later = model.scaled_config(vlm.cfg, cfg.scale) if cfg.scale and step.parent != run.folder else vlm.cfg
     later = model.at_resolution(later, cfg.resolution)
     data.check_room(later, longest_sample(cfg), 10**9 if cfg.batch_size else cfg.row_images)
@@ -567,10 +571,13 @@ def optimizer_step(run: Run, ddp: nn.Module, micro: list[data.Batch], optimizers
     """One step over all micro-batches and ranks. Every loss is a sum divided by one number: the supervised
     tokens of the whole step, so that 8 micro-steps of 1 equal 1 of 8 and ranks with more answers weigh more.
     """
-    count = torch.tensor(float(sum(len(b.student.targets) for b in micro)), device=run.device)
+    learned = sum(len(b.student.targets) for b in micro)
+    if not learned and run.world == 1:  # all pictures of the step turned out to be broken
+        return {}
+    count = torch.tensor(float(learned), device=run.device)
     if run.world > 1:
         dist.all_reduce(count)
-    count = count.clamp(1)  # all pictures of a step may turn out to be broken
+        count = count.clamp(1)
     sums = {}
     for n, batch in enumerate(micro):
         last = n == len(micro) - 1
@@ -701,6 +708,7 @@ def resume(run: Run, vlm: model.VLM, optimizers) -> int:
     log = run.folder / "metrics.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     kept = [line for line in lines if line.get("step", 0) <= state["step"]]  # later steps come again
+    run.skipped["before"] = kept[-1].get("skipped", 0) if kept else 0
     run.best = min((line["val_loss"] for line in kept if "val_loss" in line), default=math.inf)
     if run.world > 1:
         dist.barrier()  # all have read it
@@ -735,7 +743,11 @@ def validation_loss(run: Run, vlm, tokenizer, spec: str, stage: str, mode: str =
                 logits, _ = vlm(batch.to(run.device))
             total += F.cross_entropy(logits, batch.student.targets.to(run.device), reduction="sum").item()
             count += len(batch.student.targets)
-        losses[kind] = total / max(1, count)
+        if not count:
+            raise UserError(
+                f"validation: no sample of kind {kind} in {spec} can be used: python data.py check"
+            )
+        losses[kind] = total / count
     shares = {kind: sum(weight for _, weight in sources) for kind, sources in kinds.items()}
     mean = sum(shares[kind] * loss for kind, loss in losses.items()) / sum(shares.values())
     return {"all": mean, **losses}
@@ -749,13 +761,15 @@ def show_answers(run: Run, vlm: model.VLM, tokenizer, spec: str, mode: str, n: i
     source = data.Scenes("chat", "test") if isinstance(source, data.Scenes) else source
     for i in range(min(n, len(source))):
         try:
-            record = source.with_pictures(i) if isinstance(source, data.FileSource) else source[i]
+            record = source[i]
+            first = [role for role, _ in record.parts].index("user")  # behind a system text
+            asked, answer = record.parts[first][1], record.parts[first + 1][1][0]
+            images = record.images[: sum(isinstance(part, int) for part in asked)]
+            turns = [*record.parts[: first + 1], ("assistant", [])]
+            pieces = data.chat_pieces(turns, tokenizer, to_answer=True)
+            sample = data.load_sample(pieces, images, vlm.cfg, record.name)
         except data.BadRecord:
             continue
-        asked, answer = record.parts[0][1], record.parts[1][1][0]
-        images = record.images[: sum(isinstance(part, int) for part in asked)]
-        pieces = data.chat_pieces([("user", asked), ("assistant", [])], tokenizer, to_answer=True)
-        sample = data.load_sample(pieces, images, vlm.cfg, record.name)
         batch = data.prompt_batch([sample], "pruned" if mode == "fast" else "full", vlm.cfg)
         with run.autocast():
             said = tokenizer.decode(vlm.generate(batch.to(run.device), tokenizer.end, 24)[0])

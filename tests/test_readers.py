@@ -1,6 +1,8 @@
 """Real data: lists, tars, parquet and tables by offset; broken records; pictures; check and convert."""
 
 import base64
+import contextlib
+import csv
 import io
 import json
 import os
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import test_training
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import data
 import model
@@ -199,7 +201,7 @@ def test_tars_hold_chats_documents_and_text_too(tmp_path):
 def test_a_compressed_or_broken_tar_is_named(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w:gz"):
         pass
-    with pytest.raises(UserError, match="x.tar is no plain tar .*unpack a compressed one first"):
+    with pytest.raises(UserError, match="x.tar is damaged or no plain tar .*unpack it if it is compressed"):
         data.Table(tmp_path / "x.tar")
     path = write_tar(tmp_path / "y.tar", {"a.json": b"{", "b.json": json.dumps(chat(None, "Q?")).encode()})
     with pytest.raises(data.BadRecord, match="y.tar record 0: does not read"):
@@ -271,10 +273,9 @@ def test_parquet_of_the_hub_and_its_conversion(tmp_path, capsys):
     for name, rows in tables.items():
         path = tmp_path / f"{name}.parquet"
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
-        data.main(
-            ["convert", str(path), str(tmp_path / name), "--images", str(tmp_path / "web"), "--per_tar", "3"]
-        )
-        assert f"{len(rows):,} records in" in capsys.readouterr().out
+        cfg = data.ConvertConfig(images=str(tmp_path / "web"), per_tar=3)
+        assert data.convert(path, tmp_path / name, cfg) == 0
+        assert f"{len(rows)} records, {len(rows)} of them converted now" in capsys.readouterr().out
         kind, parts = expected[name]
         for source in (data.open_file(path, images="web"), data.open_file(tmp_path / name)):
             assert (source.kind, len(source), source[0].parts) == (kind, len(rows), parts), name
@@ -284,8 +285,91 @@ def test_parquet_of_the_hub_and_its_conversion(tmp_path, capsys):
         direct, tarred = (data.open_file(p, images="web")[0].images for p in (path, tmp_path / name))
         assert [colour_of(i) for i in direct] == [colour_of(i) for i in tarred]
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "next").iterdir()}
-    data.main(["convert", str(tmp_path / "next.parquet"), str(tmp_path / "next"), "--per_tar", "3"])
+    assert data.convert(tmp_path / "next.parquet", tmp_path / "next", cfg) == 0
+    assert "5 records, 0 of them converted now" in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds another conversion"):
+        data.convert(
+            tmp_path / "next.parquet", tmp_path / "next", data.ConvertConfig(str(tmp_path / "web"), 4)
+        )
     assert {file: file.stat().st_mtime_ns for file in before} == before  # a repeated call goes on
+
+
+def test_a_stray_quote_in_a_tsv_is_text_and_an_open_one_is_told(tmp_path):
+    rows = [
+        "index\timage\tquestion\tanswer",
+        '1\t\tA 5" pipe?\tyes',
+        "2\t\tB?\tno",
+        '3\t\t"C\nD?"\tno',
+        "4\t\tE?\tno",
+    ]
+    table = data.Table(write(tmp_path / "x.tsv", "\n".join(rows).encode()))
+    told = [table.raw(i)[0]["question"] for i in range(len(table))]
+    assert told == ['A 5" pipe?', "B?", "C\nD?", "E?"]
+    rng = random.Random(0)
+    for n in range(200):  # the same records as the csv module finds in the whole file
+        cells = [
+            ["".join(rng.choice('ab"\n,') for _ in range(rng.randrange(6))) for _ in range(3)]
+            for _ in range(9)
+        ]
+        buffer = io.StringIO(newline="")
+        csv.writer(buffer, delimiter="\t", lineterminator="\n").writerows([["x", "y", "z"], *cells])
+        table = data.Table(write(tmp_path / f"{n}.tsv", buffer.getvalue().encode()))
+        assert [[*table.raw(i)[0].values()] for i in range(len(table))] == cells
+    table = data.Table(write(tmp_path / "y.tsv", b'a\tb\n1\t"open\n2\tx\n'))
+    with pytest.raises(data.BadRecord, match="its quotes do not close"):
+        table.raw(0)
+
+
+def test_other_formats_and_layouts_survive_conversion(tmp_path):
+    write(tmp_path / "a.gif", picture("red", "GIF"))
+    write(tmp_path / "b.bmp", picture("blue", "BMP"))
+    code = base64.b64encode(picture("green")).decode()
+    records = {
+        "llava.jsonl": json.dumps(chat(["a.gif", "b.bmp"], "<image><image> Same?")),
+        "plural.jsonl": json.dumps({"images": ["a.gif"], "conversations": turns("<image>Q?", "A.")}),
+        "text.jsonl": json.dumps(chat(None, "Say <image>.")),
+        "mmc4.jsonl": json.dumps(
+            {
+                "text_list": ["One.", "Two."],
+                "image_info": [{"image_name": "a.gif", "matched_text_index": 1, "matched_sim": 0.3}],
+            }
+        ),
+        "tsv.tsv": f"index\timage\tquestion\tanswer\n1\t{code}\tWhat?\tGreen",
+        "words.txt": "Some words.",
+    }
+    for name, content in records.items():
+        source = data.open_file(write(tmp_path / name, content.encode()))
+        assert data.convert(tmp_path / name, tmp_path / f"{name}.out", data.ConvertConfig()) == 0
+        tarred = data.open_file(tmp_path / f"{name}.out")
+        assert (source.kind, source[0].parts) == (tarred.kind, tarred[0].parts), name
+        assert [colour_of(i) for i in source[0].images] == [colour_of(i) for i in tarred[0].images], name
+    assert len(data.open_file(tmp_path / "plural.jsonl")[0].images) == 1
+    members = {
+        "0.json": json.dumps(chat(["a.gif", "b.gif"], "<image><image>")).encode(),
+        "0.0.gif": picture("red", "GIF"),
+    }
+    with pytest.raises(data.BadRecord, match="its .json names 2 images, it has 1"):
+        data.FileSource(write_tar(tmp_path / "less.tar", members))[0]
+
+
+def test_a_damaged_tar_or_parquet_is_told_and_not_cut_short(tmp_path):
+    members = {f"{n}.txt": b"words" for n in range(6)}
+    content = bytearray(write_tar(tmp_path / "x.tar", members).read_bytes())
+    content[3 * 1024 + 5] ^= 255  # in the fourth member's header
+    for name, broken in (("a.tar", bytes(content)), ("b.tar", (tmp_path / "x.tar").read_bytes() * 2)):
+        with pytest.raises(UserError, match=f"{name} is damaged or no plain tar"):
+            data.Table(write(tmp_path / name, broken))
+    pytest.importorskip("pyarrow")
+    with pytest.raises(UserError, match="x.parquet is no parquet file that can be read"):
+        data.Table(write(tmp_path / "x.parquet", b"PAR1 and nothing"))
+
+
+def test_many_files_take_few_handles(tmp_path):
+    for n in range(150):
+        write(tmp_path / f"{n:03d}.jsonl", json.dumps({"text": f"{n}"}).encode())
+    source = data.open_file(tmp_path)
+    assert [source[i].parts[0] for i in range(150)] == [str(n) for n in range(150)]
+    assert len(data.HANDLES) <= 64
 
 
 def test_parquet_without_pyarrow_is_one_sentence(tmp_path, monkeypatch):
@@ -305,6 +389,13 @@ def test_parquet_without_pyarrow_is_one_sentence(tmp_path, monkeypatch):
         (chat("a.png", "<image><image>"), "1 images but 2 <image> marks"),
         (chat(["a.png", "b.png"]), "2 images but 1 <image> marks"),
         (chat(None, "Q?", " \n"), "turn 1 is an empty answer"),
+        (chat("") | {"image": ""}, "0 images but 1 <image> marks"),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, "'from' (human or gpt)"),
+        ({"images": 5, "texts": [{"user": "a", "assistant": "b"}]}, "not a record of Cauldron"),
+        ({"images": [], "texts": [{"user": "a", "assistant": None}]}, "must have 'user' and 'assistant'"),
+        ({"image": "?" * 5000, "question": "Q?", "answer": "A"}, "is not base64"),
+        ({"image": "", "question": "Q?", "answer": "nan"}, "no answer"),
+        (chat("\ud800.png", "no mark"), "1 images but 0"),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "'from' (human or gpt)"),
         (
             {"conversations": turns("Q?", "A.") + [{"from": "system", "value": "x"}]},
@@ -389,12 +480,14 @@ def test_a_broken_picture_keeps_its_room_and_teaches_nothing(tmp_path):
     path = write(tmp_path / "x.json", json.dumps([chat("half.jpg")]).encode())
     for cut in ("", "split"):
         (batch,) = stream(path, 1, 0, range(1), cut=cut)
-        assert (
-            len(batch.student.targets) == 0
-            and not batch.pixels.any()
-            and len(batch.pixels) == (5 if cut else 1)
-        )
-        assert batch.student.slot_mask.sum() > 0 and batch.plan.skipped[0][0] == "image broken"
+        assert len(batch.student.targets) == 0 and len(batch.pixels) == 0
+        assert batch.plan.skipped[0][0] == "image broken"
+    path.write_bytes(json.dumps([chat("half.jpg", answer="Half."), chat(None, "Q?", "Text.")]).encode())
+    (packed,) = stream(path, 0, 0, range(1))
+    places = [place for row in packed.plan.rows for place in row]
+    taken = [(packed.student.doc_ids == n).sum().item() for n in range(packed.student.doc_ids.max() + 1)]
+    assert sum(taken) == sum(place.length for place in places)  # the room that was planned
+    assert TOKENIZER.decode(packed.student.targets.tolist()).split() == ["Text."] * taken.count(min(taken))
 
 
 def test_a_source_of_broken_records_alone_stops_the_run(tmp_path):
@@ -458,15 +551,36 @@ def test_a_step_whose_pictures_are_all_broken_changes_nothing(tmp_path, small_ha
     out = tmp_path / "run"
     train_sft.main([*small_halves, "--data", str(path), "--out", str(out), "--steps", "2", *flags])
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["loss"] for line in lines] == [0, 0] and [line["skipped"] for line in lines] == [2, 4]
-    weights = model.open_weights(model.find_step(out))
-    assert all(read().isfinite().all() for read in weights.values())
+    assert not any("loss" in line for line in lines) and [line["skipped"] for line in lines] == [2, 4]
+    train_sft.main(
+        [*small_halves, "--data", str(path), "--out", str(tmp_path / "one"), "--steps", "1", *flags]
+    )
+    first, second = (model.open_weights(model.find_step(folder)) for folder in (tmp_path / "one", out))
+    assert all(torch.equal(read(), second[name]()) for name, read in first.items())
 
 
 # --- Pictures
 def test_pictures_are_turned_and_bombs_and_halves_are_refused(tmp_path, monkeypatch):
     tall = Image.new("RGB", (40, 20), "blue")
     tall.paste("red", (0, 0, 20, 20))
+    for orientation in range(9):  # as Pillow turns them, and as it sees their sizes
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        tall.save(tmp_path / "b.png", exif=exif)
+        with Image.open(tmp_path / "b.png") as file:
+            expected = ImageOps.exif_transpose(file).convert("RGB")
+        assert data.picture_size(tmp_path / "b.png") == expected.size
+        assert np.array_equal(data.open_image(tmp_path / "b.png"), expected)
+    for value in (9, 255):
+        exif[0x0112] = value
+        tall.save(tmp_path / "c.jpg", exif=exif)
+        assert data.picture_size(tmp_path / "c.jpg") == data.open_image(tmp_path / "c.jpg").size == (40, 20)
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0)
+    Image.fromarray(ramp).save(tmp_path / "d.png")
+    assert (
+        np.abs(np.asarray(data.open_image(tmp_path / "d.png"))[0, :, 0].astype(int) - np.arange(256)).max()
+        <= 1
+    )
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees, clockwise
     tall.save(tmp_path / "a.jpg", exif=exif, quality=95)
@@ -484,25 +598,35 @@ def test_pictures_are_turned_and_bombs_and_halves_are_refused(tmp_path, monkeypa
 
 
 # --- The commands
-def run(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "data.py", *words], cwd=ROOT, capture_output=True, text=True)
+def run(*words: str) -> tuple[int, str]:
+    """Exit code and output of data.py, in this process."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            data.main([*words])
+            code = 0
+        except SystemExit as e:
+            code = e.code
+        except UserError as e:
+            code = 2
+            print(e)
+    return code, out.getvalue()
 
 
 def test_check_tells_what_is_there_and_fails_if_much_is_broken(tmp_path):
     path = broken_set(tmp_path)
-    done = run("check", str(path))
-    assert done.returncode == 1, done.stderr
-    out = done.stdout
-    assert "train: 200 records of kind chat" in out and "usable   170, skipped 30 (15.00%)" in out
+    code, out = run("check", str(path))
+    assert (
+        code == 1 and "train: 200 records of kind chat" in out and "usable   170, skipped 30 (15.00%)" in out
+    )
     for line in ("10 image missing", "10 image broken", "10 malformed", "record 3: image", "130 records"):
         assert line in out
     assert "[[ It is number" in out or "[[ Text" in out  # the learned part of a sample
     assert out.count("learned text in [[ ]]") >= 1 and "30 of 200 records would be skipped" in out
     good = [chat(None, "Q?", f"{i}. \x1b[31m<|end|>") for i in range(300)]
     path.write_text(json.dumps([*good, chat("gone.png")]))
-    done = run("check", str(path), "--workers", "2")
-    assert done.returncode == 0 and "usable   300, skipped 1 (0.33%)" in done.stdout
-    assert "\x1b" not in done.stdout  # of the data's own
+    code, out = run("check", str(path), "--workers", "2")
+    assert code == 0 and "usable   300, skipped 1 (0.33%)" in out
+    assert "\x1b" not in out  # of the data's own
 
 
 def test_check_counts_what_a_plain_loop_counts(tmp_path, capsys):
@@ -535,8 +659,78 @@ def test_check_counts_what_a_plain_loop_counts(tmp_path, capsys):
     ],
 )
 def test_wrong_commands_are_one_sentence(words, told):
-    done = run(*words)
-    assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1
+    code, out = run(*words)
+    assert code == 2 and told in out and out.count("\n") == 1
+
+
+def test_the_command_line_gives_one_sentence_and_exit_code_2():
+    done = subprocess.run([sys.executable, "data.py", "chek"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "data.py: chek: what to do? See python data.py --help\n"
+
+
+def test_a_document_goes_without_its_missing_pictures(tmp_path):
+    write(tmp_path / "a.png", picture("red"))
+    document = {"texts": ["One.", None, None, "Two."], "images": [None, "gone.png", "a.png", None]}
+    path = write(tmp_path / "x.jsonl", json.dumps(document).encode())
+    cfg = test_training.small_config()
+    plan = data.Plan(
+        data.open_sources(str(path), "pretrain"), TOKENIZER, cfg, lambda n: "full", 0, range(1), 2
+    )
+    record, parts = plan.parts(plan.place(0, 0))
+    assert record.parts == ["One.", 0, "Two."] and record.images == [tmp_path / "a.png"]
+    planned = next(iter(plan))
+    assert planned.skipped[0][0] == "image missing, its document kept" and "gone.png" in planned.skipped[0][1]
+    assert isinstance(data.Stream(plan)[planned], data.Batch)
+
+
+def test_a_picture_that_vanishes_after_the_plan_leaves_its_room_empty(tmp_path):
+    records = []
+    for n in range(20):
+        write(tmp_path / f"{n}.png", picture("red"))
+        records.append(chat(f"{n}.png", "<image>\nWhat?", f"Number {n}."))
+    path = write(tmp_path / "x.json", json.dumps(records).encode())
+    cfg = test_training.small_config()
+    plan = data.Plan(data.open_sources(str(path), "sft"), TOKENIZER, cfg, lambda n: "full", 0, range(4), 2)
+    planned = list(plan)
+    for n in range(0, 20, 2):
+        (tmp_path / f"{n}.png").unlink()
+    plan.latest = None, None
+    for each in planned:
+        batch = data.Stream(plan)[each]
+        assert (batch.student.doc_ids >= 0).sum() == sum(place.length for row in each.rows for place in row)
+        gone = sum(place.index % 2 == 0 for row in each.rows for place in row)
+        assert [why for why, _ in batch.plan.skipped] == ["image missing"] * gone
+        said = TOKENIZER.decode(batch.student.targets.tolist())
+        assert not {f"{n}." for n in range(0, 20, 2)} & set(said.split())
+
+
+def test_validation_and_answers_on_broken_data(tmp_path, small_halves, capsys):
+    import train_sft
+
+    write(tmp_path / "half.jpg", half_jpeg())
+    write(tmp_path / "a.png", picture("red"))
+    system = {"conversations": [{"from": "system", "value": "Be brief."}, *turns("Which?", "That.")]}
+    good = write(tmp_path / "good.json", json.dumps([chat("half.jpg"), chat("a.png"), system]).encode())
+    bad = write(tmp_path / "bad.json", json.dumps([chat("half.jpg")]).encode())
+    flags = ["--batch_size", "2", "--dtype", "float32", "--eval_every", "1", "--workers", "0", "--steps", "1"]
+    train_sft.main([*small_halves, "--data", str(good), "--out", str(tmp_path / "a"), *flags])
+    told = capsys.readouterr().out
+    assert "validation loss" in told and "(right: 'That.')" in told and "'Which?' ->" in told
+    with pytest.raises(UserError, match="validation: no sample of kind chat in .*bad.json can be used"):
+        train_sft.main(
+            [*small_halves, "--data", str(good), "--val_data", str(bad), "--out", str(tmp_path / "b"), *flags]
+        )
+
+
+def test_check_takes_the_limits_of_the_recipe(tmp_path):
+    path = write(tmp_path / "x.json", json.dumps([chat(None, "word " * 300, "Yes.")] * 40).encode())
+    code, out = run("check", str(path), "--workers", "1")
+    assert code == 1 and "40 no answer left" in out and "within 256 positions" in out
+    code, out = run("check", str(path), "--workers", "1", "--row_length", "1024")
+    assert code == 0 and "usable   40" in out
+    path.write_text(json.dumps([chat(None, "Say <image>.", "Yes.")] * 3))
+    assert "3 records have <image> as text" in run("check", str(path))[1]
+    assert run("check", "scenes", "--preset", "cos-7b")[0] == 2
 
 
 # --- Twenty thousand records

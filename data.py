@@ -2501,10 +2501,9 @@ class Chunks(Dataset):
         whole = sum(len(p[0]) for p in pieces_of(record, self.plan.tokenizer) if not isinstance(p, int))
         learned = sum(len(ids) for ids, supervised in text if supervised)
         length = sum(length for _, length, _ in parts)
-        asked = [part for role, parts in record.parts if role == "user" for part in parts] * (
-            record.kind == "chat"
-        )
-        marks = any("<image>" in part for part in asked if isinstance(part, str))
+        turns = record.parts if record.kind == "chat" else []
+        asked = [part for role, said in turns if role == "user" for part in said if isinstance(part, str)]
+        marks = any("<image>" in part for part in asked)
         return [len(record.images), tokens, learned, tokens < whole, length, marks]
 
 

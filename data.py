@@ -471,7 +471,6 @@ FORMATS = (
     "GIF",
     "BMP",
     "TIFF",
-    "MPO",
     "JPEG2000",
     "PPM",
     "AVIF",

@@ -21,6 +21,7 @@ base model, behind demonstrations of the train split whose pictures are never sw
 import ast
 import base64
 import collections
+import glob
 import hashlib
 import html
 import io
@@ -92,12 +93,17 @@ def main(argv: list[str]) -> None:
         raise UserError("--shots, --demos, --scoring, --answers and --limit have no effect on --chat")
     model.require_at_least(cfg, 1, "n batch_size")
     model.require_at_least(cfg, 0, "limit")
+    for flag in ("out", "report"):
+        if getattr(cfg, flag) and (Path(getattr(cfg, flag)).is_dir() or not Path(getattr(cfg, flag)).name):
+            raise UserError(f"--{flag} {getattr(cfg, flag)} is a folder: give a file in it")
+    if not cfg.model and int(os.environ.get("RANK", 0)):
+        return  # rank 0 scores what is there
     tasks = [] if cfg.chat else open_tasks(cfg)
     if not cfg.model and any(task.kind == "text" for task in tasks):
         raise UserError("--tasks: a loss on text needs --model")
     log, step, vlm, tokenizer = Log(), "", None, None
     if cfg.model:
-        log.rank, log.world, device = train_pretrain.find_ranks(cfg.device)
+        log.rank, log.world, device = train_pretrain.find_ranks(cfg.device, hours=24)  # they do not keep step
         step = model.find_step(cfg.model)
         narrow = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")
         vlm = model.VLM.from_pretrained(step, torch.bfloat16 if narrow else torch.float32).to(device).eval()
@@ -115,6 +121,8 @@ def main(argv: list[str]) -> None:
             rows, shown = score_task(vlm, tokenizer, task, mode, cfg, kept)
             results += rows
             examples += shown if mode == "full" or cfg.tokens == "pruned" else []
+    if log.world > 1:
+        dist.destroy_process_group()
     if log.rank:
         return
     print_table(results)
@@ -150,6 +158,7 @@ class Question:
     choices: tuple[str, ...] = ()  # possible answers, where these are known
     name: str | int = ""  # its id
     demos: list[data.Example] = field(default_factory=list)
+    options: tuple[str, ...] = ()  # texts of lettered choices; where there are none, those in its text
     group: str = ""  # questions of a group count as one, right if all of them are (MMBench's rotations)
 
     @property
@@ -173,12 +182,12 @@ class Task:
 
 def letter_is(parse):
     """The scorer of an answer's letter, as parse(answer, the options' texts) reads it."""
-    return lambda a, q: float(parse(a, [*option_letters(q.text).values()]) == q.answers[0])
+    return lambda a, q: float(parse(a, [*(q.options or option_letters(q.text).values())]) == q.answers[0])
 
 
 KINDS = {  # metric, and the score of an answer to a question; caption and text are scored as a whole
     "vqa": ("accuracy", lambda a, q: vqa_accuracy(a, q.answers)),
-    "exact": ("accuracy", lambda a, q: float(any(gqa_match(a, right) for right in q.answers))),
+    "exact": ("accuracy", lambda a, q: float(any(gqa_match(a, right.lower()) for right in q.answers))),
     "relaxed": ("relaxed_accuracy", lambda a, q: float(any(relaxed_match(a, right) for right in q.answers))),
     "anls": ("anls", lambda a, q: anls(a, q.answers)),
     "yesno": ("accuracy", lambda a, q: float(yesno_parse(a) == q.answers[0].lower())),
@@ -265,6 +274,7 @@ def open_task(name: str, shots: int | None, cfg: EvalConfig) -> Task:
         known = ", ".join((*SCENE_TASKS, *MORE_TASKS, *BENCHMARKS))
         raise UserError(f"--tasks '{name}' is unknown: use scenes, {known} or {'|'.join(FILE_KINDS)}:FILE")
     task = read(kind, path, cfg.images)
+    check_labels(task)
     units = [
         q.group or (str(q.name) if kind == "mme" else q.key) for q in task.questions
     ]  # MME asks in pairs
@@ -386,12 +396,9 @@ def file_task(kind: str, path: Path, images: str) -> Task:
     """JSON lines of {"question_id", "image", "text", "answers": [...]}; of kind text, {"text"} will do."""
     if not path.is_file():
         raise UserError(f"--tasks {kind}:{path}: no such file")
-    questions = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
+    questions, table = [], data.Table(path)
+    for row, place in (table.raw(i) for i in range(len(table))):
         try:
-            row = json.loads(line)
             if not isinstance(row["text"], str):
                 raise ValueError("'text' must be a string")
             if kind == "text":
@@ -400,18 +407,36 @@ def file_task(kind: str, path: Path, images: str) -> Task:
             if not isinstance(row["answers"], list) or not row["answers"]:
                 raise ValueError("'answers' must be a list of at least one")
             answers = [str(answer) for answer in row["answers"]]
-            image = (Path(images) if images else path.parent) / row["image"]
-            choices = tuple(option_letters(row["text"])) if kind == "choice" else CHOICES.get(kind, ())
-            parts = (row.get("category", ""),) if kind != "caption" else ()
-            name = row.get("question_id", str(number))
-            questions.append(Question((image,), row["text"], answers, parts, choices, name))
+            shown = data.local_pictures([row["image"]], Path(images) if images else path.parent, place)
         except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{place}: expected an object with image, text and answers ({e})") from None
+        if not shown[0].is_file():
+            raise UserError(f"{place}: image {shown[0]} does not exist")
+        choices = tuple(option_letters(row["text"])) if kind == "choice" else CHOICES.get(kind, ())
+        if kind == "choice" and answers[0] not in choices:
             raise UserError(
-                f"{path} line {number}: expected an object with image, text and answers ({e})"
-            ) from None
-    if not questions:
-        raise UserError(f"{path}: holds no questions")
+                f"{place}: answer '{answers[0]}' is no letter of an option, a line 'A. ...' of its text"
+            )
+        parts = (str(row.get("category") or ""),) if kind != "caption" else ()
+        name = row.get("question_id", place.rpartition(" ")[2])
+        questions.append(Question((*shown,), row["text"], answers, parts, choices, name))
     return Task(path.stem, kind, questions, max_new_tokens=64, path=path)
+
+
+def check_labels(task: Task) -> None:
+    """What would only show once all is answered: right answers that are missing or none, ids twice."""
+    answered = [bool(q.answers) for q in task.questions]
+    for q, known in zip(task.questions, answered):
+        where = f"{task.path}: question {q.name}"
+        if not known and any(answered) and task.kind not in WORDS_ONLY:
+            raise UserError(f"{where} has no answer, while others have")
+        if known and task.kind in ("yesno", "mme") and q.answers[0].strip().lower() not in data.YES_NO:
+            raise UserError(f"{where} has the answer '{q.answers[0]}', which is neither yes nor no")
+        if known and task.kind == "ref" and parse_box(q.answers[0]) is None:
+            raise UserError(f"{where} has the answer '{q.answers[0]}', not four integers 0-999")
+    twice = [key for key, n in Counter(q.key for q in task.questions).items() if n > 1]
+    if twice and task.kind != "text":
+        raise UserError(f"{task.path}: question_id {twice[0][0]} is there twice with one text: drop one")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -467,7 +492,8 @@ def mme_rows(asked: list[Question], answers: list[str]) -> list[tuple]:
     for q, said in zip(asked, answers):
         rows.append({"category": q.parts[0], "question_id": str(q.name), "gt": q.answers[0], "pred": said})
     scores = {k: v["score"] if isinstance(v, dict) else v for k, v in mme_score(rows).items()}
-    return [(f"{name} points", "points", score, count[name] or len(rows)) for name, score in scores.items()]
+    count |= {name: sum(count[part] for part in parts) for name, parts in MME_CATEGORIES.items()}
+    return [(f"{name} points", "points", score, count[name]) for name, score in scores.items()]
 
 
 def bleu_rows(asked: list[Question], answers: list[str]) -> list[tuple]:
@@ -562,7 +588,7 @@ BENCHMARKS = {
     ),
     "chartqa": Benchmark(
         "relaxed", "{question}\nAnswer the question with a single word.", 16, "test", "Masry et al. 2022",
-        ("test/test_*.json | | test/png/{imgname}", "test_*.json | | png/{imgname}"), ("type",),
+        ("test/test_*.json | | test/png/{imgname}", "test_*.json | | png/{imgname}"), ("type split",),
     ),
     "coco_cap": Benchmark(
         **CAPTION, split="val", source="Chen et al. 2015; Karpathy's test split",
@@ -706,15 +732,31 @@ def table_rows(name: str, path: Path) -> Iterator[tuple[dict, str]]:
         raise UserError(
             f"{path}: has the splits {', '.join(sorted(splits))}: name one, --tasks {name}:FILE.parquet"
         )
+    folders = {file.parent for file in files if not file.parent.name.endswith("_images")}
+    if len(folders) > 1 and name != "mmmu":  # whose subjects have a folder each
+        told = ", ".join(sorted(str(folder) for folder in folders))
+        raise UserError(f"{path}: has several sets of questions, name one of them: {told}")
     shown = {}  # GQA's pictures lie in files of their own
     for file in sorted(files, key=lambda file: not file.parent.name.endswith("_images")):
         table = data.Table(file)
+        kept = rows_of_split(name, table)
         for i in range(len(table)):
             raw, place = table.raw(i)
+            if kept and raw["split"] not in kept:
+                continue
             if file.parent.name.endswith("_images"):
                 shown[raw["id"]] = raw["image"]
             else:
                 yield ({**raw, "image": shown.get(raw["imageId"])} if "imageId" in raw else raw), place
+
+
+def rows_of_split(name: str, table: data.Table) -> set[str]:
+    """The splits that count of a table of several, as MMMU_DEV_VAL.tsv is one; none: all its rows do."""
+    if "split" not in table.raw(0)[0] or "split" in BENCHMARKS[name].parts:
+        return set()
+    return {
+        s for i in range(len(table)) if str(s := table.raw(i)[0]["split"]).startswith(BENCHMARKS[name].split)
+    }
 
 
 def read_benchmark(name: str, path: Path, images: str) -> Task:
@@ -722,18 +764,25 @@ def read_benchmark(name: str, path: Path, images: str) -> Task:
     parquet files of the hub. Pictures of tables stay in memory, each once.
     """
     row, seen = BENCHMARKS[name], {}
-    if not path.exists() and not any(path.parent.glob(path.name)):
+    if not path.exists() and ("**" in path.name or not any(path.parent.glob(path.name))):
         raise UserError(f"--tasks {name}:{path}: no such file or folder")
     table = path.suffix in (".tsv", ".parquet") or (path.is_dir() and any(path.rglob("*.parquet")))
     labels, folder, pattern = {}, path.parent, ""
     if not table:
         folder, asked, label_files, pattern = find_files(name, path, images)
         table = asked.endswith(".tsv")
-        rows = table_rows(name, folder / asked) if table else json_rows(asked, folder)
-        for raw, _ in json_rows(label_files, folder) if label_files else ():
-            labels.setdefault(join_key(row, raw), raw)
+        try:
+            rows = table_rows(name, folder / asked) if table else json_rows(asked, folder)
+            for raw, _ in json_rows(label_files, folder) if label_files else ():
+                labels.setdefault(join_key(row, raw), raw)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+            raise UserError(
+                f"{folder}: {asked} or {label_files} are not laid out as {name}'s ({e!r})"
+            ) from None
     else:
         rows = table_rows(name, path)
+    if table and images:
+        raise UserError(f"--images has no effect on {path}, whose pictures lie in it")
     questions, places = [], []
     for n, (raw, place) in enumerate(rows):
         raw = {**raw, "ind": raw.get("ind", n)}  # what has no id is counted
@@ -831,10 +880,13 @@ def texts_of(value) -> list[str]:
     """Answers of any form: a text, a number, a list (or what Python writes of it), objects that have it."""
     if value is None or value == "?":
         return []
-    if isinstance(value, str) and value.startswith("['"):
-        value = ast.literal_eval(value)
+    if isinstance(value, str) and value.startswith(("['", '["')):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pass  # a text that begins so
     if isinstance(value, dict):
-        value = first_of(value, "answer raw caption sent")
+        value = first_of(value, "raw_answer answer raw caption sent")  # OKVQA's others are stems
     return [text for each in value for text in texts_of(each)] if isinstance(value, list) else [str(value)]
 
 
@@ -846,7 +898,7 @@ def options_of(raw: dict) -> list[str]:
         value = value["text"]
     columns = ["ABCDEFGHI", [f"choice_{c}" for c in "abcd"], ("sol1", "sol2")]
     for names in columns if value is None else ():
-        there = itertools.takewhile(lambda n: raw.get(n) not in (None, "", "nan", "None"), names)
+        there = itertools.takewhile(lambda n: raw.get(n) not in (None, "", "nan"), names)
         value = value or [raw[n] for n in there]
     return [each["text"] if isinstance(each, dict) else str(each) for each in value]
 
@@ -861,12 +913,17 @@ def questions_of(name: str, raw: dict, shown: tuple) -> list[Question]:
     if "conversations" in raw:  # LLaVA's ScienceQA
         told = raw["conversations"][0]["value"].replace("<image>", "").strip()
         raw = {**raw, "text": told, "question": None}
-    number = first_of(raw, COLUMNS["image id" if row.kind == "caption" else "id"])
+    ids = COLUMNS["image id" if row.kind == "caption" else "id"]
+    number = first_of(
+        raw, ids if name != "mme" else "question_id image_path " + ids
+    )  # MME's pairs: a picture
     parts = tuple(part_of(raw, column, shown) for column in row.parts)
     if row.kind == "ref":
         return box_questions(row, raw, shown, parts, number)
     options, answers = options_of(raw), texts_of(first_of(raw, COLUMNS["answers"]))
     text, asked = raw.get("text") if raw.get("question") is None else None, bare_question(row, raw)
+    if name == "textvqa":  # lmms-eval's way, whatever the file
+        asked, text = asked.capitalize(), None
     if row.kind == "likelihood":
         if name == "hellaswag":
             asked = f"{raw['activity_label']}: {raw['ctx_a']} {raw['ctx_b'].capitalize()}"
@@ -895,7 +952,8 @@ def questions_of(name: str, raw: dict, shown: tuple) -> list[Question]:
         if choices and answers and answers[0] not in choices and row.kind != "mmstar":
             raise ValueError(f"answer {answers[0]} is none of the options {', '.join(choices)}")
     group = str(int(number) % 1_000_000) if row.kind == "mmbench" else ""
-    return [Question(shown, text, answers, parts, choices, number, group=group)]
+    options = (*options,) if row.kind in LETTERED else ()
+    return [Question(shown, text, answers, parts, choices, number, options=options, group=group)]
 
 
 def box_questions(row: Benchmark, raw: dict, shown: tuple, parts: tuple, number) -> list[Question]:
@@ -906,7 +964,7 @@ def box_questions(row: Benchmark, raw: dict, shown: tuple, parts: tuple, number)
         size = raw["width"], raw["height"]
     else:
         size, box = data.picture_size(shown[0]), [*box[:2], box[0] + box[2], box[1] + box[3]]
-    right = " ".join(str(min(999, round(1000 * x / size[i % 2]))) for i, x in enumerate(box))
+    right = " ".join(str(max(0, min(999, round(1000 * x / size[i % 2])))) for i, x in enumerate(box))
     made = [row.prompt.format(question=sentence) for sentence in sentences]
     names = [number] if len(made) == 1 else [f"{number}/{i}" for i in range(len(made))]
     return [Question(shown, text, [right], parts, name=name) for text, name in zip(made, names)]
@@ -951,7 +1009,7 @@ def score_task(
         return [score_text(vlm, tokenizer, task, mode, cfg)], []
     asked, row = task.questions, BENCHMARKS.get(task.benchmark)
     answers = answer_all(vlm, tokenizer, task, [q.images for q in asked], mode, cfg, log)
-    if row and row.upload and log.folder and not log.rank:
+    if row and row.upload and log.folder and not log.rank and not any(q.answers for q in asked):
         write_upload(task, answers, answers_path(log.folder, task, mode).with_suffix(".upload.json"))
     if not any(q.answers for q in asked):
         where = answers_path(log.folder, task, mode) if log.folder else "nowhere: give --out or --answers"
@@ -1045,9 +1103,14 @@ def derange(images: list[tuple], seed: int) -> list[tuple]:
     A task with a single picture keeps it: its blind score says nothing.
     """
     different = [*dict.fromkeys(p for each in images for p in each)]  # questions about one stay together
-    cycle = random.Random(seed).sample(different, len(different))
-    other = dict(zip(cycle, cycle[1:] + cycle[:1]))
-    return [tuple(other[picture] for picture in each) for each in images]
+    rng = random.Random(seed)
+    for _ in range(100):  # where a question has several pictures, until none has one of its others
+        cycle = rng.sample(different, len(different))
+        other = dict(zip(cycle, cycle[1:] + cycle[:1]))
+        dealt = [tuple(other[picture] for picture in each) for each in images]
+        if len(cycle) < 2 or not any({*new} & {*old} for new, old in zip(dealt, images)):
+            break
+    return dealt
 
 
 def answer_all(
@@ -1068,8 +1131,9 @@ def answer_all(
         raise UserError(f"{path}: {told}: give --model to have them answered")
     prompts = {i: prompt_of(task, asked[i], tokenizer) for i in todo}
     shown = {i: [*(demo.image for demo in asked[i].demos), *images[i]] for i in todo}
-    lengths = check_lengths(task, [*prompts.values()], [*shown.values()], vlm.cfg, mode) if todo else []
-    order = [i for _, i in sorted(zip(lengths, todo))]
+    lengths = check_lengths(task, prompts, shown, vlm.cfg, mode) if todo else {}
+    order = sorted(lengths, key=lambda i: (lengths[i], i))
+    answers |= {i: "" for i in todo if i not in lengths}  # too long
     marks = stop_marks(task)
     ranks = tokenizer.ranks.items() if todo else ()
     stops = [i for token, i in ranks if any(mark.encode() in token for mark in marks)]
@@ -1105,7 +1169,7 @@ def answer_all(
         answers |= each
     if log.folder and vlm is not None and not log.rank:
         write_answers(path, task, dict(sorted(answers.items())), about)
-        for part in path.parent.glob(f"{path.stem}.rank*.jsonl"):
+        for part in path.parent.glob(f"{glob.escape(path.stem)}.rank*.jsonl"):
             part.unlink()
     return [answers[i] for i in range(len(asked))]
 
@@ -1128,6 +1192,8 @@ def answers_about(task: Task, mode: str, cfg: EvalConfig, log: Log, blind: bool)
     """What an answer depends on beside its question: from a run where this was different none is taken."""
     about = {**log.facts, "template": "chat" if task.shots is None else "base", "scoring": cfg.scoring}
     about |= {"shots": task.shots or 0, "tokens": mode, "seed": cfg.seed, "most_tokens": task.max_new_tokens}
+    shown = [(d.name, d.question, d.answer) for q in task.questions for d in q.demos]
+    about |= {"demos": hashlib.sha1(repr(shown).encode()).hexdigest()[:16], "images": cfg.images}
     return {**about, "swapped_over": len(task.questions)} if blind else about
 
 
@@ -1135,13 +1201,18 @@ def open_answers(path: Path, task: Task, about: dict, log: Log) -> dict[int, str
     """The answers that are there, by the number of their question; rank 0 collects those that the ranks of a
     killed run left, the others wait for it.
     """
+    if task.path and path.resolve() == task.path.resolve():
+        raise UserError(f"--answers {path.parent}: {path} holds the questions themselves, use another folder")
+    if "model" not in about:
+        return read_answers(path, task, about)
     path.parent.mkdir(parents=True, exist_ok=True)
-    left = sorted(path.parent.glob(f"{path.stem}.rank*.jsonl"))
-    if left and not log.rank:
+    if not log.rank:
+        left = sorted(path.parent.glob(f"{glob.escape(path.stem)}.rank*.jsonl"))
         found = {}
         for each in [path, *left]:
             found |= read_answers(each, task, about)
-        write_answers(path, task, found, about)
+        if path.is_file() or left:
+            write_answers(path, task, found, about)  # whole lines only: others will be appended
         for each in left:
             each.unlink()
     if log.world > 1:
@@ -1150,22 +1221,26 @@ def open_answers(path: Path, task: Task, about: dict, log: Log) -> dict[int, str
 
 
 def read_answers(path: Path, task: Task, about: dict) -> dict[int, str]:
-    """A last line that was cut off is dropped; answers of another model, prompt or setting are refused."""
-    whole = path.read_bytes() if path.is_file() else b""
-    kept = whole[: whole.rfind(b"\n") + 1]
-    if len(kept) < len(whole):
-        os.truncate(path, len(kept))
+    """A last line that was cut off is left out; answers of another model, prompt or setting are refused."""
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
     numbers, names = {q.key: i for i, q in enumerate(task.questions)}, {str(q.name) for q in task.questions}
     found = {}
-    for line, text in enumerate(kept.splitlines(), 1):
+    for line, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
         try:
             row = json.loads(text)
             name, prompt, said, its = (str(row["question_id"]), row["prompt"], row["text"], row["metadata"])
             sure = "model" in about  # else they are scored as they are, LLaVA's own too, which tell less
-            other = [key for key, value in about.items() if its.get(key, None if sure else value) != value]
+            known = {key: value for key, value in about.items() if key != "model"}  # a path, which may move
+            other = [key for key, value in known.items() if its.get(key, None if sure else value) != value]
+            if not isinstance(said, str):
+                raise ValueError("'text' must be a string")
         except (ValueError, KeyError, TypeError, AttributeError) as e:
+            if line == len(lines) and isinstance(e, json.JSONDecodeError):
+                break
             raise UserError(f"{path} line {line}: expected an answer in LLaVA's format ({e!r})") from None
-        number = numbers.get((name, prompt))
+        number = numbers.get((name, prompt.removeprefix("<image>\n")), numbers.get((name, prompt)))
         if other:
             told = ", ".join(f"{key} {its.get(key)} instead of {about[key]}" for key in other)
         elif number in found:
@@ -1226,20 +1301,28 @@ def prompt_of(task: Task, question: Question, tokenizer) -> list[data.Piece]:
     return data.shot_pieces(question.demos, "" if task.kind == "caption" else question.text, tokenizer)
 
 
-def check_lengths(task: Task, prompts: list, shown: list, cfg: model.ModelConfig, mode: str) -> list[int]:
-    """Positions of each prompt: with an answer they must not be more than the decoder was trained for."""
-    lengths = []
-    for pieces, images in zip(prompts, shown):
-        slots = data.sample_slots(cfg, mode, data.picture_sizes(images, cfg))
-        lengths.append(len(data.lay_out(pieces, slots).ids))
-    needed, room = max(lengths) + task.max_new_tokens, cfg.decoder.context
-    if needed > room:
-        raise UserError(
-            f"{task.name}: {1 + (task.shots or 0)} x {data.square_tokens(cfg, mode)} visual tokens, text and "
-            f"answer take {needed} positions, the decoder was trained for {room}: use fewer --shots or "
-            "--tokens pruned"
-        )
-    return lengths
+def check_lengths(
+    task: Task, prompts: dict[int, list], shown: dict[int, list], cfg: model.ModelConfig, mode: str
+) -> dict[int, int]:
+    """Positions of each prompt that leaves room for an answer within what the decoder was trained for.
+    Without those that do not, if they are few: they count as wrong.
+    """
+    lengths = {}
+    for i, pieces in prompts.items():
+        slots = data.sample_slots(cfg, mode, data.picture_sizes(shown[i], cfg))
+        lengths[i] = len(data.lay_out(pieces, slots).ids)
+    room, longest = cfg.decoder.context, max(lengths, key=lengths.get)
+    needed = {i: length + task.max_new_tokens for i, length in lengths.items()}
+    long = [i for i in needed if needed[i] > room]
+    told = f"{1 + (task.shots or 0)} x {data.square_tokens(cfg, mode)} visual tokens, text and answer take "
+    told += (
+        f"{needed[longest]} positions in question {task.questions[longest].name}, the decoder was trained "
+    )
+    if len(long) > len(needed) / 50:
+        raise UserError(f"{task.name}: {told}for {room}: use fewer --shots or --tokens pruned")
+    if long and not int(os.environ.get("RANK", 0)):
+        print(f"{task.name}: {len(long)} questions are too long and count as wrong: {told}for {room}")
+    return {i: length for i, length in lengths.items() if i not in set(long)}
 
 
 def stop_marks(task: Task) -> tuple[str, ...]:
@@ -1315,8 +1398,11 @@ def score_text(vlm, tokenizer, task: Task, mode: str, cfg: EvalConfig) -> dict:
 
 
 def option_letters(text: str) -> dict[str, str]:
-    """Letter -> option of the lines "A. red" in a question."""
-    return dict(re.findall(r"^([A-Z])\. (.*)$", text, re.M))
+    """Letter -> option of the lines "A. red" in a question: the last A and what follows it in order."""
+    found = re.findall(r"^([A-Z])\. (.*)$", text, re.M)
+    first = max((i for i, (letter, _) in enumerate(found) if letter == "A"), default=0)
+    lines = zip(found[first:], string.ascii_uppercase)
+    return dict(line for line, letter in itertools.takewhile(lambda each: each[0][0] == each[1], lines))
 
 
 def score_answers(task: Task, answers: list[str]) -> list[float]:

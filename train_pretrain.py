@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -253,15 +254,17 @@ class Run:
             dist.destroy_process_group()
 
 
-def find_ranks(device: str) -> tuple[int, int, torch.device]:
-    """Rank, world size and device, from torchrun's environment; gloo on CPU, NCCL on CUDA."""
+def find_ranks(device: str, hours: float = 0.5) -> tuple[int, int, torch.device]:
+    """Rank, world size and device, from torchrun's environment; gloo on CPU, NCCL on CUDA. hours: how long a
+    rank waits for another.
+    """
     device = model.find_device(device)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     place = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
     if device == "cuda":
         torch.cuda.set_device(place)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=hours))
     return rank, world, place
 
 

@@ -858,7 +858,7 @@ def test_a_task_of_questions_without_labels_is_answered_but_not_scored(tmp_path,
                     ]
                 },
             ),
-            "question 0 of docvqa has no right answer, others do",
+            "question 0 has no answer, while others have",
         ),
         (
             "mme",
@@ -867,7 +867,7 @@ def test_a_task_of_questions_without_labels_is_answered_but_not_scored(tmp_path,
                 "MME_Benchmark_release_version/color/0001.txt",
                 (f / "MME_Benchmark_release_version/color/0001.txt").read_text().replace("\tYes", "\tMaybe"),
             ),
-            "mme: expected yes or no in one of MME's 14 categories",
+            "has the answer 'Maybe', which is neither yes nor no",
         ),
         (
             "mmbench",
@@ -1185,3 +1185,147 @@ def test_the_adapter_for_lmms_eval_that_readme_shows(saved, monkeypatch):
     if not code:
         pytest.skip("README has no '## lmms-eval' yet")
     run_adapter(code, saved, monkeypatch)
+
+
+# --- What a review found
+def own_set(folder: Path, *rows: dict, name: str = "q.jsonl") -> Path:
+    put(folder, "a.png", png(1))
+    return put(
+        folder, name, [{"question_id": n, "image": "a.png", "text": "What?", **r} for n, r in enumerate(rows)]
+    )
+
+
+def test_files_that_are_not_ours_stay_as_they_are(saved, tmp_path):
+    path = own_set(tmp_path, {"answers": ["a"], "text": "1?"}, {"answers": ["b"], "text": "2?"})
+    path.write_text(path.read_text().rstrip("\n"))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="holds the questions themselves"):
+        evaluation.main(["--model", str(saved), "--tasks", f"vqa:{path}", "--answers", str(tmp_path)])
+    assert path.read_bytes() == before
+    said = [{"question_id": n, "prompt": f"<image>\n{n + 1}?", "text": "a", "metadata": {}} for n in range(2)]
+    theirs = put(
+        tmp_path, "their/q.jsonl", "\n\n".join(json.dumps(each) for each in said)
+    )  # no newline at the end
+    before = theirs.read_bytes()
+    evaluation.main(
+        ["--tasks", f"vqa:{path}", "--answers", str(theirs.parent), "--out", str(tmp_path / "e.json")]
+    )
+    assert results(tmp_path / "e.json")[0]["score"] == 50 and theirs.read_bytes() == before
+    theirs.write_text(json.dumps({**said[0], "text": None}) + "\n")
+    with pytest.raises(UserError, match="line 1: expected an answer"):
+        evaluation.main(["--tasks", f"vqa:{path}", "--answers", str(theirs.parent)])
+
+
+def test_answers_behind_other_demonstrations_are_refused(saved, tmp_path):
+    path = own_set(tmp_path, {"answers": ["a"]})
+    for name in ("d", "e"):
+        put(tmp_path / name, "b.png", png(2))
+        put(tmp_path / name, "demos.jsonl", [{"image": "b.png", "text": "Which?", "answers": [name]}])
+    base = ["--model", str(saved), "--device", "cpu", "--tasks", f"vqa:{path}", "--shots", "1"]
+    base += ["--out", str(tmp_path / "out.json")]
+    evaluation.main([*base, "--demos", str(tmp_path / "d/demos.jsonl")])
+    with pytest.raises(UserError, match="not an answer of this run .demos"):
+        evaluation.main([*base, "--demos", str(tmp_path / "e/demos.jsonl")])
+
+
+def test_sets_of_questions_are_not_mixed(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    row = {"questionId": "1", "question": "What?", "answers": ["a"], "image": {"bytes": png(1), "path": ""}}
+    for folder in ("DocVQA", "InfographicVQA"):
+        (tmp_path / folder).mkdir()
+        pq.write_table(pa.Table.from_pylist([row]), tmp_path / folder / "validation-00000-of-00001.parquet")
+    with pytest.raises(
+        UserError, match="several sets of questions, name one of them: .*DocVQA, .*Infographic"
+    ):
+        open_one("docvqa", tmp_path)
+    assert len(open_one("docvqa", tmp_path / "DocVQA").questions) == 1
+
+
+def test_tables_of_vlmevalkit_as_they_are(tmp_path):
+    rows = [
+        {"index": n, "category": "color", "image_path": f"color/{n // 2}.jpg", "image": coded(n // 2),
+         "question": f"Is it {n}? Please answer yes or no.", "answer": ("Yes", "No")[n % 2]}
+        for n in range(4)
+    ]  # fmt: skip
+    task = open_one("mme", put(tmp_path, "MME.tsv", rows))
+    assert [str(q.name) for q in task.questions] == ["color/0.jpg"] * 2 + ["color/1.jpg"] * 2
+    rows = [{**row, "split": ("dev", "validation")[n % 2]} for n, row in enumerate(TSV["mmmu"])]
+    task = open_one("mmmu", put(tmp_path, "MMMU_DEV_VAL.tsv", rows))
+    assert len(task.questions) == len(rows) // 2 > 0
+    rows = [{"index": n, "image": coded(n), "question": "?", "answer": "3", "split": f"test_{kind}"}
+            for n, kind in enumerate(("human", "augmented"))]  # fmt: skip
+    task = open_one("chartqa", put(tmp_path, "ChartQA_TEST.tsv", rows))
+    assert [q.parts for q in task.questions] == [("human",), ("augmented",)]
+    text = """["levi's", 'b']"""
+    assert evaluation.texts_of(text) == ["levi's", "b"] and evaluation.texts_of("['open") == ["['open"]
+    assert evaluation.texts_of([{"answer": "surf", "raw_answer": "surfing"}]) == ["surfing"]
+
+
+def test_options_are_those_of_the_question_and_not_lines_that_look_like_them(monkeypatch):
+    text = "Who?\nA. Lincoln said:\nI. one\nV. five\nA. red\nB. blue"
+    assert evaluation.option_letters(text) == {"A": "red", "B": "blue"}
+    question = evaluation.Question((), "I. one\nV. two\nA. x", ["B"], options=("both", "none"))
+    for kind in ("choice", "mmbench", "mmmu"):
+        scorer = evaluation.KINDS[kind][1] if kind != "mmmu" else evaluation.mmmu_letter
+        assert scorer("B", question) == 1 and scorer("A", question) == 0
+
+
+@pytest.mark.parametrize(
+    "kind, rows, words",
+    [
+        ("choice", [{"text": "A. red\nB. blue", "answers": ["red"]}], "answer 'red' is no letter"),
+        ("yesno", [{"answers": [True]}], "has the answer 'True', which is neither yes nor no"),
+        ("ref", [{"answers": ["here"]}], "not four integers 0-999"),
+        ("vqa", [{"image": "../a.png", "answers": ["a"]}], "leads out of the folder"),
+        ("vqa", [{"image": "b.png", "answers": ["a"]}], "b.png does not exist"),
+        ("vqa", [{"answers": ["a"]}, {"question_id": 0, "answers": ["a"]}], "question_id 0 is there twice"),
+    ],
+)
+def test_own_questions_are_checked_before_they_are_asked(tmp_path, kind, rows, words):
+    path = own_set(tmp_path / "in", *rows)
+    put(tmp_path, "a.png", png(1))
+    with pytest.raises(UserError, match=re.escape(words)):
+        open_one(kind, path)
+
+
+def test_own_questions_of_any_category_and_with_odd_characters(tmp_path):
+    path = own_set(
+        tmp_path,
+        {"answers": ["Red"], "category": 3, "text": "a\u2028b\u0085c"},
+        {"answers": ["x"], "category": None},
+    )
+    path.write_text(path.read_text().encode().decode("unicode_escape").replace("\n", "\n"), encoding="utf-8")
+    task = open_one("exact", path)
+    assert [q.parts for q in task.questions] == [("3",), ("",)] and "\u2028" in task.questions[0].text
+    assert evaluation.score_answers(task, ["red.", "y"]) == [1, 0]
+
+
+def test_blind_pictures_are_no_others_of_the_same_question():
+    images = [("a", "b"), ("c", "d"), ("e",), ("f", "a")]
+    for seed in range(20):
+        dealt = evaluation.derange(images, seed)
+        assert not any({*new} & {*old} for new, old in zip(dealt, images)) and len(dealt[0]) == 2
+
+
+def test_a_few_questions_that_are_too_long_count_as_wrong(capsys):
+    vlm = test_vlm.tiny_vlm(tied=True, context=60)
+    ask = [evaluation.Question((), "What? " * (200 if n == 7 else 1), ["x"], name=n) for n in range(60)]
+    task = evaluation.Task("many", "vqa", ask, 4)
+    answers = evaluation.answer_all(vlm, TOKENIZER, task, [()] * 60, "full", evaluation.EvalConfig())
+    assert answers[7] == "" and "1 questions are too long and count as wrong" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', "5", '{"annotations": 5}', '{"a": \udcff', "[1]"])
+def test_odd_label_files_are_one_sentence(tmp_path, content):
+    put_scienceqa(tmp_path)
+    (tmp_path / "problems.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError):
+        open_one("scienceqa", tmp_path)
+
+
+def test_where_results_go_is_looked_at_first(saved, tmp_path):
+    for flag in ("--out", "--report"):
+        with pytest.raises(UserError, match=f"{flag} .* is a folder: give a file in it"):
+            evaluation.main(["--model", str(saved), "--tasks", "scenes_pope", flag, str(tmp_path)])

@@ -256,6 +256,7 @@ def test_choices_hold_every_right_answer(tmp_path):
             assert question.answers[0] in question.choices
     row = {"image": "0.png", "text": "Which?\nA. red\nB. blue", "answers": ["B"]}
     (tmp_path / "q.jsonl").write_text(json.dumps(row))
+    data.render(data.make_scene("test", 1), 32).save(tmp_path / "0.png")
     assert evaluation.file_task("choice", tmp_path / "q.jsonl", "").questions[0].choices == ("A", "B")
     assert evaluation.file_task("yesno", tmp_path / "q.jsonl", "").questions[0].choices == ("no", "yes")
 
@@ -287,10 +288,10 @@ def test_generation_ends_behind_a_stop_and_is_cut_in_front_of_it():
 def test_boxes_may_hold_commas_and_files_are_told_apart(tmp_path):
     ref = evaluation.stop_marks(evaluation.few_shot_task("scenes_ref", 1, 0, 0))
     assert evaluation.cut_answer(" [12, 34, 56, 78]\n[", ref) == "[12, 34, 56, 78]"
-    data.render(data.make_scene("test", 1), 32).save(tmp_path / "0.png")
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        row = {"image": "../0.png", "text": "?", "answers": ["x"]}
+        data.render(data.make_scene("test", 1), 32).save(tmp_path / folder / "0.png")
+        row = {"image": "0.png", "text": "?", "answers": ["x"]}
         (tmp_path / folder / "val.jsonl").write_text(json.dumps(row))
     for tasks, demos, words in (
         ("vqa:a/val.jsonl,caption:b/val.jsonl", "", "two tasks named val"),
@@ -328,11 +329,11 @@ def test_prompts_longer_than_the_decoders_context_are_refused():
             UserError, match=rf"scenes_vqa: 9 x {per_image} visual tokens.*trained for 150: use"
         ):
             evaluation.answer_all(tiny_vlm(150), TOKENIZER, task, images, mode, evaluation.EvalConfig())
-    prompts = [evaluation.prompt_of(task, q, TOKENIZER) for q in task.questions]
-    shown = [[*(d.image for d in q.demos), *q.images] for q in task.questions]
-    longest = max(8 * 9 + len(texts_of(pieces)) for pieces in prompts)
+    prompts = {i: evaluation.prompt_of(task, q, TOKENIZER) for i, q in enumerate(task.questions)}
+    shown = {i: [*(d.image for d in q.demos), *q.images] for i, q in enumerate(task.questions)}
+    longest = max(8 * 9 + len(texts_of(pieces)) for pieces in prompts.values())
     cfg = tiny_vlm(longest + task.max_new_tokens).cfg
-    assert max(evaluation.check_lengths(task, prompts, shown, cfg, "full")) == longest  # it just fits
+    assert max(evaluation.check_lengths(task, prompts, shown, cfg, "full").values()) == longest  # just fits
     cfg.decoder.context -= 1
     with pytest.raises(UserError, match=f"take {longest + task.max_new_tokens} positions"):
         evaluation.check_lengths(task, prompts, shown, cfg, "full")

@@ -646,6 +646,13 @@ def test_check_counts_what_a_plain_loop_counts(tmp_path, capsys):
     assert f"length   {min(lengths)} to {max(lengths)} positions" in out
 
 
+def test_check_takes_every_kind(tmp_path):
+    code, out = run("check", "scenes", "--stage", "pretrain", "--limit", "64", "--workers", "1")
+    kinds = ("caption", "chat", "interleaved", "text")
+    assert code == 0 and all(f"64 records of kind {kind}" in out for kind in kinds)
+    assert out.count("<picture>") >= 3 * 3
+
+
 @pytest.mark.parametrize(
     "words, told",
     [

@@ -1,5 +1,9 @@
 """Data: tokenizer, records, pictures, labels, packed batches, sources, and the built-in world *Scenes*.
 
+    python data.py check SPEC          what a run would make of --data SPEC: what is broken, lengths, samples
+    python data.py convert IN OUT      records of a file, folder or glob (parquet, for one) to tars in OUT
+    python data.py download NAME --to DIR     the files of llava (both stages), llava-pretrain or llava-sft
+
     record ─► pieces: token ids, each supervised or not, and images ─► rows (B, T) with doc_ids and positions
 
 The way of one sample: a source (Scenes, or a file) gives a Record; `Plan` measures it and finds it a row;
@@ -2691,30 +2695,23 @@ class DownloadConfig:
     to: str = ""  # folder that the data set is downloaded to
 
 
-USAGE = """Look into data sets, convert and download them.
-
-    python data.py check SPEC          what a run would make of --data SPEC: what is broken, lengths, samples
-    python data.py convert IN OUT      records of a file, folder or glob (parquet, for one) to tars in OUT
-    python data.py download NAME --to DIR     the files of llava (both stages), llava-pretrain or llava-sft"""
-
-
 def main(argv: list[str]) -> None:
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
     command, flags = words[:1], argv[len(words) :]
     if command == ["check"]:
-        model.parse_cli(flags, USAGE, cfg := CheckConfig())
+        model.parse_cli(flags, __doc__, cfg := CheckConfig())
         if len(words) == 2:
             raise SystemExit(check(words[1], cfg))
     elif command == ["convert"]:
-        model.parse_cli(flags, USAGE, cfg := ConvertConfig())
+        model.parse_cli(flags, __doc__, cfg := ConvertConfig())
         if len(words) == 3:
             raise SystemExit(convert(Path(words[1]), Path(words[2]), cfg))
     elif command == ["download"]:
-        model.parse_cli(flags, USAGE, cfg := DownloadConfig())
+        model.parse_cli(flags, __doc__, cfg := DownloadConfig())
         if len(words) == 2 and cfg.to:
             return print(f"in {download(words[1], cfg.to)}")
     else:
-        model.parse_cli(flags, USAGE, CheckConfig(), ConvertConfig(), DownloadConfig())
+        model.parse_cli(flags, __doc__, CheckConfig(), ConvertConfig(), DownloadConfig())
     raise UserError(f"{' '.join(words) or 'nothing'}: what to do? See python data.py --help")
 
 

@@ -69,6 +69,7 @@ class EvalConfig:
     out: str = ""  # eval.json to write
     answers: str = ""  # folder to keep answers in and to go on from; default: beside --out (but for Scenes)
     report: str = ""  # report.html to write
+    blind: bool = True  # ask everything twice, the second time about other pictures
     chat: str = ""  # a picture to ask about in the terminal, instead of tasks
     n: int = 200  # questions of each Scenes task and of each type of scenes_vqa
     seed: int = 0  # of the questions, the demonstrations, and the swapped images of the blind score
@@ -1029,7 +1030,11 @@ def score_rows(
     scores = score_answers(task, answers)
     seeing = [i for i, q in enumerate(asked) if q.images]
     blind = other = None
-    if seeing and (vlm or not log.folder or answers_path(log.folder, task, mode, True).is_file()):
+    if (
+        cfg.blind
+        and seeing
+        and (vlm or not log.folder or answers_path(log.folder, task, mode, True).is_file())
+    ):
         swapped = derange([asked[i].images for i in seeing], cfg.seed)
         some, other = replace(task, questions=[asked[i] for i in seeing]), [*answers]
         for i, said in zip(seeing, answer_all(vlm, tokenizer, some, swapped, mode, cfg, log, blind=True)):

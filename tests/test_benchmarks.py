@@ -1325,6 +1325,26 @@ def test_odd_label_files_are_one_sentence(tmp_path, content):
         open_one("scienceqa", tmp_path)
 
 
+def test_the_blind_score_can_be_spared(saved, tmp_path, monkeypatch):
+    path, asked = own_set(tmp_path, {"answers": ["a"]}), []
+    real = model.VLM.generate
+    monkeypatch.setattr(model.VLM, "generate", lambda *a, **k: asked.append(1) or real(*a, **k))
+    base = [
+        "--model",
+        str(saved),
+        "--device",
+        "cpu",
+        "--tasks",
+        f"vqa:{path}",
+        "--out",
+        str(tmp_path / "e.json"),
+    ]
+    evaluation.main([*base, "--blind", "false"])
+    assert len(asked) == 1 and results(tmp_path / "e.json")[0]["blind_score"] is None
+    evaluation.main(base)
+    assert len(asked) == 2 and results(tmp_path / "e.json")[0]["blind_score"] is not None
+
+
 def test_where_results_go_is_looked_at_first(saved, tmp_path):
     for flag in ("--out", "--report"):
         with pytest.raises(UserError, match=f"{flag} .* is a folder: give a file in it"):

@@ -143,9 +143,7 @@ class ImageConfig:
     mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
     std: list[float] = field(default_factory=lambda: [0.25, 0.25, 0.25])
     resample: int = 3  # Pillow's number: 2 bilinear, 3 bicubic
-    cut: str = (
-        ""  # into views of vit.image_size: split, anyres, unpad (see --resolution); "" or pad: one view
-    )
+    cut: str = ""  # into views of vit.image_size: split, anyres, unpad (--resolution); "" or pad: one
 
 
 @dataclass

@@ -46,9 +46,7 @@ class RunConfig:
     init: str = ""  # start from this run or checkpoint instead of the preset's halves
     scale: str = ""  # token scaling applied to --init, see model.SCALINGS
     scale_init: str = "inflate"  # of its new scales; not in the paper: queries (those random) or random (all)
-    resolution: str = (
-        ""  # SIDE, SIDE+CUT or +CUT: pixels of a view; CUT pad, or split, anyres, unpad: several
-    )
+    resolution: str = ""  # SIDE, SIDE+CUT or +CUT: pixels of a view; CUT pad, split, anyres or unpad
     resume: str = ""  # "auto": continue the run in --out where its newest checkpoint left it
     data: str = "scenes"  # scenes, a LLaVA .json or a mixture .json
     val_data: str = ""  # the same for validation; default: --data itself, or unseen scenes
@@ -215,7 +213,7 @@ class Run:
         )
         speed = {"samples_per_s": round(rate, 2), "seconds": round(took, 3), "wait": round(wait, 4)}
         speed["visual_tokens"] = visual_tokens
-        skipped = {"skipped": self.skipped.total()} if self.skipped else {}
+        skipped = {"skipped": self.skipped.total()} if self.skipped.total() else {}
         self.record(step=step + 1, **speed, **values, **self.packing(), **skipped)
 
     def tell_skipped(self, micro: list[data.Batch]) -> None:

@@ -465,9 +465,7 @@ class Benchmark(NamedTuple):
     parts: tuple[str, ...] = ()  # columns that sub-scores are told by
     join: tuple[str, ...] = ("id",)  # what labels in a file of their own have in common with their question
     extra: Callable | None = None  # more rows: (questions, answers) -> [(name, metric, score, n)]
-    upload: tuple[str, Callable] | None = (
-        None  # for a server: what it calls the id, how it wants answers spelt
-    )
+    upload: tuple[str, Callable] | None = None  # for a server: its name of the id, how it wants answers spelt
     macro: bool = False  # the mean over the last part's means, not over questions
     folder: str = ""  # under --root; default: its name
 

@@ -468,17 +468,7 @@ class BadRecord(UserError):
 
 Picture = Image.Image | str | Path | bytes  # at hand, in a file, or encoded
 MOST_PIXELS = 178_956_970  # Pillow's limit against decompression bombs; files with more are broken to us
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "TIFF",
-    "JPEG2000",
-    "PPM",
-    "AVIF",
-)  # none runs a program
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")  # none runs a program
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
@@ -513,16 +503,8 @@ def turned(picture: Image.Image) -> int:
 
 
 # What undoes an EXIF orientation, from 2 on
-TURNS = dict(
-    enumerate(
-        (
-            Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-            Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
-            Image.Transpose.ROTATE_90,
-        ),
-        2,
-    )
-)  # fmt: skip
+FLIPS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
+TURNS = dict(enumerate((Image.Transpose[flip] for flip in FLIPS), 2))
 
 
 def open_image(image: Picture, name: str = "") -> Image.Image:
@@ -1238,8 +1220,7 @@ def told_in_words(scene: Scene, rng: random.Random) -> str:
 # ---------------------------------------------------------------------------------------------------------
 # Files: the three kinds of MM1's pre-training data and LLaVA's conversations, and mixtures of sources
 
-# A record's kind shows in its keys: LLaVA's; OBELICS' or MMC4's; plain text.
-# A layout is known by its keys; what it can be read as. First of all that fit, in this order.
+# Layouts: the keys that a record is known by, and the kinds it can be read as. The first that fits counts.
 LAYOUTS = {
     "LLaVA": ({"conversations"}, ("chat", "caption")),
     "Cauldron": ({"images", "texts"}, ("chat",)),  # pairs of user and assistant: see `layout_of`
@@ -1252,14 +1233,7 @@ LAYOUTS = {
 KINDS = ("chat", "caption", "interleaved", "text")
 MMC4_LEAST_SIMILARITY = 0.24  # of an image to its sentence; the usual choice, MM1 does not say
 ROLE_OF = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}  # LLaVA's names, and ours
-SUFFIXES = (
-    ".tar",
-    ".parquet",
-    ".jsonl",
-    ".tsv",
-    ".json",
-    ".txt",
-)  # what a folder is searched for, in this order
+SUFFIXES = (".tar", ".parquet", ".jsonl", ".tsv", ".json", ".txt")  # a folder is searched in this order
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 WITHIN_OBJECT = rb'(?:[^"{}]++|"(?:[^"\\]++|\\.)*+"|(?R))*+'
 JSON_OBJECT = regex.compile(rb"\{" + WITHIN_OBJECT + rb"\}", regex.DOTALL)

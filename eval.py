@@ -1468,19 +1468,9 @@ def ask_line() -> str:
 # --- VQA accuracy (VQAv2, TextVQA, VizWiz, OKVQA). Of the two normalisers in use we take EvalAI's everywhere.
 
 VQA_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # apostrophes, $ % & # * : ~ and curly quotes are left alone
-VQA_NUMBERS = {
-    "none": "0",
-    "zero": "0",
-    "one": "1",
-    "two": "2",
-    "three": "3",
-    "four": "4",
-    "five": "5",
-    "six": "6",
-    "seven": "7",
-    "eight": "8",
-    "nine": "9",
-    "ten": "10",
+VQA_NUMBERS = {"none": "0"}
+VQA_NUMBERS |= {
+    word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())
 }
 
 # An entry of the contraction table is one of these words with one apostrophe left out: dont -> don't,
@@ -1884,12 +1874,7 @@ PTB_ABBREVIATION = re.compile(
 )
 PTB_CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|m|re|ve|ll|d))(?=$|')")
 PTB_TWO_PARTS = {
-    "cannot": "can not",
-    "gonna": "gon na",
-    "gotta": "got ta",
-    "wanna": "wan na",
-    "gimme": "gim me",
-    "lemme": "lem me",
+    part.replace(" ", ""): part for part in ("can not", "gon na", "got ta", "wan na", "gim me", "lem me")
 }
 
 

@@ -430,10 +430,12 @@ def resolve_auto(cfg: RunConfig, device: torch.device, world: int) -> None:
         if cfg.pure_bf16:
             raise UserError("--pure_bf16 true needs --dtype bfloat16")
     name = "batch_size" if cfg.batch_size else "rows"
-    if getattr(cfg, name) % (cfg.micro_steps * world):
-        raise UserError(
-            f"--{name} {getattr(cfg, name)} is not divisible by {cfg.micro_steps} micro-steps x {world} ranks"
-        )
+    taken, unit = getattr(cfg, name), cfg.micro_steps * world
+    if taken % unit:
+        fits = [n for n in range(1, cfg.micro_steps) if taken % (n * world) == 0]
+        fix = f"--micro_steps {fits[-1]}" if fits else f"--{name} {unit * -(-taken // unit)}"
+        told = f"--{name} {taken} is not divisible by {cfg.micro_steps} micro-steps x {world} ranks"
+        raise UserError(f"{told}: add {fix}")
 
 
 def run_config(run: Run, vlm: model.VLM) -> dict:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import eval as evaluation
@@ -48,10 +49,16 @@ def test_exit_code_is_2_and_the_message_one_line():
         (["--out", "OUT", "--scale", "32to144"], ["--scale 32to144 needs --init"]),
         (["--out", "OUT", "--train", "head"], ["'head'", "vit, connector, decoder"]),
         (["--out", "OUT", "--prune.name", "magic"], ["magic", "divprune"]),
-        (["--out", "OUT", "--batch_size", "10", "--micro_steps", "3"], ["--batch_size 10", "3 micro-steps"]),
+        (
+            ["--out", "OUT", "--batch_size", "10", "--micro_steps", "3"],
+            ["--batch_size 10", "3 micro-steps", "--micro_steps 2"],
+        ),
         (["--out", "OUT", "--pruner", "magic"], ["--pruner 'magic'", "grid"]),
         (["--out", "OUT", "--rows", "0"], ["--rows 0", "at least 1"]),
-        (["--out", "OUT", "--rows", "10", "--micro_steps", "3"], ["--rows 10", "3 micro-steps"]),
+        (
+            ["--out", "OUT", "--rows", "10", "--micro_steps", "3"],
+            ["--rows 10", "3 micro-steps", "--micro_steps 2"],
+        ),
         (["--out", "OUT", "--rows", "8", "--batch_size", "4"], ["--rows", "--batch_size 0"]),
         (["--out", "OUT", "--row_limit", "32"], ["32 positions", "--row_limit"]),
         (["--out", "OUT", "--lr", "-0.5"], ["--lr -0.5", "-1"]),
@@ -98,6 +105,16 @@ def test_an_image_that_does_not_decode_is_named(tmp_path, small_halves, capsys):
     told = capsys.readouterr().out
     assert "skipped, image broken: " in told and "train.json record 1: image" in told
     assert "bad.png does not decode" in told and "skipped 2 records: 2 image broken" in told
+
+
+@pytest.mark.parametrize(
+    "rows, micro_steps, world, fix",
+    [(32, 8, 8, "--micro_steps 4"), (30, 4, 8, "--rows 32"), (12, 1, 8, "--rows 16")],
+)
+def test_steps_that_do_not_divide_say_what_does(rows, micro_steps, world, fix):
+    cfg = train_pretrain.RunConfig(rows=rows, micro_steps=micro_steps)
+    message = refused(lambda argv: train_pretrain.resolve_auto(cfg, torch.device("cpu"), world), [])
+    assert message.endswith(f"is not divisible by {micro_steps} micro-steps x {world} ranks: add {fix}")
 
 
 def test_broken_json_gives_line_and_column(tmp_path):

@@ -2030,6 +2030,7 @@ class Plan(IterableDataset):
     cursor: list[list[int]] | None = None  # where to go on
 
     POOL = 512  # samples that are packed together
+    KEPT = 512  # parts of long documents that are held
 
     def __post_init__(self):
         if not self.batch_size:
@@ -2037,7 +2038,7 @@ class Plan(IterableDataset):
         self.row_images = 10**9 if self.batch_size else self.row_images
         check_room(self.cfg, self.limit, self.row_images)
         self.sources = [(s, w) for s, w in self.sources if w > 0]
-        self.latest = None, None  # what `parts` found last: a long document has many
+        self.found = {}  # what `parts` found last, and long documents: they come again, in other rows
         names = {s.kind if self.by_kind and not self.batch_size else "": None for s, _ in self.sources}
         self.groups = [[(s, w) for s, w in self.sources if name in ("", s.kind)] for name in names]
         shares = [sum(w for _, w in group) for group in self.groups]
@@ -2145,9 +2146,13 @@ class Plan(IterableDataset):
 
         Documents go on in a next part (MM1 cuts at the sixteenth image), questions and captions are cut.
         """
-        if self.latest[0] != (key := place._replace(part=0)):
-            self.latest = key, self.find_parts(key)
-        return self.latest[1]
+        key = place._replace(number=0, part=0, length=0)
+        if key not in self.found:
+            record, parts = self.find_parts(key)
+            held = {k: found for k, found in self.found.items() if len(found[1]) > 1}
+            room = self.KEPT - len(parts) - sum(len(parts) for _, parts in held.values())
+            self.found = (held if room >= 0 else {}) | {key: (record, parts)}
+        return self.found[key]
 
     def find_parts(self, place: Place) -> tuple[Record, list[tuple[list[Piece], int, int]]]:
         record = whole_pictures(self.record(place))

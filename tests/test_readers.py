@@ -690,6 +690,26 @@ def test_a_document_goes_without_its_missing_pictures(tmp_path):
     assert isinstance(data.Stream(plan)[planned], data.Batch)
 
 
+def test_a_long_document_is_tokenized_once_for_all_of_its_rows(tmp_path, monkeypatch):
+    texts = [{"text": f"{n} " + "many words " * (2000 if n == 0 else 20)} for n in range(12)]
+    path = write(tmp_path / "x.jsonl", "\n".join(json.dumps(text) for text in texts).encode())
+    cfg, encoded = test_training.small_config(), []
+    plan = data.Plan(
+        data.open_sources(str(path), "pretrain"), TOKENIZER, cfg, lambda n: "full", 0, range(40), 2
+    )
+    planned = list(plan)
+    plan.found.clear()
+    real = TOKENIZER.encode
+    monkeypatch.setattr(TOKENIZER, "encode", lambda text: encoded.append(len(text)) or real(text))
+    batches = [data.Stream(plan)[each] for each in planned]
+    long = [place for each in planned for row in each.rows for place in row if place.index == 0]
+    assert len({place.part for place in long}) > 10 and sum(n > 2000 for n in encoded) <= len(long) / 5
+    words = [
+        len(piece[0]) for part in plan.parts(long[0])[1] for piece in part[0] if not isinstance(piece, int)
+    ]
+    assert sum(words) >= 4000 and all(len(batch.student.targets) for batch in batches)
+
+
 def test_a_picture_that_vanishes_after_the_plan_leaves_its_room_empty(tmp_path):
     records = []
     for n in range(20):
@@ -701,7 +721,7 @@ def test_a_picture_that_vanishes_after_the_plan_leaves_its_room_empty(tmp_path):
     planned = list(plan)
     for n in range(0, 20, 2):
         (tmp_path / f"{n}.png").unlink()
-    plan.latest = None, None
+    plan.found.clear()
     for each in planned:
         batch = data.Stream(plan)[each]
         assert (batch.student.doc_ids >= 0).sum() == sum(place.length for row in each.rows for place in row)

@@ -14,12 +14,13 @@ import subprocess
 import sys
 import threading
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 import test_benchmarks as benchmarks
+import test_download as hub
 import test_tokenizers as tokenizers
 import torch
 from PIL import Image, ImageDraw
@@ -93,15 +94,7 @@ class Site(ThreadingHTTPServer):
         self.repos, self.files = repos, {"/all/" + url.partition("://")[2]: b for url, b in files.items()}
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def do_HEAD(self):
-        self.do_GET()
-
+class Handler(hub.Handler):
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
         if path in self.server.files:
@@ -122,15 +115,6 @@ class Handler(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name, **told} for name, told in facts.items()]
             facts = {"id": repo, "sha": COMMIT, "siblings": siblings}
         self.reply(json.dumps(facts).encode(), Content_Type="application/json")
-
-    def reply(self, body: bytes, status: int = 200, **headers) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
 
 
 def write_halves(folder: Path) -> dict[str, Path]:

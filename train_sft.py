@@ -7,7 +7,7 @@
     plain        --slow_share 1 --distill_weight 0 is fine-tuning on all tokens, --slow_share 0 naive pruning
 
 A fast sample is trained on K pruned visual tokens behind the mode isolator, a slow one on all V tokens; the
-teacher of a slow sample is the model itself on the sample's pruned tokens. Model and tokenizer come with --init.
+teacher of a slow sample is the model itself on its pruned tokens. Model and tokenizer come with --init.
 """
 
 import functools
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
 def fast_slow_loss(
     logits: Tensor, teacher: Tensor | None, batch: data.Batch, temperature: float = 1.0, weight: float = 1.0
 ) -> dict[str, Tensor]:
-    """Sums over supervised positions: cross entropy of all samples, and the slow ones' KL from their teacher."""
+    """Sums over supervised positions: cross entropy of all samples, KL(teacher || student) of slow ones."""
     ce = F.cross_entropy(logits, batch.student.targets, reduction="sum")
     if teacher is None:
         return {"loss": ce, "ce": ce, "kl": ce.new_zeros(())}

@@ -387,12 +387,12 @@ class ModeIsolator(nn.Module):
 
 
 def draw_mode(seed: int, number: int, slow_share: float) -> str:
-    """ "slow" with probability slow_share, else "fast": a pure function of (seed, number).
+    """ "slow" with probability slow_share, else "pruned": a pure function of (seed, number).
 
     number: that of a sample, or of a batch in the paper's way; every rank and every restart draws the same.
     """
     digest = hashlib.blake2b(f"mode-{seed}-{number}".encode(), digest_size=8).digest()
-    return "slow" if int.from_bytes(digest, "big") / 2**64 < slow_share else "fast"
+    return "slow" if int.from_bytes(digest, "big") / 2**64 < slow_share else "pruned"
 
 
 def distillation_sum(student: Tensor, teacher: Tensor, temperature: float, chunk: int = 2048) -> Tensor:

@@ -38,7 +38,7 @@ from model import UserError
 
 
 @dataclass
-class RunConfig:
+class RunConfig(data.RowConfig):
     """Flags of both stages. The preset's recipe overrides these defaults, the command line overrides both."""
 
     out: str = ""  # run folder, made by the run
@@ -50,14 +50,7 @@ class RunConfig:
     resume: str = ""  # "auto": continue the run in --out where its newest checkpoint left it
     data: str = "scenes"  # scenes, a LLaVA .json or a mixture .json
     val_data: str = ""  # the same for validation; default: --data itself, or unseen scenes
-    seed: int = 0  # of connector, sample order and modes
     steps: int = 500  # optimizer steps
-    rows: int = 16  # packed rows of an optimizer step, over all ranks and micro-steps
-    batch_size: int = 0  # above 0: a step takes this many samples instead, in rows as wide as they need
-    micro_steps: int = 1  # gradient accumulation
-    row_length: int = 256  # positions of a row (with --batch_size: at most), shared by several samples
-    row_images: int = 16  # packing: most images of a row (MM1: 16)
-    row_limit: int = 2048  # positions of a sample (packed: row_length at most); documents go on in a next one
     train: str = "connector,decoder"  # what trains: a comma list of vit, connector, decoder, lora
     frozen: str = "float32"  # how matrices that do not train are kept; bfloat16 (with --dtype bfloat16): half
     pure_bf16: bool = False  # trained weights, gradients and moments in bfloat16 too: memory before quality
@@ -116,7 +109,7 @@ class PretrainConfig(RunConfig):
 
 def main(argv: list[str]) -> None:
     run, vlm, tokenizer, cfg = start("pretrain", PretrainConfig, argv, __doc__)
-    mode = "fast" if cfg.pruner else "full"
+    mode = "pruned" if cfg.pruner else "full"
     optimizers = make_optimizers(vlm, cfg)
     first = resume(run, vlm, optimizers)
     write_config(run, vlm)
@@ -135,10 +128,6 @@ def main(argv: list[str]) -> None:
 def caption_loss(logits: Tensor, teacher: Tensor | None, batch: data.Batch) -> dict[str, Tensor]:
     """Cross entropy of the supervised positions: a sum, which optimizer_step divides by the global count."""
     return {"loss": F.cross_entropy(logits, batch.student.targets, reduction="sum")}
-
-
-def longest_sample(cfg: RunConfig) -> int:
-    return cfg.row_limit if cfg.batch_size else min(cfg.row_limit, cfg.row_length)
 
 
 def mm1_rate(size: int | float) -> float:
@@ -246,7 +235,7 @@ class Run:
         skipped = sum(skipped, Counter())  # drops what is 0
         if skipped:
             told = ", ".join(f"{n} {why}" for why, n in skipped.most_common())
-            self.say(f"skipped {skipped.total()} records: {told}; python data.py check {self.cfg.data}")
+            self.say(f"skipped {skipped.total()} records: {told}; python tools/check.py {self.cfg.data}")
         self.say(f"{self.stage}: {self.cfg.steps} steps done, checkpoint in {model.find_step(self.folder)}")
         if self.world > 1:
             dist.destroy_process_group()
@@ -389,13 +378,9 @@ def start(stage: str, config: type, argv: list[str], doc: str):
     for source, _ in data.open_sources(cfg.data, stage):  # a wrong --data shows before a folder is made
         if isinstance(source, data.FileSource):
             source.first(source.with_pictures)
-            if source.table.suffix == ".parquet":
-                run.say(
-                    f"{source.path}: parquet is slow to read in any order; python data.py convert makes tars"
-                )
     later = model.scaled_config(vlm.cfg, cfg.scale) if cfg.scale and step.parent != run.folder else vlm.cfg
     later = model.at_resolution(later, cfg.resolution)
-    data.check_room(later, longest_sample(cfg), 10**9 if cfg.batch_size else cfg.row_images)
+    cfg.check_room(later)
     if run.main and not (run.folder / "latest").is_file():  # what a run left that never came to a checkpoint
         for name in ("metrics.jsonl", "best"):
             (run.folder / name).unlink(missing_ok=True)
@@ -478,9 +463,8 @@ def load_batches(run: Run, cfg: model.ModelConfig, tokenizer: data.Tokenizer, fi
     """The micro-batches of this rank from step `first` on. One process plans, others draw and decode."""
     c = run.cfg
     plan = data.Plan(
-        data.open_sources(c.data, run.stage), tokenizer, cfg, choose_mode, c.seed, range(first, c.steps),
-        c.rows, c.batch_size, c.micro_steps, run.rank, run.world, c.row_length, c.row_images, c.row_limit,
-        by_kind=run.stage == "pretrain", pad_images=c.compile == "true", cursor=run.cursor,
+        data.open_sources(c.data, run.stage), tokenizer, cfg, c, choose_mode, range(first, c.steps), run.rank,
+        run.world, by_kind=run.stage == "pretrain", pad_images=c.compile == "true", cursor=run.cursor,
     )  # fmt: skip
     workers = c.workers if os.name == "posix" else 0
     common = {"batch_size": None, "multiprocessing_context": "fork" if workers else None}
@@ -632,7 +616,7 @@ def finish_step(run: Run, vlm: model.VLM, tokenizer, optimizers, step: int) -> N
         save(run, vlm, tokenizer, optimizers, done)
     if evaluate:
         vlm.eval()
-        mode = "fast" if getattr(cfg, "pruner", "") else "full"  # in the one mode that stage 1 trains
+        mode = "pruned" if getattr(cfg, "pruner", "") else "full"  # in the one mode that stage 1 trains
         kinds = validation_loss(run, vlm, tokenizer, cfg.val_data or cfg.data, run.stage, mode)
         loss = kinds.pop("all")
         told = ", ".join(f"{kind} {value:.4f}" for kind, value in kinds.items())
@@ -724,7 +708,7 @@ def resume(run: Run, vlm: model.VLM, optimizers) -> int:
 @torch.no_grad()
 def validation_loss(run: Run, vlm, tokenizer, spec: str, stage: str, mode: str = "full") -> dict[str, float]:
     """Mean loss per supervised token of every kind, on unseen scenes or --val_data; "all" weighs the kinds as
-    that data does. About 128 samples in all. mode: full (all visual tokens) or fast.
+    that data does. About 128 samples in all. mode: full (all visual tokens) or pruned.
     """
     kinds, losses = {}, {}
     for s, weight in data.open_sources(spec, stage):
@@ -733,10 +717,10 @@ def validation_loss(run: Run, vlm, tokenizer, spec: str, stage: str, mode: str =
             kinds.setdefault(s.kind, []).append((unseen, weight))
     c, size = run.cfg, 128 // len(kinds)
     for kind, sources in kinds.items():
-        plan = data.Plan(
-            sources, tokenizer, vlm.cfg, lambda n: mode, 1, range(4), 0, size // 4, row_length=c.row_length,
-            limit=longest_sample(c),
-        )  # fmt: skip
+        rows = data.RowConfig(
+            seed=1, batch_size=size // 4, row_length=c.row_length, row_limit=c.sample_limit
+        )
+        plan = data.Plan(sources, tokenizer, vlm.cfg, rows, lambda n: mode, range(4))
         total, count = 0.0, 0
         for planned in plan:
             batch = planned if isinstance(planned, UserError) else data.Stream(plan)[planned]
@@ -748,7 +732,7 @@ def validation_loss(run: Run, vlm, tokenizer, spec: str, stage: str, mode: str =
             count += len(batch.student.targets)
         if not count:
             raise UserError(
-                f"validation: no sample of kind {kind} in {spec} can be used: python data.py check"
+                f"validation: no sample of kind {kind} in {spec} can be used: python tools/check.py"
             )
         losses[kind] = total / count
     shares = {kind: sum(weight for _, weight in sources) for kind, sources in kinds.items()}
@@ -773,7 +757,7 @@ def show_answers(run: Run, vlm: model.VLM, tokenizer, spec: str, mode: str, n: i
             sample = data.load_sample(pieces, images, vlm.cfg, record.name)
         except data.BadRecord:
             continue
-        batch = data.prompt_batch([sample], "pruned" if mode == "fast" else "full", vlm.cfg)
+        batch = data.prompt_batch([sample], mode, vlm.cfg)
         with run.autocast():
             said = tokenizer.decode(vlm.generate(batch.to(run.device), tokenizer.end, 24)[0])
         question = " ".join(part for part in asked if isinstance(part, str))

@@ -2323,7 +2323,7 @@ def sample_cost(cfg: ModelConfig, train: list[str], text: int, mode: str, images
         depth = max(cfg.connector.levels)
         parts, bytes_kept = {"vit": depth * flops + stem}, depth * kept
         levels = [patches[:, int(vit.cls_token) :] for _ in cfg.connector.levels]
-        where, scales = prune.PRUNERS[cfg.prune.name].where if mode == "pruned" else "", {}
+        where, scales = prune.PRUNERS[cfg.prune.name].where if mode == "fast" else "", {}
         if where == "scales":  # these two spare the connector work: see VLM.pruned_tokens
             scales["n_scales"] = cfg.coarse_scales()
         elif where == "patches":
@@ -2344,7 +2344,7 @@ def sample_cost(cfg: ModelConfig, train: list[str], text: int, mode: str, images
             logits = 3 * 4 * text * decoder.vocab_size / AUTOCAST  # in float32: they, log-softmax, gradient
             return flops, count(lambda: one.head(x[:, :text]))[0], kept + logits
 
-        parts["decoder"], parts["head"], kept = run("pruned" if mode == "pruned" else "full")
+        parts["decoder"], parts["head"], kept = run("pruned" if mode == "fast" else "full")
         if mode == "slow":
             with torch.no_grad():
                 parts["teacher"] = sum(run("pruned")[:2])
@@ -2372,7 +2372,7 @@ class Stage:
         """Samples of a micro-batch, over all GPUs: with one picture each, as many as its rows take."""
         samples, length = self.flags.get("batch_size"), self.flags.get("row_length", 256)
         if not samples:
-            modes = {mode: "pruned" if mode == "pruned" else "full" for mode in self.samples}
+            modes = {mode: "pruned" if mode == "fast" else "full" for mode in self.samples}
             tokens = sum(n * self.cfg.visual_tokens(modes[m], self.views) for m, n in self.samples.items())
             per_row = min(int(length / (tokens + self.text)), self.flags.get("row_images", 16) // self.views)
             samples = self.flags.get("rows", 16) * max(1, per_row)

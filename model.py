@@ -1558,10 +1558,10 @@ class VLM(nn.Module):
         return self.connector(self.levels(self.states(pixels)))
 
     def bank(self, batch) -> Tensor | None:
-        """The visual tokens that slots refer to, one after the other: all of batch.full_views (V each), the
-        pruned ones of batch.pruned_views (l + K each), the newline. (rows, D); None if no slot wants any.
+        """The visual tokens that slots refer to, one after the other: all of batch.full_tiles (V each), the
+        pruned ones of batch.pruned_tiles (l + K each), the newline. (rows, D); None if no slot wants any.
         """
-        full, pruned = batch.full_views, batch.pruned_views
+        full, pruned = batch.full_tiles, batch.pruned_tiles
         if not len(full) and not len(pruned):
             return None
         states = self.states(batch.pixels)
@@ -1578,24 +1578,24 @@ class VLM(nn.Module):
         return bank if self.newline is None else torch.cat([bank, self.newline[None].to(bank.dtype)])
 
     def pruned_tokens(self, states: tuple, batch, tokens: Tensor | None = None) -> Tensor:
-        """What the fast mode sees of batch.pruned_views, behind the isolator: (F, l + K, D).
+        """What the fast mode sees of batch.pruned_tiles, behind the isolator: (F, l + K, D).
 
         tokens (F, V, D): where the pruner chooses among the connector's. Others spare the connector work.
         """
         name, keep = self.cfg.prune.name, self.cfg.kept_tokens()
         needs, where = self.pruner_needs(name, states, batch), prune.PRUNERS[name].where
         if where == "scales":  # the finer ones are not computed
-            tokens = self.connector(self.levels(states, batch.pruned_views), self.cfg.coarse_scales())
+            tokens = self.connector(self.levels(states, batch.pruned_tiles), self.cfg.coarse_scales())
         elif where == "patches":
-            patches = self.levels(states, batch.pruned_views)[-1]
+            patches = self.levels(states, batch.pruned_tiles)[-1]
             tokens = self.connector([prune.reduce(name, patches, keep, **needs)])
         else:
             tokens = prune.reduce(name, tokens, keep, **needs)
         return self.isolator(tokens)
 
     def pruner_needs(self, name: str, states: tuple, batch) -> dict:
-        """What that pruner asks for besides the features, of batch.pruned_views; no more is computed."""
-        asks, views, given = prune.PRUNERS[name].needs, batch.pruned_views, {"grid": self.cfg.grid()}
+        """What that pruner asks for besides the features, of batch.pruned_tiles; no more is computed."""
+        asks, views, given = prune.PRUNERS[name].needs, batch.pruned_tiles, {"grid": self.cfg.grid()}
         if "seeds" in asks:  # picture and step: neither its place in the batch nor the run's seed matters
             pixels = of_views(batch.pixels, views).flatten(1)
             given["seeds"] = pixels.sum(1) + 1_000_003 * batch.next_sample
@@ -1636,8 +1636,8 @@ class VLM(nn.Module):
         x = self.splice(batch.student, bank)
         # What this batch leaves out (of text: all but the decoder) is touched, or DDP misses its gradients.
         # A gradient of zero, where DualSpeed's code has none: Adam's momentum goes on.
-        unused = [] if len(batch.pruned_views) else [*self.isolator.parameters()]
-        if not len(batch.full_views) and self.cfg.prune.name == "coarse":  # it leaves the finer scales out
+        unused = [] if len(batch.pruned_tiles) else [*self.isolator.parameters()]
+        if not len(batch.full_tiles) and self.cfg.prune.name == "coarse":  # it leaves the finer scales out
             unused += self.connector.parameters()
         if not len(batch.student.visual_index):
             unused = [p for name, p in self.named_parameters() if not name.startswith("decoder.")]

@@ -258,7 +258,7 @@ def right_answers(
         pieces.append(([*tokenizer.encode(question.answers[0]), tokenizer.end], True))
         x = data.lay_out(pieces, [np.arange(vlm.cfg.visual_tokens(mode))])
         who, positions = np.full(len(x.ids), i), np.arange(len(x.ids))
-        laid.append(torch.from_numpy(np.stack([who, x.ids, x.slot, x.targets, positions], 1)))  # (T, 5)
+        laid.append(torch.from_numpy(np.stack([who, x.ids, x.bank_rows, x.targets, positions], 1)))  # (T, 5)
         asked[picture if shared else -i].append(i)
     head = int((laid[0][:, 2] >= 0).nonzero()[-1]) + 1  # what all share: up to the end of the picture
     front = laid[0][:head] * torch.tensor([0, 1, 1, 1, 1]) - torch.tensor([2, 0, 0, 0, 0])  # its who is -2

@@ -253,7 +253,7 @@ def text_record(i: int, split: str = "train") -> data.Record:
         scene = data.dataclasses.replace(scene, things=scene.things[: rng.randint(1, 3)])
     draw = rng.random()
     if draw < 0.08:
-        return data.Record("text", [data.told_in_words(scene, rng)], [])
+        return data.Record("text", [data.facts_about(scene, rng)], [])
     if draw < 0.16:  # a made-up word stands for one colour or shape, as in interleaved documents
         meaning, word = (
             rng.choice([t.colour for t in scene.things] + [t.shape for t in scene.things]),
@@ -283,7 +283,7 @@ def text_batch(first: int, n: int, tokenizer: data.Tokenizer, split: str = "trai
         told.append(data.lay_out(data.split(pieces, [], 256)[0], []))
     lengths = [len(laid.ids) for laid in told]
     width = data.row_width(lengths, 256)
-    return data.make_rows(told, [0] * n, width, data.best_fit(lengths, width))[0]
+    return data.make_rows(told, width, data.best_fit(lengths, width))
 
 
 def make_lm(minutes: float, seed: int = 0) -> None:
@@ -336,7 +336,7 @@ def score_text(lm: model.Decoder, tokenizer: data.Tokenizer, n: int) -> str:
             told = data.say(scene, None, kind == "ref") + "\n"
             pieces = data.chat_pieces([("user", [told, question]), ("assistant", [answer])], tokenizer)
             laid = data.lay_out(pieces, [])
-            rows, _ = data.make_rows([laid], [0], data.row_width([len(laid.ids)], 64), [[0]])
+            rows = data.make_rows([laid], data.row_width([len(laid.ids)], 64), [[0]])
             _, logits = text_step(lm, rows)
             asked[kind] += 1
             right[kind] += bool((logits.argmax(-1) == rows.targets).all())

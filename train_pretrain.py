@@ -389,7 +389,7 @@ def start(stage: str, config: type, argv: list[str], doc: str) -> tuple:
     if tokenizer.vocab_size > vlm.cfg.decoder.vocab_size:
         rows = vlm.cfg.decoder.vocab_size
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the decoder {rows}")
-    data.check_room(vlm.cfg, cfg)
+    cfg.check_room(vlm.cfg)
     run.announce(vlm, step or f"preset {cfg.preset}", sources)
     return run, vlm.to(device), tokenizer, cfg
 

@@ -838,7 +838,6 @@ def router_losses(logits: Tensor, probabilities: Tensor, first: Tensor, real: Te
 
 
 EXPERT_FIELDS = ("experts", "expert_every", "capacity")
-EXPERT_FLAGS = tuple(f"decoder.{name}" for name in EXPERT_FIELDS)
 
 
 @torch.no_grad()
@@ -1645,9 +1644,7 @@ class VLM(nn.Module):
         touched = [p.sum() for p in unused if p.requires_grad]
         if touched:
             x = x + 0.0 * sum(touched)
-        out = self.logits(batch.student, x)
-        router, self.decoder.router_losses = getattr(self.decoder, "router_losses", None), None
-        return out, teacher, router
+        return self.logits(batch.student, x), teacher
 
     def set_trainable(self, parts: list[str], isolator: bool) -> None:
         """Freeze everything but the named parts of PARTS; the isolator if it is used.
@@ -1750,32 +1747,6 @@ def require_at_least(config, least: float, names: str) -> None:
     for name in names.split():
         if getattr(config, name) < least:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least {least}")
-
-
-def require_one_of(config, name: str, values) -> None:
-    if getattr(config, name) not in values:
-        allowed = ", ".join(value or "nothing" for value in values)
-        raise UserError(f"--{name} '{getattr(config, name)}' is unknown: use one of {allowed}")
-
-
-def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def find_ranks(device: str, hours: float = 0.5):
-    import torch.distributed as dist
-    from datetime import timedelta
-    device = find_device(device)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    place = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
-    if device == "cuda":
-        torch.cuda.set_device(place)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=hours))
-    return rank, world, place
 
 
 PARTS = ("vit", "connector", "decoder", "lora")

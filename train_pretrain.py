@@ -12,13 +12,11 @@ and the start of a run, batches, checkpoints, validation and the log. Stage 2 im
 """
 
 import dataclasses
-import functools
 import json
 import math
 import os
 import shutil
 import time
-import timeit
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -34,7 +32,6 @@ from tqdm import tqdm
 
 import data
 import model
-import prune
 from model import UserError
 
 
@@ -83,8 +80,8 @@ class RunConfig(data.RowConfig):
         """Refuse what can be wrong with the flags alone, before anything is built or written."""
         model.trainable_parts(self.train)
         model.require_at_least(self, 1, "steps rows micro_steps log_every row_length row_images row_limit")
-        model.require_at_least(self, 0, "seed batch_size workers save_every eval_every muon_lr vit_lr")
-        model.require_at_least(self, 0, "weight_decay z_loss balance router_z")
+        model.require_at_least(self, 0, "seed batch_size workers save_every eval_every muon_lr vit_lr z_loss")
+        model.require_at_least(self, 0, "weight_decay balance router_z")
         if self.lr < 0 and (self.lr != -1 or "decoder" not in self.train.split(",")):
             raise UserError(f"--lr {self.lr:g}: at least 0, or -1 (MM1's law) where the whole decoder trains")
         model.require_one_of(self, "decay", ("matrices", "all"))
@@ -123,8 +120,7 @@ def main(argv: list[str]) -> None:
     run.close()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The step
+# --- The step -----------------------------------------------------------------------------------------------
 
 
 def caption_loss(logits: Tensor, teacher: Tensor | None, batch: data.Batch) -> dict[str, Tensor]:
@@ -181,8 +177,7 @@ def add_penalties(cfg: RunConfig, losses: dict, logits: Tensor, router_losses: T
     return {**losses, **penalties, "loss": loss}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Optimizers and schedule
+# --- Optimizers and schedule --------------------------------------------------------------------------------
 
 
 def make_optimizers(vlm: model.VLM, cfg: RunConfig) -> list[torch.optim.Optimizer]:
@@ -197,8 +192,6 @@ def make_optimizers(vlm: model.VLM, cfg: RunConfig) -> list[torch.optim.Optimize
             inner = inner and "lora_" not in name and "router" not in name
             key = (bool(cfg.muon_lr and inner), name.startswith("vit."), matrix or cfg.decay == "all")
             groups.setdefault(key, []).append(p)
-    if not groups:
-        raise UserError(f"--train '{cfg.train}' leaves nothing to train")
     adam, muon = [], []
     for (use_muon, in_vit, decays), parameters in groups.items():
         peak = cfg.vit_lr if in_vit else cfg.lr
@@ -207,7 +200,7 @@ def make_optimizers(vlm: model.VLM, cfg: RunConfig) -> list[torch.optim.Optimize
         group = {"params": parameters, "peak": peak, "weight_decay": cfg.weight_decay if decays else 0.0}
         (muon if use_muon else adam).append(group)
     optimizers = [torch.optim.AdamW(adam, lr=cfg.lr, betas=(0.9, 0.95), fused=True)] if adam else []
-    return optimizers + ([Muon(muon, fast_dtype(parameters[0].device))] if muon else [])
+    return optimizers + ([Muon(muon, model.fast_dtype(parameters[0].device))] if muon else [])
 
 
 class Muon(torch.optim.Optimizer):
@@ -253,18 +246,6 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-@functools.cache
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on CUDA and on CPUs that multiply it about as fast as float32: many only emulate it."""
-    if device.type == "cuda":
-        return torch.bfloat16
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(256, 256, device=device, dtype=dtype)
-        seconds[dtype] = min(timeit.repeat(lambda x=x: x @ x, number=1, repeat=3))
-    return torch.bfloat16 if seconds[torch.bfloat16] < 2 * seconds[torch.float32] else torch.float32
-
-
 def mm1_rate(size: int | float) -> float:
     """MM1's law of the peak rate (section 3.3); size counts the decoder's weights without embeddings."""
     return math.exp(-0.4214 * math.log(size) - 0.5535)
@@ -279,17 +260,16 @@ def schedule(step: int, cfg: RunConfig) -> float:
     return cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Flags: the command line over the recipe over defaults
+# --- Flags: the command line over the recipe over defaults --------------------------------------------------
 
-# What may differ from the run whose weights are taken; a name that ends with a dot stands for a group. When a
-# run goes on, nothing may that the order of its samples, their lengths or the optimizers depend on.
+# What may differ from the weights that a run starts with, besides new experts of a dense decoder; "prune." is a
+# group of flags. When a run goes on, nothing may that its data order or its optimizers depend on.
 MAY_CHANGE = {
-    "preset": {"vit.image_size", "vit.align_corners", *model.EXPERT_FLAGS},  # of halves from folders
-    "init": {"prune.", "lora.", *model.EXPERT_FLAGS},  # and all flags of the run but --preset
+    "preset": {"vit.image_size", "vit.align_corners"},  # of halves from folders; all else is new
+    "init": {"prune.", "lora."},  # and all flags of the run but --preset
     "resume": {
-        *"out init resume steps val_data workers lr vit_lr muon_lr warmup final_lr weight_decay clip".split(),
-        *"z_loss balance router_z device dtype frozen compile log_every save_every eval_every".split(),
+        *"out init resume steps val_data workers lr vit_lr warmup final_lr weight_decay clip z_loss".split(),
+        *"balance router_z device dtype frozen compile log_every save_every eval_every".split(),
     },
 }
 
@@ -323,29 +303,28 @@ def resolve_flags(config: type, stage: str, argv: list[str], doc: str) -> tuple:
     if getattr(cfg, "pruner", ""):  # the same choice as --prune.name: the one that changes wins
         cfg.pruner = cfg.pruner if cfg.pruner != base.pruner else model_cfg.prune.name
         model_cfg.prune.name = cfg.pruner
-    flags = [flag for flag in model.changed_flags(base, cfg) if origin == "resume" or flag == "preset"]
-    check_changes(base_model, model_cfg, flags, origin, step)
-    cfg.check()
-    return cfg, model_cfg, step, origin
-
-
-def check_changes(base: model.ModelConfig, cfg: model.ModelConfig, flags: list, origin: str, step) -> None:
-    """Refuse what contradicts weights that exist already; flags: those of the run that changed."""
-    may_change = MAY_CHANGE[origin]
-    if base.decoder.experts:  # only a dense decoder can get experts
-        may_change = may_change - {*model.EXPERT_FLAGS}
-    for flag in flags + model.changed_flags(base, cfg):
+    may_change = MAY_CHANGE[origin] | (
+        set() if begun or base_model.decoder.experts else {*model.EXPERT_FLAGS}
+    )
+    flags = [flag for flag in model.changed_flags(base, cfg) if begun or flag == "preset"]
+    halves = {
+        "vit": model_cfg.encoder_from,
+        "image": model_cfg.encoder_from,
+        "decoder": model_cfg.decoder_from,
+    }
+    for flag in flags + model.changed_flags(base_model, model_cfg):
         group = flag.partition(".")[0]
-        halves = {"vit": cfg.encoder_from, "image": cfg.encoder_from, "decoder": cfg.decoder_from}
-        weights = halves.get(group) if origin == "preset" else step
+        weights = step or halves.get(group)
         if weights and not {flag, group + "."} & may_change:
             raise UserError(f"--{flag} cannot change: {weights} has its own")
+    cfg.check()
+    return cfg, model_cfg, step, origin
 
 
 def resolve_device(cfg: RunConfig, device: torch.device, world: int) -> None:
     """What "auto" means on this device, and whether a step divides over the ranks."""
     if cfg.dtype == "auto":
-        cfg.dtype = str(fast_dtype(device)).removeprefix("torch.")
+        cfg.dtype = str(model.fast_dtype(device)).removeprefix("torch.")
     if cfg.compile == "auto":
         cfg.compile = "true" if device.type == "cuda" else "false"
     if cfg.dtype == "float32":
@@ -355,14 +334,14 @@ def resolve_device(cfg: RunConfig, device: torch.device, world: int) -> None:
     name = "batch_size" if cfg.batch_size else "rows"
     size, unit = getattr(cfg, name), cfg.micro_steps * world
     if size % unit:
-        fitting = [n for n in range(1, cfg.micro_steps) if size % (n * world) == 0]
-        fix = f"--micro_steps {fitting[-1]}" if fitting else f"--{name} {unit * math.ceil(size / unit)}"
-        divisor = f"{cfg.micro_steps} micro-steps x {world} ranks"
-        raise UserError(f"--{name} {size} is not divisible by {divisor}: add {fix}")
+        fitting = [n for n in range(1, size + 1) if size % (n * world) == 0]
+        fix = f"--micro_steps {' or '.join(map(str, fitting))}" if fitting else f"a multiple of {unit}"
+        raise UserError(
+            f"--{name} {size} does not divide over {cfg.micro_steps} micro-steps x {world} ranks: take {fix}"
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The start of a run
+# --- The start of a run -------------------------------------------------------------------------------------
 
 
 def start(stage: str, config: type, argv: list[str], doc: str) -> tuple:
@@ -375,7 +354,9 @@ def start(stage: str, config: type, argv: list[str], doc: str) -> tuple:
     sources = data.open_sources(cfg.data, stage)  # a wrong --data shows before anything is loaded
     if step:
         tokenizer = data.Tokenizer.from_pretrained(step / "tokenizer")
-        vlm = load_checkpoint(run, model_cfg, step)
+        # Frozen matrices may be saved in bfloat16, which only autocast multiplies with float32.
+        vlm = model.VLM.from_pretrained(step, None if cfg.dtype == "bfloat16" else torch.float32)
+        vlm.adapt(model_cfg)
     else:
         tokenizer = data.find_tokenizer(model_cfg)
         model_cfg = model.at_resolution(model_cfg, cfg.resolution)
@@ -394,24 +375,6 @@ def start(stage: str, config: type, argv: list[str], doc: str) -> tuple:
     return run, vlm.to(device), tokenizer, cfg
 
 
-def load_checkpoint(run: "Run", model_cfg: model.ModelConfig, step: Path) -> model.VLM:
-    """The model of a checkpoint, with what flags may change of it: isolator, adapters, experts."""
-    # Frozen matrices may be saved in bfloat16, which only autocast multiplies with float32.
-    vlm = model.VLM.from_pretrained(step, None if run.cfg.dtype == "bfloat16" else torch.float32)
-    if model_cfg.prune.isolator != vlm.cfg.prune.isolator:
-        run.say(f"--prune.isolator {model_cfg.prune.isolator}: a new one, not that of {step}")
-        vlm.isolator = prune.ModeIsolator(model_cfg.prune.isolator, vlm.cfg.decoder.width)
-    vlm.cfg.prune = model_cfg.prune
-    if vlm.cfg.lora.rank and model_cfg.lora != vlm.cfg.lora:
-        run.say("the adapters at hand are merged; a frozen decoder in bfloat16 rounds part of them away")
-    vlm.set_lora(model_cfg.lora)
-    if model_cfg.check().decoder.experts != vlm.cfg.decoder.experts:
-        vlm.cfg.decoder = model_cfg.decoder
-        model.upcycle(vlm.decoder, vlm.cfg.decoder)
-    vlm.cfg.check()
-    return vlm
-
-
 def freeze(vlm: model.VLM, cfg: RunConfig) -> None:
     """Freeze what does not train. Trained weights are kept in float32, frozen matrices as --frozen says;
     frozen vectors and position tables, which are few, stay in float32, and with them the residual stream.
@@ -423,8 +386,8 @@ def freeze(vlm: model.VLM, cfg: RunConfig) -> None:
 
 
 def begin(run: "Run", vlm: model.VLM, optimizers) -> int:
-    """The number of the first step, after restoring the optimizers and the log of a run that goes on. Every
-    check has passed: config.json is written, and from here on the run exists on disk.
+    """The first step, 0 or where a run goes on, whose optimizers and log are restored. From here on the run
+    exists on disk: every check has passed.
     """
     first, lines, log = 0, [], run.folder / "metrics.jsonl"
     if (run.folder / "latest").is_file():
@@ -443,7 +406,7 @@ def begin(run: "Run", vlm: model.VLM, optimizers) -> int:
     if run.world > 1:
         dist.barrier()  # all have read it
     if run.rank == 0:
-        model.write_json(run.folder / "config.json", run_config(run, vlm))
+        model.write_json(run.folder / "config.json", run.config(vlm))
         model.write_text(log, "".join(json.dumps(line) + "\n" for line in lines))
     return first
 
@@ -484,8 +447,7 @@ def load_batches(run: "Run", cfg: model.ModelConfig, tokenizer: data.Tokenizer, 
         yield micro
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Checkpoints and validation
+# --- Checkpoints and validation -----------------------------------------------------------------------------
 
 
 def finish_step(run: "Run", vlm: model.VLM, tokenizer, optimizers, step: int) -> None:
@@ -514,7 +476,7 @@ def save(run: "Run", vlm: model.VLM, tokenizer, optimizers, done: int) -> None:
         folder = run.folder / f"step-{done:08d}"
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        vlm.save_pretrained(temporary, {**run_config(run, vlm), "end_token": tokenizer.end})
+        vlm.save_pretrained(temporary, {**run.config(vlm), "end_token": tokenizer.end})
         tokenizer.save(temporary / "tokenizer")
         state = {"optimizers": [o.state_dict() for o in optimizers], "step": done, "cursor": run.cursor}
         torch.save(state, temporary / "state.pt")
@@ -527,12 +489,6 @@ def save(run: "Run", vlm: model.VLM, tokenizer, optimizers, done: int) -> None:
                 shutil.rmtree(old)
     if run.world > 1:
         dist.barrier()
-
-
-def run_config(run: "Run", vlm: model.VLM) -> dict:
-    """config.json: everything needed to rebuild and repeat."""
-    flags, facts = dataclasses.asdict(run.cfg), {"torch": torch.__version__, "world": run.world}
-    return {"model": dataclasses.asdict(vlm.cfg), "stage": run.stage, "train": flags, **facts}
 
 
 @torch.no_grad()
@@ -549,11 +505,8 @@ def validation_loss(
         unseen = data.Scenes(source.kind, "test") if isinstance(source, data.Scenes) else source
         plan = data.Plan([(unseen, 1.0)], tokenizer, vlm.cfg, rows, lambda number: view, range(4))
         stream, total, count = data.Stream(plan), 0.0, 0
-        for planned in plan:
-            batch = stream[planned]
-            if isinstance(batch, UserError):
-                raise batch
-            batch = batch.to(run.device)
+        for planned in plan.unpacked():
+            batch = stream[planned].to(run.device)
             with run.autocast():
                 logits, _, _ = vlm(batch)
             total += F.cross_entropy(logits, batch.student.targets, reduction="sum").item()
@@ -564,8 +517,7 @@ def validation_loss(
     return {name: losses[name] / weights[name] for name in losses}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The log
+# --- The log ------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -586,9 +538,13 @@ class Run:
     def folder(self) -> Path:
         return Path(self.cfg.out)
 
-    def autocast(self):
-        bfloat16 = self.cfg.dtype == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16) if bfloat16 else nullcontext()
+    def config(self, vlm: model.VLM) -> dict:
+        """config.json: everything needed to rebuild and repeat."""
+        facts = {"stage": self.stage, "torch": torch.__version__, "world": self.world}
+        return {"model": dataclasses.asdict(vlm.cfg), "train": dataclasses.asdict(self.cfg), **facts}
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16")
 
     def say(self, text: str) -> None:
         if self.rank == 0:
@@ -603,20 +559,18 @@ class Run:
 
     def announce(self, vlm: model.VLM, origin: str, sources: list) -> None:
         """In three lines before the bar: the model, its data, and the machine."""
-        c, image_cfg = self.cfg, vlm.cfg.image
-        total = sum(p.numel() for p in vlm.parameters()) / 1e6
-        trained = sum(p.numel() for p in vlm.parameters() if p.requires_grad) / 1e6
-        picture = (
-            f"{data.square_tokens(vlm.cfg)} tokens a picture of {vlm.cfg.vit.image_size} px {image_cfg.cut}"
-        )
-        self.say(f"model   {origin}: {total:,.2f}M parameters, {trained:,.2f}M train ({c.train}); {picture}")
-        for source, _ in sources:
-            self.say(f"data    {source.name}: {len(source):,} records of kind {source.kind}")
+        c, total, trained = self.cfg, 0, 0
+        for p in vlm.parameters():
+            total, trained = total + p.numel() / 1e6, trained + p.numel() * p.requires_grad / 1e6
+        picture = f"{data.square_tokens(vlm.cfg)} tokens for a picture of {vlm.cfg.vit.image_size} px"
+        self.say(f"model   {origin}: {total:,.2f}M parameters, {trained:,.2f}M train ({c.train}), {picture}")
+        records = ", ".join(f"{source.name} ({source.kind}, {len(source):,})" for source, _ in sources)
         step = f"{c.batch_size} samples" if c.batch_size else f"{c.rows} rows of {c.row_length} positions"
-        place = self.device.type
-        if place == "cpu":
-            place += f" ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
-        self.say(f"run     {c.steps} steps of {step} on {self.world} x {place}, {c.dtype}, rate {c.lr:.3g}")
+        self.say(f"data    {records}; a step takes {step}")
+        cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+        self.say(
+            f"run     {c.steps} steps, rate {c.lr:.3g}, {c.dtype}, {self.world} x {self.device.type} ({cpu})"
+        )
 
     def bar(self, first: int):
         """The numbers of the steps, behind a progress bar."""

@@ -599,7 +599,7 @@ def tiling_of(cfg: ModelConfig, size: tuple[int, int]) -> tuple[int, int]:
     return fixed.get(cfg.image.cut) or best_tiling(size, cfg.vit.image_size)
 
 
-def view_count(cfg: ModelConfig, size: tuple[int, int]) -> int:
+def tile_count(cfg: ModelConfig, size: tuple[int, int]) -> int:
     columns, rows = tiling_of(cfg, size)
     return 1 + columns * rows
 
@@ -641,7 +641,7 @@ def picture_slots(cfg: ModelConfig, mode: str, size: tuple[int, int]) -> np.ndar
     """
     V, g = cfg.visual_tokens(mode), cfg.grid()
     columns, rows = tiling_of(cfg, size)
-    flat = np.arange(view_count(cfg, size) * V)
+    flat = np.arange(tile_count(cfg, size) * V)
     if mode != "full":
         per_tile = cfg.prune.isolator_per == "tile"
         return flat if per_tile else flat[(flat < V) | (flat % V >= cfg.prune.isolator)]
@@ -665,7 +665,7 @@ def sample_slots(cfg: ModelConfig, mode: str, sizes: list[tuple[int, int]]) -> l
     for size in sizes:
         own = picture_slots(cfg, mode, size)
         slots.append(np.where(own == NEWLINE, NEWLINE, own + first))
-        first += view_count(cfg, size) * cfg.visual_tokens(mode)
+        first += tile_count(cfg, size) * cfg.visual_tokens(mode)
     return slots
 
 
@@ -678,7 +678,7 @@ class Sample(NamedTuple):
 
     def slots(self, cfg: ModelConfig, mode: str) -> list[np.ndarray]:
         sizes = [(1, 1)] * len(self.pixels) if self.sizes is None else self.sizes
-        views = sum(view_count(cfg, size) for size in sizes)
+        views = sum(tile_count(cfg, size) for size in sizes)
         if views != len(self.pixels):
             raise RuntimeError(f"{len(self.pixels)} views, but pictures of {sizes} make {views}")
         return sample_slots(cfg, mode, sizes)
@@ -707,8 +707,8 @@ class Rows:
 @dataclass
 class Batch:
     pixels: Tensor  # (I, 3, size, size) uint8, all views of all pictures
-    full_views: Tensor  # of I, those of which slots want all tokens
-    pruned_views: Tensor  # those of which slots, of student or teacher, want the pruned tokens
+    full_tiles: Tensor  # of I, those of which slots want all tokens
+    pruned_tiles: Tensor  # those of which slots, of student or teacher, want the pruned tokens
     student: Rows
     teacher: Rows | None  # the slow samples once more, on pruned tokens, their targets in the same order
     distill: Tensor | None  # (R of teacher,) rows of student's `supervised` that the teacher's rows belong to
@@ -808,8 +808,8 @@ def make_batch(
     """modes: "full", "fast" or "slow" for each sample.
 
     A slow sample is one whose student row holds all visual tokens and whose teacher row holds the pruned
-    ones. The bank of visual tokens (VLM.bank) lists the full tokens of Batch.full_views, then the pruned ones
-    of Batch.pruned_views. Samples whose pictures were cut off are in neither.
+    ones. The bank of visual tokens (VLM.bank) lists the full tokens of Batch.full_tiles, then the pruned ones
+    of Batch.pruned_tiles. Samples whose pictures were cut off are in neither.
     rows: which samples share a row of row_length positions; None: best-fit, in rows as wide as they need.
     capacity: blank pictures make up the number of images to it, so that compiled code sees one shape.
     """
@@ -1995,9 +1995,9 @@ def check_room(cfg: ModelConfig, limit: int, most_views: int) -> None:
             f"a picture takes {takes} positions, a sample may take {limit}: "
             "raise --row_limit and --row_length"
         )
-    if view_count(cfg, (1, 1)) > most_views:
+    if tile_count(cfg, (1, 1)) > most_views:
         raise UserError(
-            f"a picture has {view_count(cfg, (1, 1))} views, a row takes {most_views}: raise --row_images"
+            f"a picture has {tile_count(cfg, (1, 1))} views, a row takes {most_views}: raise --row_images"
         )
 
 
@@ -2159,7 +2159,7 @@ class Plan(IterableDataset):
         sizes = [picture_size(image, record.name) for image in record.images]  # that it is there, at least
         modes = {"fast": ["pruned"], "slow": ["full", "pruned"]}.get(place.mode, ["full"])
         slots = [max(each, key=len) for each in zip(*(sample_slots(self.cfg, m, sizes) for m in modes))]
-        views = [view_count(self.cfg, size) for size in sizes]
+        views = [tile_count(self.cfg, size) for size in sizes]
         goes_on = record.kind in ("interleaved", "text") and not self.batch_size
         parts = split(pieces_of(record, self.tokenizer), slots, self.limit, views, self.row_images, goes_on)
         parts = parts if goes_on else parts[:1]
@@ -2505,8 +2505,6 @@ def check(spec: str, cfg: CheckConfig) -> int:
         raise UserError(f"--stage '{cfg.stage}': use pretrain or sft")
     model.require_at_least(cfg, 0, "row_length row_limit row_images limit samples workers")
     row = model.preset(cfg.preset)
-    if row.get("plan_only"):
-        raise UserError(f"--preset {cfg.preset} is {row['plan_only']}")
     run = model.from_dict(RunConfig, {**dataclasses.asdict(RunConfig()), **row[cfg.stage]})
     run.row_length, run.row_limit = cfg.row_length or run.row_length, cfg.row_limit or run.row_limit
     model_cfg = model.copy_config(row["model"])

@@ -20,7 +20,6 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -42,7 +41,7 @@ class RunConfig:
     """Flags of both stages. The preset's recipe overrides these defaults, the command line overrides both."""
 
     out: str = ""  # run folder, made by the run
-    preset: str = "tiny"  # model and recipe, see model.PRESETS
+    preset: str = "tiny"  # model and recipe, see assets/presets
     init: str = ""  # start from this run or checkpoint instead of the preset's halves
     scale: str = ""  # token scaling applied to --init, see model.SCALINGS
     scale_init: str = "inflate"  # of its new scales; not in the paper: queries (those random) or random (all)
@@ -252,20 +251,6 @@ class Run:
             dist.destroy_process_group()
 
 
-def find_ranks(device: str, hours: float = 0.5) -> tuple[int, int, torch.device]:
-    """Rank, world size and device, from torchrun's environment; gloo on CPU, NCCL on CUDA. hours: how long a
-    rank waits for another.
-    """
-    device = model.find_device(device)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    place = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
-    if device == "cuda":
-        torch.cuda.set_device(place)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=hours))
-    return rank, world, place
-
-
 def next_recipe(name: str, stage: str, scale: str) -> dict:
     """The preset's recipe of a stage; that of 1b, where it has one, for a stage 1 that scales tokens up."""
     row = model.preset(name)
@@ -290,8 +275,6 @@ def read_flags(
     source = asked.out if begun else asked.init
     if not source:
         preset = model.preset(asked.preset)
-        if preset.get("plan_only"):
-            raise UserError(f"--preset {asked.preset} is {preset['plan_only']}")
         recipe, model_cfg = {**preset[stage], "preset": asked.preset}, model.copy_config(preset["model"])
     else:
         saved = model.read_run_config(model.find_step(source))
@@ -349,7 +332,7 @@ def read_flags(
 def start(stage: str, config: type, argv: list[str], doc: str):
     """Up to the model: run, model on its device, tokenizer, flags. Writes nothing but the hand-over."""
     cfg, model_cfg, step = read_flags(config, stage, argv, doc)
-    rank, world, device = find_ranks(cfg.device)
+    rank, world, device = model.find_ranks(cfg.device)
     resolve_auto(cfg, device, world)
     if model_cfg.decoder.experts and cfg.compile == "true" and cfg.dtype == "float32":
         raise UserError(
@@ -586,8 +569,8 @@ def optimizer_step(run: Run, ddp: nn.Module, micro: list[data.Batch], optimizers
         last = n == len(micro) - 1
         with nullcontext() if last or run.world == 1 else ddp.no_sync():
             with run.autocast():
-                logits, teacher = ddp(batch)
-            losses = add_penalties(run, ddp, loss_of(logits, teacher, batch), logits)
+                logits, teacher, router_losses = ddp(batch)
+            losses = add_penalties(run, loss_of(logits, teacher, batch), logits, router_losses)
             (losses["loss"] * (run.world / count)).backward()  # DDP divides by the number of ranks
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
@@ -606,15 +589,14 @@ def optimizer_step(run: Run, ddp: nn.Module, micro: list[data.Batch], optimizers
     return {**dict(zip(sums, values)), "grad_norm": norm, "rate": rate}
 
 
-def add_penalties(run: Run, ddp: nn.Module, losses: dict, logits: Tensor) -> dict:
+def add_penalties(run: Run, losses: dict, logits: Tensor, router_losses: Tensor | None) -> dict:
     """--z_loss and, where there are experts, their routers' losses: means, so times the supervised tokens."""
-    decoder, loss, more = getattr(ddp, "module", ddp).decoder, losses["loss"], {}
+    loss, more = losses["loss"], {}
     if run.cfg.z_loss:
         more["z"] = logits.logsumexp(-1).square().sum()
         loss = loss + run.cfg.z_loss * more["z"]
-    if getattr(decoder, "router_losses", None) is not None:
-        more["balance"], more["router_z"] = decoder.router_losses * len(logits)
-        decoder.router_losses = None  # or it would hold on to the graph
+    if router_losses is not None:
+        more["balance"], more["router_z"] = router_losses * len(logits)
         loss = loss + run.cfg.balance * more["balance"] + run.cfg.router_z * more["router_z"]
     return {**losses, **more, "loss": loss}
 
@@ -743,7 +725,7 @@ def validation_loss(run: Run, vlm, tokenizer, spec: str, stage: str, mode: str =
             if isinstance(batch, UserError):
                 raise batch
             with run.autocast():
-                logits, _ = vlm(batch.to(run.device))
+                logits, _, _ = vlm(batch.to(run.device))
             total += F.cross_entropy(logits, batch.student.targets.to(run.device), reduction="sum").item()
             count += len(batch.student.targets)
         if not count:

@@ -32,6 +32,7 @@ sys.path.insert(0, str(HERE.parent))
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import model  # noqa: E402
+from tools import export  # noqa: E402
 
 
 def make_optimizer(parameters, muon_lr: float, lr: float = 2.5e-3) -> list[torch.optim.Optimizer]:
@@ -197,7 +198,7 @@ def make_vit(minutes: float, seed: int = 0) -> None:
         bar.n = round(done * minutes * 60)
         bar.refresh()
     bar.close()
-    vit.save_pretrained(HERE / "tiny_vit", torch.float16)
+    export.save_vit(vit, HERE / "tiny_vit", torch.float16)
     mean, std = [0.5] * 3, [0.25] * 3
     model.write_json(
         HERE / "tiny_vit" / "preprocessor_config.json",
@@ -303,19 +304,19 @@ def make_lm(minutes: float, seed: int = 0) -> None:
         done = min(1.0, (time.time() - start) / (minutes * 60))
         step += 1
         if step % 500 == 0:
-            lm.save_pretrained(HERE / "tiny_lm", torch.float16)
+            export.save_decoder(lm, HERE / "tiny_lm", torch.float16)
             bar.write(f"step {step} loss {loss.item():.3f} {score_text(lm, tokenizer, 48)}", file=sys.stderr)
         bar.n = round(done * minutes * 60)
         bar.refresh()
     bar.close()
-    lm.save_pretrained(HERE / "tiny_lm", torch.float16)
+    export.save_decoder(lm, HERE / "tiny_lm", torch.float16)
     print(f"{step} steps of 32;", score_text(model.Decoder.from_pretrained(HERE / "tiny_lm"), tokenizer, 500))
 
 
 def text_step(lm: model.Decoder, rows: data.Rows):
     with torch.autocast("cpu", torch.bfloat16):
         x = lm.embed_tokens(rows.ids)
-        hidden = lm.hidden(x, rows.positions, model.document_mask(rows.doc_ids))
+        hidden, _ = lm.hidden(x, rows.positions, model.document_mask(rows.doc_ids))
         logits = lm.head(hidden.flatten(0, 1)[rows.supervised])
     return F.cross_entropy(logits.float(), rows.targets), logits
 

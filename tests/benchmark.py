@@ -9,7 +9,7 @@ warm-up, so that a busy machine slows both sides of a ratio. Weights are random 
 
     value       median over the rounds of the ratio within a round
     spread      its quartiles
-    floor       the same ratio in counted FLOPs (model.sample_cost: no padding, no optimizer, no launches)
+    floor       the same ratio in counted FLOPs (plan.sample_cost: no padding, no optimizer, no launches)
     efficiency  floor / value, of a speedup value / floor: the share of the possible that is reached; above 1
                 the other side has less
     at_7b       the floor with CLIP-L and a 7B decoder (preset cos-7b, of dualspeed llava-1.5-vicuna) /
@@ -54,6 +54,7 @@ import model  # noqa: E402
 import prune  # noqa: E402
 import train_pretrain  # noqa: E402
 import train_sft  # noqa: E402
+from tools import plan  # noqa: E402
 
 GEOMETRY = model.ModelConfig(
     vit=model.ViTConfig(128, 8, width=128, layers=6, heads=4, mlp_width=512),  # 16 x 16 patches
@@ -179,8 +180,8 @@ def stage1_config(cfg: model.ModelConfig, name: str) -> model.ModelConfig:
 
 def stage1_flops(cfg: model.ModelConfig, name: str) -> dict[str, float]:
     """FLOPs by part of one sample: connector and adapters train, as in the paper's stage 1."""
-    train = model.trainable_parts(model.COS_TRAINS["pretrain"])
-    return model.sample_cost(stage1_config(cfg, name), train, TEXT, "full", 1)[0]
+    train = model.trainable_parts(model.preset("cos-7b")["pretrain"]["train"])
+    return plan.sample_cost(stage1_config(cfg, name), train, TEXT, "full", 1)[0]
 
 
 def stage1_floor(cfg: model.ModelConfig, name: str) -> float:
@@ -229,7 +230,7 @@ def connector_share(bench: BenchConfig) -> list[dict]:
         seconds = alternate({"alone": trainer.connector_alone(), "step": trainer.step}, 5 * bench.rounds)
         ratios = [a / b for a, b in zip(seconds["alone"], seconds["step"])]
         train = model.trainable_parts(recipe["train"])
-        floor = shares(model.sample_cost(trainer.vlm.cfg, train, TEXT, "full", 1)[0])["connector"]
+        floor = shares(plan.sample_cost(trainer.vlm.cfg, train, TEXT, "full", 1)[0])["connector"]
         note = "forward and backward in the whole step; floor: its share of the FLOPs; aim: at most 0.25"
         rows.append(make_row("connector.share.tiny", ratios, floor, note=note))
     if bench.wants("connector.share.7b"):
@@ -252,7 +253,7 @@ def packing(bench: BenchConfig) -> list[dict]:
     for name, (T, rows) in layouts.items():
         trainers[name] = trainer = Trainer(cfg, recipe)
         trainer.batch = data.make_batch(samples, ["full"] * n, cfg, T, 4096, rows=rows)
-        parts = model.sample_cost(cfg, model.trainable_parts(recipe["train"]), T - V, "full", 1)[0]
+        parts = plan.sample_cost(cfg, model.trainable_parts(recipe["train"]), T - V, "full", 1)[0]
         flops[name] = n * (parts["vit"] + parts["connector"]) + len(rows) * parts["decoder"]
         fill[name] = sum(taken) / (len(rows) * T)
     seconds = alternate({name: trainer.step for name, trainer in trainers.items()}, bench.rounds)
@@ -285,7 +286,7 @@ def dual_config(cfg: model.ModelConfig, name: str) -> model.ModelConfig:
 
 def dual_parts(cfg: model.ModelConfig, text: int, mode: str, views: int) -> dict[str, float]:
     """FLOPs by part of a sample: sample_cost, whose head sees all text, with a head that sees the answers."""
-    parts = model.sample_cost(cfg, ["connector", "decoder"], text, mode, views)[0]
+    parts = plan.sample_cost(cfg, ["connector", "decoder"], text, mode.replace("fast", "pruned"), views)[0]
     unseen = (1 - ANSWER) * parts["head"]
     if mode == "slow":
         parts["teacher"] -= unseen / 3  # a forward pass

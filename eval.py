@@ -49,7 +49,6 @@ from tqdm import tqdm
 import data
 import model
 import prune
-import train_pretrain
 from model import UserError
 
 BITS = {2: torch.int16, 4: torch.int32}
@@ -104,7 +103,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--tasks: a loss on text needs --model")
     log, step, vlm, tokenizer = Log(), "", None, None
     if cfg.model:
-        log.rank, log.world, device = train_pretrain.find_ranks(cfg.device, hours=24)  # they do not keep step
+        log.rank, log.world, device = model.find_ranks(cfg.device, hours=24)  # they do not keep step
         step = model.find_step(cfg.model)
         narrow = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")
         vlm = model.VLM.from_pretrained(step, torch.bfloat16 if narrow else torch.float32).to(device).eval()
@@ -1368,7 +1367,7 @@ def answer_likelihoods(
     positions = torch.cat([rows.positions, rows.positions[:, -1:] + 1 + place], 1)
     who = torch.cat([rows.doc_ids, who], 1)  # 0 in the prompt
     mask = ((who[:, :, None] == who[:, None]) | (who[:, None] == 0)).tril()  # (B, T + W, T + W)
-    hidden = vlm.decoder.hidden(x, positions, mask[:, None])
+    hidden, _ = vlm.decoder.hidden(x, positions, mask[:, None])
     row, place, token = torch.tensor(told, device=x.device).unbind(-1)  # each (R,)
     logits = vlm.decoder.head(hidden[row, place]).float().log_softmax(-1)  # (R, N)
     each = iter(logits.gather(1, token[:, None])[:, 0].cpu().split([len(ids) for o in options for ids in o]))

@@ -124,7 +124,7 @@ def test_z_loss_is_the_mean_squared_log_of_the_denominator():
 
 def test_sizes_of_a_batch():
     """512 rows of 4096: 2,097,152 positions, at most 2,304 of 4,096 for images."""
-    preset = model.PRESETS["3b"]
+    preset = model.preset("3b")
     recipe = preset["pretrain"]
     most = train_pretrain.RunConfig.row_images * preset["model"].visual_tokens()
     assert recipe["rows"] * recipe["row_length"] == 2_097_152 and most == 2304

@@ -271,7 +271,7 @@ def right_answers(
         index = torch.arange(len(bank))
         x = vlm.splice(data.Rows(ids.clamp(0), slot >= 0, positions, who, index, None, None), bank)
         mask = ((who[:, :, None] == who[:, None]) | (who[:, None] == -2)).tril()  # (B, T, T)
-        hidden = vlm.decoder.hidden(x, positions, mask[:, None])[targets >= 0]  # (R, D)
+        hidden = vlm.decoder.hidden(x, positions, mask[:, None])[0][targets >= 0]  # (R, D)
         wrong = vlm.decoder.head(hidden).argmax(-1) != targets[targets >= 0]
         right[who[targets >= 0][wrong].numpy()] = False
     return right

@@ -238,28 +238,24 @@ class HubTokenizer(Tokenizer):
 
 def read_vocab_and_merges(folder: Path, vocab_name: str, merges_name: str) -> dict:
     """The tokenizer.json of a folder that has none. Where the ChatML tokens stand tells the family."""
-    vocab, merges = read_json(folder / vocab_name), (folder / merges_name).read_text(encoding="utf-8")
-    made = {merge.replace(" ", "") for merge in merges.splitlines()}
-    added = {i: {"content": token} for token, i in vocab.items() if len(token) > 1 and token not in made}
-    if (folder / "added_tokens.json").is_file():
-        added |= {i: {"content": token} for token, i in read_json(folder / "added_tokens.json").items()}
-    if (folder / "tokenizer_config.json").is_file():
-        config = read_json(folder / "tokenizer_config.json")
-        added |= {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
+    vocab, config = read_json(folder / vocab_name), folder / "tokenizer_config.json"
     bpe = tokenizers.models.BPE.from_file(str(folder / vocab_name), str(folder / merges_name))
-    bpe = tokenizers.Tokenizer(bpe)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # GPT-2
+    bpe, names = tokenizers.Tokenizer(bpe), QWEN_SPECIAL
+    cuts = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
     if "<|im_start|>" in vocab:  # SmolLM2
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, bpe.pre_tokenizer])
-    elif "<|endoftext|>" not in vocab:  # Qwen
+        cuts.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    elif "<|endoftext|>" in vocab:  # GPT-2
+        names = names[:1]
+    else:  # Qwen
+        cuts[0].use_regex = False
+        cuts.insert(0, pre_tokenizers.Split(tokenizers.Regex(QWEN_PATTERN), "isolated"))
         bpe.normalizer = normalizers.NFC()
-        split = pre_tokenizers.Split(tokenizers.Regex(QWEN_PATTERN), "isolated")
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-        added = added or {len(vocab) + n: {"content": token} for n, token in enumerate(QWEN_SPECIAL)}
-    for _, token in sorted(added.items()):  # those not in the vocabulary get the next ids in this order
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.Sequence(cuts), decoders.ByteLevel()
+    added = read_json(config).get("added_tokens_decoder", {}) if config.is_file() else {}
+    added = {int(i): token for i, token in added.items()} or {
+        n: {"content": name} for n, name in enumerate(names)
+    }
+    for _, token in sorted(added.items()):  # those that the vocabulary lacks get the next ids in this order
         special = token.get("special", True)
         bpe.add_tokens([tokenizers.AddedToken(token["content"], special=special, normalized=False)])
     return json.loads(bpe.to_str())

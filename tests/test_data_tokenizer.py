@@ -191,15 +191,14 @@ def test_added_tokens_that_are_not_special_are_found_in_text(tmp_path, kind):
 def test_vocab_and_merges_are_the_same_tokenizer(tmp_path, kind, names):
     whole = small_tokenizer(kind)
     write_vocab(tmp_path, kind, names)
-    if kind == "qwen":  # its control tokens stand in other files
+    if kind == "qwen":  # its added tokens stand in another file, in any order
         last = len(small(kind)[0])
-        model.write_json(tmp_path / "added_tokens.json", {CHATML[1]: last + 1})
-        others = {str(last): {"content": CHATML[0]}, str(last + 2): {"content": CHATML[2]}}
-        others[str(last + 3)] = {"content": "<think>", "special": False}
-        model.write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": others})
+        added = {last + 3: {"content": "<think>", "special": False}}
+        added |= {last + n: {"content": name, "special": True} for n, name in enumerate(CHATML)}
+        model.write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": added})
     apart = data.Tokenizer.from_pretrained(tmp_path)
     assert (apart.end, apart.template) == (whole.end, whole.template)
-    assert {name: apart.special[name] for name in whole.special} == whole.special
+    assert apart.special == whole.special
     assert apart.vocab_size == whole.vocab_size + (kind == "qwen")
     for text in hostile(300, 2):
         assert apart.encode(text) == whole.encode(text) and apart.decode(apart.encode(text)) == round_trip(
@@ -219,9 +218,8 @@ def write_vocab(folder: Path, kind: str, names=("vocab.json", "merges.txt")) -> 
 def test_smollm_specials_inside_the_vocabulary_are_never_text(tmp_path):
     write_vocab(tmp_path, "smollm2")
     tokenizer = data.Tokenizer.from_pretrained(tmp_path)
-    assert sorted(tokenizer.special.values()) == [*range(17)] and tokenizer.end == 2
+    assert [*tokenizer.special.values()] == [0, 1, 2] and tokenizer.end == 2
     for name in [*CHATML, "<special_16>"]:
-        assert tokenizer.control(name)[0] < 17 and len(tokenizer.control(name)) == 1
         assert min(tokenizer.encode(name)) >= 17 and tokenizer.decode(tokenizer.encode(name)) == name
     assert tokenizer.encode("\x05\x1c") == []  # bytes the vocabulary lacks
     assert tokenizer.encode("hello\x05") == tokenizer.encode("hello")

@@ -12,6 +12,7 @@ optimizers, schedule, step, checkpoint, log.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -73,7 +74,7 @@ class RunConfig:
     balance: float = 0.01  # weight of the load-balance loss of --decoder.experts (MM1's)
     router_z: float = 0.001  # weight of their router's z-loss (MM1's)
     device: str = "auto"  # auto, cpu or cuda
-    dtype: str = "auto"  # autocast: float32 or bfloat16; auto: bfloat16 on cuda and where the CPU has it
+    dtype: str = "auto"  # autocast: float32 or bfloat16; auto: bfloat16 where the device is fast at it
     compile: str = "auto"  # true or false: torch.compile of every block; auto: on cuda only
     workers: int = 1  # processes that draw and decode pictures
     log_every: int = 10  # steps between log lines
@@ -418,7 +419,7 @@ def start(stage: str, config: type, argv: list[str], doc: str):
 def resolve_auto(cfg: RunConfig, device: torch.device, world: int) -> None:
     cuda = device.type == "cuda"
     if cfg.dtype == "auto":
-        cfg.dtype = "bfloat16" if cuda or torch.backends.cpu.get_cpu_capability() == "AVX512" else "float32"
+        cfg.dtype = str(fast_dtype(device)).removeprefix("torch.")
     if cfg.compile == "auto":
         cfg.compile = "true" if cuda else "false"
     if cfg.dtype not in ("float32", "bfloat16") or cfg.compile not in ("true", "false"):
@@ -545,7 +546,71 @@ def make_optimizers(vlm: model.VLM, cfg: RunConfig) -> list[torch.optim.Optimize
         group = {"params": parameters, "peak": peak, "weight_decay": cfg.weight_decay if decays else 0.0}
         (muon if use_muon else adam).append(group)
     optimizers = [torch.optim.AdamW(adam, lr=cfg.lr, betas=(0.9, 0.95), fused=True)] if adam else []
-    return optimizers + ([torch.optim.Muon(muon, lr=cfg.muon_lr)] if muon else [])
+    return optimizers + ([Muon(muon, fast_dtype(parameters[0].device))] if muon else [])
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update of every matrix is orthogonalised (Jordan et al. 2024), as in torch.optim.Muon.
+
+    Unlike there, matrices of one shape are orthogonalised together, and in `dtype`: torch always takes
+    bfloat16, which CPUs that emulate it multiply fifty times more slowly than float32.
+    """
+
+    def __init__(self, groups: list[dict], dtype: torch.dtype, momentum: float = 0.95):
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for (rows, columns), parameters in by_shape.items():
+                updates = torch.stack([self.nesterov(p, group["momentum"]) for p in parameters])
+                updates = orthogonalise(updates.to(self.dtype))  # (n, rows, columns)
+                rate = group["lr"] * math.sqrt(max(1, rows / columns))
+                for p, update in zip(parameters, updates):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+
+    def nesterov(self, p: Tensor, momentum: float) -> Tensor:
+        """The gradient moved towards its running mean, which takes the gradient in first."""
+        if "momentum_buffer" not in self.state[p]:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+        mean = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(mean, momentum)
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Near U V^T of each matrix U S V^T, (n, rows, columns), by the quintic Newton-Schulz iteration whose
+    coefficients are Jordan's: steep at 0, so that singular values end between about 0.7 and 1.2.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value above 1
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+@functools.cache
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it at least as fast as float32, else float32: always on CUDA, on
+    CPUs by a measurement, as many only emulate it.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(256, 256, device=device, dtype=dtype)
+        x @ x  # the first product chooses a kernel
+        began = time.perf_counter()
+        x @ x
+        seconds[dtype] = time.perf_counter() - began
+    return torch.bfloat16 if seconds[torch.bfloat16] < 2 * seconds[torch.float32] else torch.float32
 
 
 def schedule(step: int, cfg: RunConfig) -> float:

@@ -35,6 +35,7 @@ from helpers_tokenizers import (
 
 import data
 import model
+from tools import tokenizer as convert_tokenizer
 
 VECTORS = json.loads((Path(__file__).parent / "fixtures" / "tokenizer_vectors.json").read_text())
 SCENES = model.ASSETS / "scenes.tiktoken"
@@ -191,11 +192,14 @@ def test_added_tokens_that_are_not_special_are_found_in_text(tmp_path, kind):
 def test_vocab_and_merges_are_the_same_tokenizer(tmp_path, kind, names):
     whole = small_tokenizer(kind)
     write_vocab(tmp_path, kind, names)
+    with pytest.raises(model.UserError, match=f"python tools/tokenizer.py {tmp_path}"):
+        data.Tokenizer.from_pretrained(tmp_path)
     if kind == "qwen":  # its added tokens stand in another file, in any order
         last = len(small(kind)[0])
         added = {last + 3: {"content": "<think>", "special": False}}
         added |= {last + n: {"content": name, "special": True} for n, name in enumerate(CHATML)}
         model.write_json(tmp_path / "tokenizer_config.json", {"added_tokens_decoder": added})
+    convert_tokenizer.main([str(tmp_path)])
     apart = data.Tokenizer.from_pretrained(tmp_path)
     assert (apart.end, apart.template) == (whole.end, whole.template)
     assert apart.special == whole.special
@@ -217,6 +221,7 @@ def write_vocab(folder: Path, kind: str, names=("vocab.json", "merges.txt")) -> 
 
 def test_smollm_specials_inside_the_vocabulary_are_never_text(tmp_path):
     write_vocab(tmp_path, "smollm2")
+    convert_tokenizer.convert(tmp_path)
     tokenizer = data.Tokenizer.from_pretrained(tmp_path)
     assert [*tokenizer.special.values()] == [0, 1, 2] and tokenizer.end == 2
     for name in [*CHATML, "<special_16>"]:
@@ -360,6 +365,7 @@ def test_save_copies_the_files_and_the_copy_is_the_same(tmp_path, layout):
         (source / "tokenizer_config.json").write_text('{"chat_template" :  "…"}', encoding="utf-8")
     elif layout == "vocab.json":
         write_vocab(source, "smollm2")
+        convert_tokenizer.convert(source)
     elif layout == "original":
         (source / "original").mkdir()
         (source / "original" / "tokenizer.model").write_text(many_ranks(128_000))
@@ -414,8 +420,8 @@ CONVERT = (
     r"pip install transformers sentencepiece protobuf.*AutoTokenizer.from_pretrained\('.*'\).save_pretrained"
 )
 BROKEN = {
-    "nothing": ({}, "holds 0 tokenizers: give.*tokenizer.json"),
-    "two": ({"a.tiktoken": b"YQ== 0\n", "b.tiktoken": b"YQ== 0\n"}, "holds 2 tokenizers"),
+    "nothing": ({}, "no tokenizer.json.* and 0 rank files"),
+    "two": ({"a.tiktoken": b"YQ== 0\n", "b.tiktoken": b"YQ== 0\n"}, "and 2 rank files"),
     "sentencepiece": ({"tokenizer.model": SENTENCEPIECE_MODEL}, CONVERT),
     "base64": ({"x.tiktoken": b"YQ== 0\nYg== 1\n!!! 2\n"}, "no usable tokenizer"),
     "number": ({"x.tiktoken": b"YQ== 0\n\nYg== one\n"}, "no usable tokenizer.*one"),
@@ -425,8 +431,16 @@ BROKEN = {
     "empty": ({"x.tiktoken": b""}, "every byte"),
     "json": ({"tokenizer.json": b'{"model": \n'}, "tokenizer.json line 2 column 1: not valid JSON"),
     "list": ({"tokenizer.json": b"[]"}, "no usable tokenizer"),
-    "merges": ({"vocab.json": b'{"a": 0, "b": 1, "ab": 2}', "merges.txt": b"a b c\n"}, "no usable tokenizer"),
 }  # fmt: skip
+
+
+def test_a_vocabulary_that_does_not_fit_its_merges_is_refused(tmp_path):
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2}')
+    (tmp_path / "merges.txt").write_text("a b c\n")
+    with pytest.raises(model.UserError, match="vocab.json and .*merges.txt do not fit"):
+        convert_tokenizer.convert(tmp_path)
+    with pytest.raises(model.UserError, match="neither vocab.json"):
+        convert_tokenizer.convert(tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize("what", BROKEN)
@@ -440,7 +454,7 @@ def test_broken_files_are_named(tmp_path, what):
 
 
 def test_a_path_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(model.UserError, match="nowhere holds 0 tokenizers"):
+    with pytest.raises(model.UserError, match="nowhere holds no tokenizer.json"):
         data.Tokenizer.from_pretrained(tmp_path / "nowhere")
 
 
@@ -581,6 +595,7 @@ def test_hugging_face_gives_the_same_ids_and_its_folder_the_same_tokenizer(tmp_p
         (tmp_path / "tokenizer.json").unlink()
         (tmp_path / "vocab.json").write_text(json.dumps(vocab))
         (tmp_path / "merges.txt").write_text("\n".join(" ".join(pair) for pair in merges), encoding="utf-8")
+        convert_tokenizer.convert(tmp_path)
         folder = data.Tokenizer.from_pretrained(tmp_path)
         assert folder.special == tokenizer.special and folder.end == tokenizer.end
         assert [folder.encode(text) for text in texts] == expected

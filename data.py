@@ -92,11 +92,16 @@ class Tokenizer:
     prefix = ""
 
     def __init__(self, special: dict[str, int], vocab_size: int, files: dict[str, bytes]):
-        family = next((family for family in FAMILIES if special.keys() >= {*family["control"]}), None)
-        if family is None:
-            raise ValueError(f"it has none of the end tokens {' '.join(f['control'][0] for f in FAMILIES)}")
-        self.special, self.vocab_size, self.files = special, vocab_size, files
-        self.template, self.strips, self.system = family["turns"], family["strips"], family["system"]
+        families = [family for family in FAMILIES if special.keys() >= {*family["control"]}]
+        if not families:
+            raise ValueError("it has not the control tokens of any family in assets/chat_templates.json")
+        family = families[0]
+        self.special = special
+        self.vocab_size = vocab_size
+        self.files = files
+        self.template = family["turns"]
+        self.strips = family["strips"]
+        self.system = family["system"]
         self.end = special[family["control"][0]]
         self.start = [special[family["start"]]] if family["start"] else []
 
@@ -162,7 +167,8 @@ class HubTokenizer(Tokenizer):
     """`tokenizers` with the content of a tokenizer.json."""
 
     def __init__(self, spec: dict, files: dict[str, bytes]):
-        bpe, added = spec["model"], spec.get("added_tokens", [])
+        bpe = spec["model"]
+        added = spec.get("added_tokens", [])
         if bpe.get("type", "BPE") != "BPE":
             raise ValueError(f"its model is {bpe['type']}, only BPE works")
         for token in added:  # in Phi-3's file </s> is not special
@@ -200,7 +206,8 @@ class RankTokenizer(Tokenizer):
         if sorted(ranks.values()) != list(range(self.n_ranks)) or n_bytes < 256:
             raise ValueError("its ids must count up from 0, with every byte among its tokens")
         family = RANK_FILES.get(str(self.n_ranks), RANK_FILES["scenes"])
-        self.prefix, self.nfc = family["prefix"], family["nfc"]
+        self.prefix = family["prefix"]
+        self.nfc = family["nfc"]
         special = {name: self.n_ranks + n for n, name in enumerate(family["special"])}
         super().__init__(special, self.n_ranks + len(special), files)
         self.bpe = tiktoken.Encoding(
@@ -229,7 +236,10 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             f'write tokenizer.json with python -c "from transformers import AutoTokenizer; {convert}"'
         )
     pairs = [line.split() for line in content.splitlines() if line.strip()]
-    return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    try:
+        return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except ValueError:
+        raise UserError(f"{path} is not a tiktoken rank file: a line of it is not 'base64 rank'") from None
 
 
 def find_tokenizer(cfg: ModelConfig) -> Tokenizer:

@@ -1138,8 +1138,7 @@ def answer_all(
     order = sorted(lengths, key=lambda i: (lengths[i], i))
     answers |= {i: "" for i in todo if i not in lengths}  # too long
     marks = stop_marks(task)
-    ranks = tokenizer.ranks.items() if todo else ()
-    stops = [i for token, i in ranks if any(mark.encode() in token for mark in marks)]
+    stops = tokenizer.ids_with(marks) if todo and marks else []
     size = max(1, cfg.batch_size // (1 + (task.shots or 0)))  # as many pictures at any number of shots
     batches = [order[start : start + size] for start in range(0, len(order), size)][log.rank :: log.world]
     new = {}

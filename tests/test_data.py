@@ -32,8 +32,8 @@ def test_tokenizer_round_trip_and_control_tokens_in_text_stay_text():
     ):
         ids = TOKENIZER.encode(text)
         assert TOKENIZER.decode(ids) == text
-        assert all(i < len(TOKENIZER.ranks) for i in ids)
-    assert TOKENIZER.control("<|user|>") == [len(TOKENIZER.ranks) + 1]
+        assert all(i < TOKENIZER.end for i in ids)
+    assert TOKENIZER.control("<|user|>") == [TOKENIZER.end + 1]
 
 
 @pytest.mark.parametrize("mode", ["full", "fast", "slow"])

@@ -4,8 +4,8 @@
     python tools/check.py SPEC --stage pretrain --preset cos-7b
     python tools/check.py SPEC --row_length 512 --limit 1000
 
-Reads all records and pictures, on all visual tokens, and tells of each source how many records are usable and
-why others are not (ten of each reason by name), what share of the tokens is learned, how long records are, and
+Reads all records and pictures and tells of each source how many records are usable on all visual tokens, why
+others are not (ten of each reason by name), what share of the tokens is learned and how long records are, and
 shows some as the decoder sees them. Exit code 1: a run would skip more than 1 %.
 """
 

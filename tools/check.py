@@ -224,7 +224,7 @@ def as_text(pieces: list[data.Piece], tokenizer: data.Tokenizer, on: str, off: s
             shown += "<picture>"
             continue
         ids, supervised = piece
-        text = tokenizer.bpe.decode([id for id in ids if id < tokenizer.vocab_size])
+        text = tokenizer.show(ids)
         text = "".join(
             c if c.isprintable() or c == "\n" else "?" for c in text
         )  # no escape codes of the data

@@ -953,10 +953,10 @@ class Planned:
 class Plan(IterableDataset):
     """What each step of this rank trains on, tokenized and measured, but before any picture is decoded.
 
-    Packed, a pool of samples is measured, put into rows by best fit, and its rows are shuffled; by_kind, a row
-    holds one kind, drawn by weight (stage 1). With batch_size a step takes so many samples. Every rank plans
-    for all ranks, in its own process, and opens pictures only where their size matters or a document
-    can do without them: elsewhere a missing file shows here, a broken one in the worker that decodes it.
+    Packed, pools of samples are measured, put into rows by best fit, and the rows shuffled; by_kind, a row holds
+    one kind, drawn by weight (stage 1). With batch_size a step takes so many samples. Every rank plans for
+    all ranks, in a process of its own, and opens pictures only where their size matters or a document can do
+    without them: elsewhere a missing file shows here, a broken one in the worker that decodes it.
     """
 
     sources: list[tuple]  # (source, weight), see open_sources
@@ -1454,8 +1454,12 @@ def index_json(path: Path) -> np.ndarray:
             starts.append(item.start("object"))
             at = item.end()
         if not LIST_ENDS.match(content, at):
-            parse_object(content[:], str(path))  # says where it is not JSON
-            raise UserError(f"{path}: a .json file must be a list of objects")
+            problem = "a .json file must be a list of objects"
+            try:
+                json.loads(content[:])
+            except (ValueError, RecursionError) as error:
+                problem = f"not JSON ({error})"
+            raise UserError(f"{path}: {problem}")
     starts.append(at)
     return np.array(starts)
 
@@ -1474,12 +1478,12 @@ def parse_object(text: str | bytes, place: str) -> dict:
     except (ValueError, RecursionError) as error:
         raise BadRecord(f"{place}: not JSON ({error})") from None
     if not isinstance(value, dict):
-        raise BadRecord(f"{place}: expected an object, got {str(value)[:40]!r}; a .json holds a list of them")
+        raise BadRecord(f"{place}: expected an object, got {str(value)[:40]!r}")
     return value
 
 
 def index_tar(path: Path, size: int, changed: int) -> np.ndarray:
-    """Where the samples of a tar begin: all of it must be read, so NAME.tar.index.npy beside it keeps this."""
+    """Where the samples of a tar begin: all of it must be read, so NAME.tar.index.npy keeps this."""
     kept, temporary = (Path(f"{path}.index{mark}.npy") for mark in ("", f".{os.getpid()}"))
     with contextlib.suppress(OSError, ValueError, EOFError):  # none yet, or not one of ours
         header, starts = np.split(np.load(kept), [2])

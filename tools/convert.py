@@ -222,11 +222,12 @@ def mmc4_to_interleaved(raw: dict, place: str) -> dict:
     for info in infos:
         info = info if isinstance(info, dict) else {}
         at, similarity = info.get("matched_text_index"), info.get("matched_sim", 1.0)
-        if not isinstance(at, int) or not 0 <= at < len(sentences) or not isinstance(similarity, int | float):
+        matched = isinstance(at, int) and 0 <= at < len(sentences) and isinstance(similarity, int | float)
+        if not matched or info.get("image_name") is None:
             needed = f"'image_name' and a 'matched_text_index' below {len(sentences)}"
             raise BadRecord(f"{place}: an image needs {needed}, got {info}")
         if similarity >= MMC4_LEAST_SIMILARITY:
-            before[at].append(info.get("image_name"))
+            before[at].append(info["image_name"])
     images, texts = [], []
     for sentence, pictures in zip(sentences, before):
         if pictures or not texts:

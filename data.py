@@ -953,9 +953,9 @@ class Planned:
 class Plan(IterableDataset):
     """What each step of this rank trains on, tokenized and measured, but before any picture is decoded.
 
-    Packed, pools of samples are measured, put into rows by best fit, and the rows shuffled; by_kind, a row holds
-    one kind, drawn by weight (stage 1). With batch_size a step takes so many samples. Every rank plans for
-    all ranks, in a process of its own, and opens pictures only where their size matters or a document can do
+    Packed, pools of samples are measured, put into rows by best fit, and the rows shuffled; by_kind, a row
+    holds one kind, drawn by weight (stage 1). With batch_size a step takes so many samples. Every rank plans
+    for all ranks in a process of its own, opening pictures only where their size matters or a document can do
     without them: elsewhere a missing file shows here, a broken one in the worker that decodes it.
     """
 

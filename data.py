@@ -607,11 +607,8 @@ class Sample(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------
 # Batches: several samples in rows of T positions; attention is masked by doc_ids, positions restart.
 
-VIEWS = {
-    "full": ("full",),
-    "pruned": ("pruned",),
-    "slow": ("full", "pruned"),
-}  # by mode: student's, teacher's
+# Views by mode: the student's, and the teacher's of a slow sample
+VIEWS = {"full": ("full",), "pruned": ("pruned",), "slow": ("full", "pruned")}
 
 
 @dataclass
@@ -637,9 +634,7 @@ class Batch:
     pruned_tiles: Tensor  # of I, those whose pruned tokens are in the bank
     student: Rows
     teacher: Rows | None  # the slow samples once more, on pruned tokens
-    distill: (
-        Tensor | None
-    )  # (R of teacher,) the entry of student's `supervised` that each of teacher's repeats
+    distill: Tensor | None  # (R of teacher,) for each of its targets, which of the student's it is
     samples: int
     next_sample: int  # the number of the first sample (or row) after this step, over all ranks
     questions: Tensor | None = None  # (I, M) see `question_ids`
@@ -665,9 +660,7 @@ def best_fit(
     rows, room, free = [], [], []
     open_rows = []  # those with room left, the one that changed last at the end
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = [
-            r for r in open_rows if room[r] >= lengths[i] and free[r] >= images[i] and len(rows[r]) < most
-        ]
+        fits = [r for r in open_rows if room[r] >= lengths[i] and free[r] >= images[i]]
         if fits:
             r = min(fits, key=lambda r: room[r])  # the first of equals
             open_rows.remove(r)
@@ -679,15 +672,13 @@ def best_fit(
         rows[r].append(i)
         room[r] -= lengths[i]
         free[r] -= images[i]
-        if room[r] > 0:
+        if room[r] > 0 and len(rows[r]) < most:
             open_rows.append(r)
     return rows
 
 
 def row_width(lengths: list[int], row_length: int, step: int = 16) -> int:
-    """The multiple of `step` that leaves the least padding, the smallest of equals: at most row_length, or
-    what the longest sample needs.
-    """
+    """The multiple of `step` up to row_length, or to the longest sample, that leaves the least padding."""
     least = math.ceil(max(1, *lengths) / step) * step
     widths = range(least, max(least, row_length) + 1, step)
     return min(widths, key=lambda width: len(best_fit(lengths, width)) * width)
@@ -1049,7 +1040,7 @@ class Plan(IterableDataset):
         """The chunks of a place or, if its record is broken or has nothing to learn, those of another record
         of its source: a pure function of seed and place. Adds (reason, message) to `skipped`.
         """
-        source, before = self.source(place), len(skipped)
+        source, before = self.groups[place.group][place.source][0], len(skipped)
         for attempt in range(PROBE):
             rng = random.Random(f"{self.rows.seed}-{place.group}-{place.source}-{place.index}-{attempt}")
             candidate = place._replace(index=rng.randrange(len(source))) if attempt else place
@@ -1068,15 +1059,13 @@ class Plan(IterableDataset):
             "and --row_limit"
         )
 
-    def source(self, place: Place):
-        return self.groups[place.group][place.source][0]
-
     def read(self, place: Place) -> tuple[Record, list[Chunk]]:
         """A record, and what rows hold of it: chunks that fit a row and have something to learn.
 
         Documents go on in a next chunk (MM1 cuts at the sixteenth image), questions and captions are cut.
         """
-        cfg, record = self.cfg, without_broken_pictures(self.source(place)[place.index])
+        cfg, source = self.cfg, self.groups[place.group][place.source][0]
+        record = without_broken_pictures(source[place.index])
         for image in record.images:
             require_picture(image, record.name)
         sizes = picture_sizes(record.images, cfg, record.name)
@@ -1299,8 +1288,13 @@ def cut_picture(picture: Image.Image, cfg: ModelConfig) -> np.ndarray:
     "split" cuts the picture as a square, "anyres" and "unpad" with its aspect, centred on black.
     """
     side, resample = cfg.vit.image_size, cfg.image.resample
-    if cfg.image.cut == "pad":
-        picture = pad_to_square(picture, cfg.image.mean)
+    if (
+        cfg.image.cut == "pad"
+    ):  # on a square of its longer side, in the encoder's mean colour, as in LLaVA-1.5
+        (w, h), longer = picture.size, max(picture.size)
+        square = Image.new("RGB", (longer, longer), tuple(int(255 * x) for x in cfg.image.mean))
+        square.paste(picture, ((longer - w) // 2, (longer - h) // 2))
+        picture = square
     columns, rows = tiling_of(cfg, picture.size)
     square = to_pixels(picture, side, resample)[None]
     if not columns:
@@ -1311,14 +1305,6 @@ def cut_picture(picture: Image.Image, cfg: ModelConfig) -> np.ndarray:
     sheet.paste(picture.resize((w, h), resample, reducing_gap=3.0), ((W - w) // 2, (H - h) // 2))
     tiles = np.asarray(sheet).reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3)
     return np.concatenate([square, tiles.reshape(-1, 3, side, side)])
-
-
-def pad_to_square(picture: Image.Image, mean: list[float]) -> Image.Image:
-    """On a square of its longer side, in the encoder's mean colour, as LLaVA-1.5 has it."""
-    (w, h), side = picture.size, max(picture.size)
-    sheet = Image.new("RGB", (side, side), tuple(int(255 * x) for x in mean))
-    sheet.paste(picture, ((side - w) // 2, (side - h) // 2))
-    return sheet
 
 
 def load_images(images: list, cfg: ModelConfig, name: str = "") -> np.ndarray:
@@ -1572,7 +1558,7 @@ class FileSource:
         self.table, self.path, self.name = Table(path), path, path.stem
         self.folder = (path if path.is_dir() else path.parent) / images
         layout = layout_of(self.first(self.table.raw)[0])
-        self.kind = kind or (LAYOUTS[layout][0] if layout else "chat")
+        self.kind = kind or LAYOUTS.get(layout, ("chat",))[0]
 
     def __len__(self) -> int:
         return len(self.table)
@@ -1743,11 +1729,11 @@ def open_sources(spec: str, stage: str) -> list[tuple[Dataset, float]]:
         entries = read_json(path)
         check_mixture(entries, stage, path)
     else:
-        source = FileSource(path)
+        entries = [{"kind": "", "path": path.name, "weight": 1.0}]  # the first record tells its kind
+    sources = [open_entry(entry, path.parent) for entry in entries]
+    for source in sources:
         check_kind(source.kind, stage, spec)
-        source.first(source.__getitem__)
-        return [(source, 1.0)]
-    return [(open_entry(e, path.parent), w) for e, w in zip(entries, weights_of(entries, spec))]
+    return [*zip(sources, weights_of(entries, spec))]
 
 
 def is_mixture(path: Path) -> bool:
@@ -1788,9 +1774,8 @@ def check_mixture(entries: list, stage: str, path: Path) -> None:
     names = [name for name in dict.fromkeys(entry["path"] for entry in entries) if name != "scenes"]
     missing = [n for n in names if not (path.parent / n).exists() and not glob.has_magic(n)]
     if missing:
-        raise UserError(
-            f"{path}: these files are missing in {path.parent}: {', '.join(missing)}; put them there"
-        )
+        names = ", ".join(missing)
+        raise UserError(f"{path}: these files are missing in {path.parent}: {names}; put them there")
 
 
 def weights_of(entries: list[dict], place: str) -> list[float]:

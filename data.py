@@ -1330,6 +1330,7 @@ def load_sample(pieces: list[Piece], images: list, cfg: ModelConfig, name: str =
 SUFFIXES = (".tar", ".jsonl", ".json", ".txt")  # a folder is searched in this order
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 PROBE = 100  # records that are tried before a file is given up
+CONVERT = "python tools/convert.py PATH OUT makes tars of other forms"
 # A list of JSON objects, walked without parsing them: 50 MB a second
 LIST_BEGINS = regex.compile(rb"(?:\xef\xbb\xbf)?\s*+\[")
 LIST_OBJECT = rb'(?P<object>\{(?:[^"{}]++|"(?:[^"\\]++|\\.)*+"|(?&object))*+\})'
@@ -1397,10 +1398,7 @@ def find_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
     if len(found) == 1 and found <= set(suffixes):
         return files
     what = f"found {', '.join(sorted(found))}" if files else "no such file"
-    raise UserError(
-        f"{path}: {what}; use a file, folder or glob of one of {', '.join(suffixes)}; "
-        f"python tools/convert.py {path} OUT makes tars of other forms"
-    )
+    raise UserError(f"{path}: {what}; use a file, folder or glob of one of {', '.join(suffixes)}; {CONVERT}")
 
 
 @functools.cache
@@ -1584,10 +1582,8 @@ class FileSource:
         raw, place = self.table.raw(i)
         layout = layout_of(raw)
         if self.kind not in LAYOUTS.get(layout, ()):
-            raise BadRecord(
-                f"{place}: expected a record of kind {self.kind}, but it has {', '.join([*raw][:8])}; python "
-                f"tools/convert.py {self.path} OUT makes tars of other forms"
-            )
+            keys = ", ".join([*raw][:8])
+            raise BadRecord(f"{place}: expected a record of kind {self.kind}, but it has {keys}; {CONVERT}")
         read = read_conversation if layout == ("conversations",) else read_document
         try:
             return read(raw, self.kind, self.folder, place)
@@ -1619,7 +1615,7 @@ def read_document(raw: dict, kind: str, folder: Path, place: str) -> Record:
     if kind == "interleaved":
         images, texts = raw["images"], raw["texts"]
         if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
-            raise BadRecord(f"{place}: 'images' and 'texts' must be lists of equal length")
+            raise BadRecord(f"{place}: 'images' and 'texts' must be lists of equal length; {CONVERT}")
     elif kind == "caption":
         images = raw["image"] if isinstance(raw["image"], list) else [raw["image"]]
         images, texts = [*images, None], [*(None for _ in images), raw["caption"]]
@@ -1630,7 +1626,8 @@ def read_document(raw: dict, kind: str, folder: Path, place: str) -> Record:
     parts, pictures = [], []
     for n, (image, text) in enumerate(zip(images, texts)):
         if (image is None) == (text is None) or not isinstance(text, str | None):
-            raise BadRecord(f"{place}: place {n} must have an image or a text, and null in the other list")
+            needed = f"place {n} must have an image or a text, and null in the other list"
+            raise BadRecord(f"{place}: {needed}; {CONVERT}")
         if text is None:
             parts.append(len(pictures))
             pictures += local_pictures([image], folder, place)

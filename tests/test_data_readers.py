@@ -296,6 +296,10 @@ def test_broken_lines_are_named(tmp_path, line, words):
         ({"images": ["a.png"], "texts": ["a"]}, "place 0 must have an image or a text"),
         ({"images": ["a.png", None], "texts": [None, None]}, "place 1 must have an image or a text"),
         ({"images": [None], "texts": [3]}, "place 0 must have"),
+        (
+            {"images": ["a.png"], "texts": [{"user": "a", "assistant": "b"}]},
+            "python tools/convert.py PATH OUT",
+        ),
         ({"images": [3], "texts": [None]}, "an image must be the path of a file, got 3"),
         ({"images": ["https://x.org/a.png"], "texts": [None]}, "https://x.org/a.png is a URL: download it"),
         ({"image": "a.png", "caption": ""}, "a caption without text"),
@@ -353,7 +357,7 @@ def test_broken_records_are_named(tmp_path, record, words):
             "a,b",
             "found .csv; use a file, folder or glob of one of .tar, .jsonl, .json, .txt; python",
         ),
-        ("x.parquet", "PAR1", "x.parquet OUT makes tars of other forms"),
+        ("x.parquet", "PAR1", "python tools/convert.py PATH OUT makes tars of other forms"),
         ("x.jsonl", "[\n1]", "x.jsonl line 1: not JSON (Expecting value"),
     ],
 )
@@ -518,7 +522,8 @@ def shipped(folder: Path, name: str) -> list:
     shutil.copy(MIXTURES / f"{name}.json", folder)
     for entry in json.loads((MIXTURES / f"{name}.json").read_text()):
         if entry["path"] != "scenes":
-            write(folder / entry["path"], [EXAMPLE[entry["kind"]]])
+            path = folder / entry["path"]
+            write(path if path.suffix else path / "x.jsonl", [EXAMPLE[entry["kind"]]])
     return data.open_sources(str(folder / f"{name}.json"), SHIPPED[name][0])
 
 

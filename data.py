@@ -43,7 +43,6 @@ import tiktoken
 import tokenizers
 import torch
 from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
-from tokenizers import decoders, normalizers, pre_tokenizers
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
@@ -56,60 +55,19 @@ from model import ASSETS, ModelConfig, UserError, find_half, read_decoder_config
 # the original ones of Llama-3 and Qwen). Text of users and data sets never becomes a control token: the
 # letters "<|im_end|>" in a caption stay letters.
 
-
-ROLES = ("system", "user", "assistant")
-
-
-class Family(NamedTuple):
-    """How the tokenizers that have certain control tokens write documents and chats.
-
-    turns: of each role (before, end, tail). A turn is before, content, end, tail; of the assistant's turns
-    the content and the end are supervised.
-    """
-
-    control: tuple[str, ...]  # the first one ends answers and documents
-    turns: dict[str, tuple[str, str, str]]
-    start: str = ""  # control token in front of every document
-    strips: bool = False  # white space around contents is removed
-    system: str = ""  # system text of a chat that has none
-
-
-def alike(before: str, end: str, tail: str) -> dict[str, tuple[str, str, str]]:
-    """Turns that differ in the name of the role only."""
-    return {role: (before.format(role), end, tail) for role in ROLES}
-
-
-def vicuna(end: str) -> dict[str, tuple[str, str, str]]:
-    """Turns of Vicuna v1.1: a space separates them, and the end token ends the answers."""
-    return {"system": ("", "", " "), "user": ("USER: ", "", " "), "assistant": ("ASSISTANT: ", end, "")}
-
-
-VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-LLAMA3 = ("<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>")
-LLAMA3_TURNS = alike("<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", "")
-GEMMA = ("<end_of_turn>", "<start_of_turn>", "<bos>")
-GEMMA_TURNS = alike("<start_of_turn>{}\n", "<end_of_turn>", "\n")
-GEMMA_TURNS["assistant"] = ("<start_of_turn>model\n", "<end_of_turn>", "\n")
-GEMMA_TURNS["system"] = GEMMA_TURNS["user"]  # it knows no system turn
-PHI3 = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
-SCENES = ("<|end|>", "<|user|>", "<|assistant|>")
-SCENES_TURNS = {"system": ("", "", ""), "user": (SCENES[1], "", ""), "assistant": (SCENES[2], SCENES[0], "")}
-# A tokenizer is of the first family whose control tokens it has. Only Vicuna's system text belongs to its
-# template; the default ones of Qwen and SmolLM2 come only if the data has them.
-FAMILIES = (
-    Family(LLAMA3, LLAMA3_TURNS, "<|begin_of_text|>", strips=True),
-    Family(("<|im_end|>", "<|im_start|>"), alike("<|im_start|>{}\n", "<|im_end|>", "\n")),  # Qwen, SmolLM2
-    Family(GEMMA, GEMMA_TURNS, "<bos>", strips=True),
-    Family(PHI3, alike("<|{}|>\n", "<|end|>", "\n")),
-    Family(SCENES, SCENES_TURNS),
-    Family(("</s>", "<s>"), vicuna("</s>"), "<s>", system=VICUNA_SYSTEM),  # Vicuna, Llama-2, Mistral
-    Family(("<|endoftext|>",), vicuna("<|endoftext|>")),  # GPT-2, which has no template
-)
-CONTROL = frozenset(name for family in FAMILIES for name in family.control)
-HF_FILES = (
+# A tokenizer belongs to the first family whose "control" tokens it has; the first of these ends answers and
+# documents. "start": control token in front of every document. "turns": of each role (before, end, tail): a
+# turn is before, content, end, tail; of the assistant's turns content and end are supervised. "strips": white
+# space around contents is removed. "system": text of chats that have none; only Vicuna's belongs to its
+# template, the default ones of Qwen and SmolLM2 come only if the data has them.
+FAMILIES = read_json(ASSETS / "chat_templates.json")
+CONTROL = {name for family in FAMILIES for name in family["control"]}
+# What rank files do not tell, by the number of ranks. "pattern" cuts text before merging; its possessive
+# forms (`++`) cut like the original patterns, which overflow the stack of tiktoken's regex engine on
+# 1,000,000 spaces.
+RANK_FILES = read_json(ASSETS / "rank_files.json")
+LONG_SPACE = re.compile(r"((?<!\s)\s{100000,})")  # before a word even the possessive forms overflow on these
+HUB_FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "tokenizer.model",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
@@ -118,7 +76,7 @@ HF_FILES = (
 class Tokenizer:
     """Ids of text and text of ids, and how the family of the tokenizer writes documents and chats.
 
-    template: see Family.turns. end: id behind answers and documents. start: ids in front of every document.
+    template: "turns" of FAMILIES. end: id behind answers and documents. start: ids in front of a document.
     prefix: what `encode` puts in front of a text, "" or " ", so that a word is the same token wherever it
     stands. special: control tokens, name to id. vocab_size: largest id + 1; a decoder may have more rows.
     files: what `save` writes, name to content.
@@ -127,28 +85,30 @@ class Tokenizer:
     prefix = ""
 
     def __init__(self, special: dict[str, int], vocab_size: int, files: dict[str, bytes]):
-        family = next((family for family in FAMILIES if special.keys() >= {*family.control}), None)
-        if family is None:
-            raise ValueError(f"it has none of the end tokens {' '.join(f.control[0] for f in FAMILIES)}")
-        self.special, self.vocab_size, self.files = special, vocab_size, files
-        self.template, self.strips, self.system = family.turns, family.strips, family.system
-        self.end = special[family.control[0]]
-        self.start = [special[family.start]] if family.start else []
+        families = [family for family in FAMILIES if special.keys() >= {*family["control"]}]
+        if not families:
+            raise ValueError("it has not the control tokens of any family in assets/chat_templates.json")
+        family = families[0]
+        self.special = special
+        self.vocab_size = vocab_size
+        self.files = files
+        self.template = family["turns"]
+        self.strips = family["strips"]
+        self.system = family["system"]
+        self.end = special[family["control"][0]]
+        self.start = [special[family["start"]]] if family["start"] else []
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
-        """A rank file, or a folder with a tokenizer in one of Hugging Face's layouts."""
+        """A rank file, or a folder with tokenizer.json or with a rank file."""
         path = Path(path)
         path = path.parent if path.suffix == ".json" else path
-        files = {name: (path / name).read_bytes() for name in HF_FILES if (path / name).is_file()}
+        files = {name: (path / name).read_bytes() for name in HUB_FILES if (path / name).is_file()}
         llama3 = [path / "tokenizer.model", path / "original" / "tokenizer.model"]
         ranks = [file for file in (path, *llama3) if file.is_file()][:1] or [*path.glob("*.tiktoken")]
         try:
             if "tokenizer.json" in files:
                 return HubTokenizer(read_json(path / "tokenizer.json"), files)
-            for names in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
-                if files.keys() >= {*names}:
-                    return HubTokenizer(read_vocab_and_merges(path, *names), files)
             if len(ranks) == 1:
                 name = "tokenizer.model" if ranks[0].name == "tokenizer.model" else "ranks.tiktoken"
                 return RankTokenizer(read_ranks(ranks[0]), files | {name: ranks[0].read_bytes()})
@@ -156,10 +116,8 @@ class Tokenizer:
             raise
         except Exception as e:  # `tokenizers` raises nothing more precise
             raise UserError(f"{path} holds no usable tokenizer ({type(e).__name__}: {e})") from None
-        raise UserError(
-            f"{path} holds {len(ranks)} tokenizers: give a rank file, or a folder with tokenizer.json, with "
-            "vocab.json and merges.txt, with tokenizer.model or with one *.tiktoken"
-        )
+        convert = f"python tools/tokenizer.py {path} makes it of vocab.json and merges.txt"
+        raise UserError(f"{path} holds no tokenizer.json ({convert}) and {len(ranks)} rank files, not one")
 
     def save(self, folder: Path) -> None:
         """The files it came from, byte for byte: `from_pretrained(folder)` gives the same tokenizer."""
@@ -175,8 +133,8 @@ class Tokenizer:
     def control(self, text: str, after: str = "", before_image: bool = False) -> list[int]:
         """Ids of a template's text behind the text `after`: the only place where control tokens are made.
 
-        Where contents get a prefix, that is the space at the end of this text; with an image in between the
-        space stays, as in LLaVA's tokenizer_image_token. This text gets a prefix for its own first space.
+        A tokenizer with a prefix writes it for the first space of this text, and for the last one when it
+        encodes the content that follows. In front of an image the last space stays, as in LLaVA.
         """
         if self.prefix:
             text = text.removeprefix(" ")
@@ -202,7 +160,8 @@ class HubTokenizer(Tokenizer):
     """`tokenizers` with the content of a tokenizer.json."""
 
     def __init__(self, spec: dict, files: dict[str, bytes]):
-        bpe, added = spec["model"], spec.get("added_tokens", [])
+        bpe = spec["model"]
+        added = spec.get("added_tokens", [])
         if bpe.get("type", "BPE") != "BPE":
             raise ValueError(f"its model is {bpe['type']}, only BPE works")
         for token in added:  # in Phi-3's file </s> is not special
@@ -229,80 +188,33 @@ class HubTokenizer(Tokenizer):
         return self.bpe.decode(ids, skip_special_tokens=not control)
 
 
-def read_vocab_and_merges(folder: Path, vocab_name: str, merges_name: str) -> dict:
-    """The tokenizer.json of a folder that has none. Where the ChatML tokens stand tells the family."""
-    vocab, merges = read_json(folder / vocab_name), (folder / merges_name).read_text(encoding="utf-8")
-    made = {merge.replace(" ", "") for merge in merges.splitlines()}
-    added = {i: {"content": token} for token, i in vocab.items() if len(token) > 1 and token not in made}
-    if (folder / "added_tokens.json").is_file():
-        added |= {i: {"content": token} for token, i in read_json(folder / "added_tokens.json").items()}
-    if (folder / "tokenizer_config.json").is_file():
-        config = read_json(folder / "tokenizer_config.json")
-        added |= {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
-    bpe = tokenizers.models.BPE.from_file(str(folder / vocab_name), str(folder / merges_name))
-    bpe = tokenizers.Tokenizer(bpe)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # GPT-2
-    if "<|im_start|>" in vocab:  # SmolLM2
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, bpe.pre_tokenizer])
-    elif "<|endoftext|>" not in vocab:  # Qwen
-        bpe.normalizer = normalizers.NFC()
-        split = pre_tokenizers.Split(tokenizers.Regex(QWEN_PATTERN), "isolated")
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-        added = added or {len(vocab) + n: {"content": token} for n, token in enumerate(QWEN_SPECIAL)}
-    for _, token in sorted(added.items()):  # those not in the vocabulary get the next ids in this order
-        special = token.get("special", True)
-        bpe.add_tokens([tokenizers.AddedToken(token["content"], special=special, normalized=False)])
-    return json.loads(bpe.to_str())
-
-
-# How tiktoken cuts text before merging. The possessive forms (`++`) give the pieces of the original patterns,
-# but those overflow the stack of its regex engine on 1,000,000 spaces.
-WORDS, SPACE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++", r"|\s++$|\s+(?!\S)|\s"
-PATTERN = WORDS + r"| ?\p{N}| ?[^\s\p{L}\p{N}]++" + SPACE  # Scenes
-QWEN_WORDS = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++"
-QWEN_PATTERN = QWEN_WORDS + r"|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]" + SPACE
-LLAMA3_PATTERN = QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}+|")
-LONG_SPACE = re.compile(r"((?<!\s)\s{100000,})")  # before a word even the possessive forms overflow on these
-LLAMA3_SPECIAL = (
-    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
-    "<|eot_id|>", "<|python_tag|>", "<|image|>", *(f"<|reserved_special_token_{n}|>" for n in range(2, 246)),
-)  # fmt: skip
-QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # those after them are not used here
-RANK_FILES = {128_000: (LLAMA3_SPECIAL, LLAMA3_PATTERN), 151_643: (QWEN_SPECIAL, QWEN_PATTERN)}
-
-
 class RankTokenizer(Tokenizer):
-    """tiktoken with ids of bytes; an id is also the priority of its merge.
-
-    A rank file has neither pattern nor control tokens: both follow from the number of ranks.
-    """
+    """tiktoken with the ids of tokens; an id is also the priority of its merge."""
 
     def __init__(self, ranks: dict[bytes, int], files: dict[str, bytes]):
-        if len(ranks) > 2**16 and len(ranks) not in RANK_FILES:
-            raise ValueError(f"{len(ranks)} ranks are neither Llama-3 nor Qwen")
-        if sorted(ranks.values()) != list(range(len(ranks))) or len([t for t in ranks if len(t) == 1]) < 256:
+        self.n_ranks = len(ranks)
+        if self.n_ranks > 2**16 and str(self.n_ranks) not in RANK_FILES:
+            raise ValueError(f"{self.n_ranks} ranks are neither Llama-3 nor Qwen")
+        n_bytes = len([token for token in ranks if len(token) == 1])
+        if sorted(ranks.values()) != list(range(self.n_ranks)) or n_bytes < 256:
             raise ValueError("its ids must count up from 0, with every byte among its tokens")
-        names, pattern = RANK_FILES.get(len(ranks), (SCENES, PATTERN))
-        special = {name: len(ranks) + n for n, name in enumerate(names)}
-        super().__init__(special, len(ranks) + len(names), files)
-        self.prefix, self.composes = " " if pattern == PATTERN else "", pattern == QWEN_PATTERN
-        self.text_size = len(ranks)
+        family = RANK_FILES.get(str(self.n_ranks), RANK_FILES["scenes"])
+        self.prefix = family["prefix"]
+        self.nfc = family["nfc"]
+        special = {name: self.n_ranks + n for n, name in enumerate(family["special"])}
+        super().__init__(special, self.n_ranks + len(special), files)
         self.bpe = tiktoken.Encoding(
-            "sightspeed", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+            "ranks", pat_str=family["pattern"], mergeable_ranks=ranks, special_tokens=special
         )
 
     def ids_of(self, text: str, control: bool) -> list[int]:
         if control:
             return self.bpe.encode(text, allowed_special="all")
-        text = unicodedata.normalize("NFC", text) if self.composes else self.prefix + text
+        text = unicodedata.normalize("NFC", text) if self.nfc else self.prefix + text
         return [i for part in LONG_SPACE.split(text) for i in self.bpe.encode_ordinary(part)]
 
     def text_of(self, ids: list[int], control: bool) -> str:
-        size = self.vocab_size if control else self.text_size
+        size = self.vocab_size if control else self.n_ranks
         text = self.bpe.decode([i for i in ids if i < size], errors="replace")
         return text if control else text.removeprefix(self.prefix)
 
@@ -317,7 +229,10 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             f'write tokenizer.json with python -c "from transformers import AutoTokenizer; {convert}"'
         )
     pairs = [line.split() for line in content.splitlines() if line.strip()]
-    return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    try:
+        return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except ValueError:
+        raise UserError(f"{path} is not a tiktoken rank file: a line of it is not 'base64 rank'") from None
 
 
 def find_tokenizer(cfg: ModelConfig) -> Tokenizer:
@@ -326,15 +241,13 @@ def find_tokenizer(cfg: ModelConfig) -> Tokenizer:
     A decoder with as many rows as Scenes has ids, as the shipped one has, gets that of Scenes, too.
     """
     scenes = Tokenizer.from_pretrained(ASSETS / "scenes.tiktoken")
-    if cfg.tokenizer_from:
-        path = Path(cfg.tokenizer_from)
-        return Tokenizer.from_pretrained(path if path.exists() else find_half(cfg.tokenizer_from))
-    if not cfg.decoder_from:
+    source = cfg.tokenizer_from or cfg.decoder_from
+    if not source:
         return scenes
-    folder = find_half(cfg.decoder_from)
-    if read_decoder_config(folder / "config.json").vocab_size == scenes.vocab_size:
+    path = Path(source) if Path(source).exists() else find_half(source)
+    if not cfg.tokenizer_from and read_decoder_config(path / "config.json").vocab_size == scenes.vocab_size:
         return scenes
-    return Tokenizer.from_pretrained(folder)
+    return Tokenizer.from_pretrained(path)
 
 
 # ---------------------------------------------------------------------------------------------------------

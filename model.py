@@ -2085,7 +2085,7 @@ QWEN_7B = DecoderConfig(152064, 3584, 28, 28, 4, 128, 18944, 1e6, qkv_bias=True,
 QWEN_1B = DecoderConfig(151936, 1536, 28, 12, 2, 128, 8960, 1e6, qkv_bias=True)
 QWEN_HALF_B = DecoderConfig(151936, 896, 24, 14, 2, 64, 4864, 1e6, qkv_bias=True)
 SMOLLM2_360M = DecoderConfig(49152, 960, 32, 15, 5, 64, 2560, 100000.0, norm_eps=1e-5)
-SPM = "for planning only: Vicuna's SentencePiece tokenizer does not load here; train on Qwen or Llama-3"
+SPM = ""
 
 
 def gala(

@@ -73,9 +73,11 @@ def make_tokenizer(merges: int = 208) -> None:
         ]
         for text in told:
             text = text.replace(scene.word, "") if scene.word else text
-            counts.update(regex.findall(data.PATTERN, " " + text))
+            counts.update(regex.findall(data.RANK_FILES["scenes"]["pattern"], " " + text))
     for text in (data.CAPTION_PROMPT, " ".join(data.MADE_UP)):
-        counts.update({piece: 50 for piece in regex.findall(data.PATTERN, " " + text)})
+        counts.update(
+            {piece: 50 for piece in regex.findall(data.RANK_FILES["scenes"]["pattern"], " " + text)}
+        )
     words = {word: [bytes([b]) for b in word.encode()] for word in counts}
     ranks = {bytes([i]): i for i in range(256)}
     for _ in range(merges):

@@ -1,5 +1,6 @@
 """A researcher's way, end to end: halves as the hub has them (small widths, random weights, the real Qwen
-vocabulary), a preset's recipe, LLaVA's JSON, both stages, evaluation, export, and loading what was exported.
+vocabulary or a small one of Vicuna's kind), a preset's recipe, LLaVA's JSON, both stages, evaluation, export,
+and loading what was exported.
 """
 
 import importlib.metadata
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers_tokenizers import write_tokenizer
 from PIL import Image
 
 import data
@@ -41,6 +43,16 @@ def write_halves(folder: Path) -> None:
     shutil.copy(ranks.locate(), folder / "lm")
 
 
+def write_vicuna_halves(folder: Path) -> None:
+    """A CLIP and a Llama folder; the tokenizer has the form that transformers gives Vicuna's."""
+    torch.manual_seed(0)
+    model.ViT(model.ViTConfig(64, 8, 32, 4, 2, 64)).save_pretrained(folder / "vit")
+    image = {"image_mean": [0.4] * 3, "image_std": [0.3] * 3, "resample": 3}
+    model.write_json(folder / "vit" / "preprocessor_config.json", image)
+    model.Decoder(model.DecoderConfig(512, 32, 2, 4, 4, 8, 64, tied=False)).save_pretrained(folder / "lm")
+    write_tokenizer(folder / "lm", "metaspace")
+
+
 def write_chats(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     records = []
@@ -51,6 +63,31 @@ def write_chats(folder: Path) -> Path:
         records.append({"image": f"{i}.png", "conversations": [asked, told]})
     (folder / "chats.json").write_text(json.dumps(records))
     return folder / "chats.json"
+
+
+@pytest.mark.parametrize("preset", ["llava-1.5-vicuna", "cos-7b"])
+def test_the_papers_own_decoder_takes_steps_of_both_stages(preset, tmp_path):
+    write_vicuna_halves(tmp_path)
+    chats = str(write_chats(tmp_path))
+    geometry = GEOMETRY if preset == "cos-7b" else ["--vit.image_size", "0", "--connector.levels", "3"]
+    halves = ["--encoder_from", str(tmp_path / "vit"), "--decoder_from", str(tmp_path / "lm")]
+    flags = ["--preset", preset, *halves, *geometry, *FEW, "--data", chats, "--out", str(tmp_path / "1")]
+    train_pretrain.main([*flags, "--steps", "1"])
+    more = ["--init", str(tmp_path / "1"), *FEW, "--data", chats, "--out", str(tmp_path / "2")]
+    train_sft.main([*more, "--steps", "1"])
+    for run in ("1", "2"):
+        step = model.find_step(tmp_path / run)
+        assert (step / "tokenizer" / "tokenizer.json").read_bytes() == (
+            tmp_path / "lm" / "tokenizer.json"
+        ).read_bytes()
+        losses = [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").open()]
+        assert len(losses) == 1 and 3 < losses[0] < 9  # of 512 ids, log 512 = 6.2
+    tokenizer = data.Tokenizer.from_pretrained(step / "tokenizer")
+    ((chat, _),) = data.open_sources(chats, "sft")
+    pieces = data.pieces_of(chat[0], tokenizer)
+    text = "".join("<image>" if isinstance(piece, int) else tokenizer.show(piece[0]) for piece in pieces)
+    answer = "Café number 0.<|im_end|><|im_start|>"
+    assert text == f"<s> {tokenizer.system} USER: <image> What is this? ASSISTANT: {answer}</s>"
 
 
 @pytest.mark.slow

@@ -348,7 +348,7 @@ BAD_SPLIT = {"type": "Split", "pattern": {"Regex": "(["}, "behavior": "Isolated"
 REFUSED = {
     "unigram": (lambda spec: spec["model"].update(type="Unigram"), "Unigram, only BPE"),
     "unknown merge": (lambda spec: spec["model"]["merges"].append("zz zz"), "zz.*out of vocabulary"),
-    "no end": (lambda spec: spec.update(added_tokens=[]), "end tokens"),
+    "no end": (lambda spec: spec.update(added_tokens=[]), "control tokens of any family"),
     "no model": (lambda spec: spec.pop("model"), "KeyError: 'model'"),
     "regex": (lambda spec: spec.update(pre_tokenizer=BAD_SPLIT), "holds no usable"),
 }  # fmt: skip
@@ -374,8 +374,8 @@ BROKEN = {
     "nothing": ({}, "no tokenizer.json.* and 0 rank files"),
     "two": ({"a.tiktoken": b"YQ== 0\n", "b.tiktoken": b"YQ== 0\n"}, "and 2 rank files"),
     "sentencepiece": ({"tokenizer.model": SENTENCEPIECE_MODEL}, CONVERT),
-    "base64": ({"x.tiktoken": b"YQ== 0\nYg== 1\n!!! 2\n"}, "no usable tokenizer"),
-    "number": ({"x.tiktoken": b"YQ== 0\n\nYg== one\n"}, "no usable tokenizer.*one"),
+    "base64": ({"x.tiktoken": b"YQ== 0\nYg== 1\n!!! 2\n"}, "x.tiktoken is not a tiktoken rank file"),
+    "number": ({"x.tiktoken": b"YQ== 0\n\nYg== one\n"}, "x.tiktoken is not a tiktoken rank file"),
     "negative": ({"x.tiktoken": b"YQ== -1\n"}, "count up from 0"),
     "twice": ({"x.tiktoken": many_ranks(255).encode() + b"/w== 254\n"}, "count up from 0"),
     "a byte": ({"x.tiktoken": many_ranks(255).encode()}, "every byte"),

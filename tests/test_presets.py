@@ -220,7 +220,7 @@ def test_flags_over_recipe_over_defaults_and_the_recipe_goes_on(tmp_path, small_
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--preset cos-7b", "cos-7b is for planning only: Vicuna"),
+        ("--preset cos-7b", "vicuna-7b-v1.5 is no folder and not downloaded"),
         ("--preset llava-next", "is no folder and not downloaded: fetch it"),
         ("--resolution 64x2", "--resolution '64x2': use SIDE in pixels"),
         ("--resolution +crop", "CUT pad or split or anyres or unpad"),

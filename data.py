@@ -281,9 +281,7 @@ def content_pieces(content: list, supervised: bool, tokenizer: "Tokenizer") -> l
     return [item if isinstance(item, int) else (tokenizer.encode(item), supervised) for item in content]
 
 
-def chat_pieces(
-    turns: list[tuple[str, list]], tokenizer: "Tokenizer", to_answer: bool = False
-) -> list[Piece]:
+def chat_pieces(turns: list[tuple], tokenizer: "Tokenizer", to_answer: bool = False) -> list[Piece]:
     """Turns to pieces; the end token of an answer is supervised with it, so that the model learns to stop.
 
     to_answer: stop where the last turn, an assistant's, begins to speak.
@@ -490,9 +488,7 @@ def square_tokens(cfg: ModelConfig, view: str = "full") -> int:
     return len(picture_slots(cfg, view, (2 * cfg.vit.image_size,) * 2))
 
 
-def sample_slots(
-    cfg: ModelConfig, view: str, sizes: list[tuple[int, int]], first: int = 0
-) -> list[np.ndarray]:
+def sample_slots(cfg: ModelConfig, view: str, sizes: list[tuple], first: int = 0) -> list[np.ndarray]:
     """`picture_slots` of each picture as rows of VLM.bank, where the sample's tokens begin at row `first`."""
     slots = []
     for size in sizes:
@@ -563,7 +559,7 @@ class Batch:
 
 
 def best_fit(
-    lengths: list[int], capacity: int, images: list[int] | None = None, most_images=10**9, most=10**9
+    lengths: list[int], capacity: int, images=None, most_images=10**9, most=10**9
 ) -> list[list[int]]:
     """Which samples share a row: longest first, each into the fullest row that still has room.
 
@@ -992,13 +988,15 @@ class Plan(IterableDataset):
             if not count_targets(pieces):
                 continue
             used = [piece for piece in pieces if isinstance(piece, int)]
-            pieces = [used.index(piece) if isinstance(piece, int) else piece for piece in pieces]
-            length = sum(lengths[i] for i in used) + sum(len(ids) for ids, _ in texts_of(pieces))
-            images, used_sizes = [record.images[i] for i in used], [sizes[i] for i in used]
-            count = sum(tiles[i] for i in used)
-            chunks.append(
-                Chunk(place, number, record.kind, record.name, pieces, images, used_sizes, count, length)
-            )
+            chunk = Chunk(
+                place, number, record.kind, record.name,
+                pieces=[used.index(piece) if isinstance(piece, int) else piece for piece in pieces],
+                images=[record.images[i] for i in used],
+                sizes=[sizes[i] for i in used],
+                tiles=sum(tiles[i] for i in used),
+                length=sum(lengths[i] for i in used) + sum(len(ids) for ids, _ in texts_of(pieces)),
+            )  # fmt: skip
+            chunks.append(chunk)
         return record, chunks
 
 
@@ -1910,9 +1908,7 @@ def ask_exists(pairs: list[tuple[str, str]], rng: random.Random, split: str) -> 
     return SceneQuestion("exists", f"is there any {pair[0]} {pair[1]}?", YES_NO[yes], pair in HELD_OUT)
 
 
-def ask_many(
-    scene: Scene, kinds: tuple[str, ...], n: int, rng: random.Random, split: str
-) -> list[SceneQuestion]:
+def ask_many(scene: Scene, kinds: tuple, n: int, rng: random.Random, split: str) -> list[SceneQuestion]:
     """n different questions of types drawn from `kinds`; fewer where the scene offers fewer."""
     questions = {}
     for _ in range(3 * n):
@@ -2011,9 +2007,7 @@ class Scenes:
         return Record("interleaved", document_parts(examples), [example.image for example in examples], name)
 
 
-def chat_about(
-    scene: Scene, picture: list, rng: random.Random, split: str, n: int = 6
-) -> list[tuple[str, list]]:
+def chat_about(scene: Scene, picture: list, rng: random.Random, split: str, n: int = 6) -> list[tuple]:
     """n questions and answers; `picture` opens the first: [0] for an image, or a text about the scene."""
     turns = []
     for question in ask_many(scene, SCENE_QUESTIONS, n, rng, split):

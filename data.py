@@ -32,7 +32,7 @@ import re
 import tarfile
 import unicodedata
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -875,12 +875,12 @@ class Plan(IterableDataset):
 
     def __post_init__(self):
         self.rows.check_room(self.cfg)
-        used = [(source, weight) for source, weight in self.sources if weight > 0]
-        if self.by_kind and not self.rows.batch_size:
-            kinds = dict.fromkeys(source.kind for source, _ in used)
-            self.groups = [[(s, w) for s, w in used if s.kind == kind] for kind in kinds]
-        else:
-            self.groups = [used]
+        groups = defaultdict(list)
+        for source, weight in self.sources:
+            if weight > 0:
+                kind = source.kind if self.by_kind and not self.rows.batch_size else ""
+                groups[kind].append((source, weight))
+        self.groups = [*groups.values()]
         shares = [sum(weight for _, weight in group) for group in self.groups]
         self.group_order = SampleOrder([1] * len(shares), shares, self.rows.seed + 500_000)
         self.orders = []
@@ -978,7 +978,7 @@ class Plan(IterableDataset):
         for image in record.images:
             require_picture(image, record.name)
         sizes = picture_sizes(record.images, cfg, record.name)
-        lengths = [max(len(picture_slots(cfg, v, size)) for v in VIEWS[place.mode]) for size in sizes]
+        lengths = [room_of(cfg, place.mode, size) for size in sizes]
         tiles = [tile_count(cfg, size) for size in sizes]
         goes_on = record.kind in ("interleaved", "text") and not self.rows.batch_size
         limit, most_tiles = self.rows.sample_limit, self.rows.most_tiles
@@ -998,6 +998,11 @@ class Plan(IterableDataset):
             )  # fmt: skip
             chunks.append(chunk)
         return record, chunks
+
+
+def room_of(cfg: ModelConfig, mode: str, size: tuple[int, int]) -> int:
+    """Positions that are planned for a picture: student's or teacher's, whichever takes more."""
+    return max(len(picture_slots(cfg, view, size)) for view in VIEWS[mode])
 
 
 def texts_of(pieces: list[Piece]) -> list[tuple[list[int], bool]]:

@@ -30,11 +30,13 @@ import sys
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -1740,6 +1742,20 @@ def find_device(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def find_ranks(device: str, hours: float = 0.5) -> tuple[int, int, torch.device]:
+    """Rank, world size and device, from torchrun's environment; gloo on CPU, NCCL on CUDA. hours: how long a
+    rank waits for another.
+    """
+    device = find_device(device)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    place = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
+    if device == "cuda":
+        torch.cuda.set_device(place)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=hours))
+    return rank, world, place
 
 
 def require_at_least(config, least: float, names: str) -> None:

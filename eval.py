@@ -485,7 +485,7 @@ def answer_likelihoods(vlm, samples: list[data.Sample], options: list[list[list[
     positions = torch.cat([rows.positions, rows.positions[:, -1:] + 1 + place], 1)  # (B, T + W)
     owner = torch.cat([rows.doc_ids, owner], 1)  # (B, T + W): 0 in the prompt, -1 at padding
     mask = ((owner[:, :, None] == owner[:, None]) | (owner[:, None] == 0)).tril()  # (B, T + W, T + W)
-    hidden = vlm.decoder.hidden(x, positions, mask[:, None])
+    hidden, _ = vlm.decoder.hidden(x, positions, mask[:, None])
     row, position, token = torch.tensor(predictions, device=x.device).unbind(-1)  # (R,) each
     logits = vlm.decoder.head(hidden[row, position]).float().log_softmax(-1)  # (R, N)
     log_probs = logits.gather(1, token[:, None])[:, 0].cpu()  # (R,)

@@ -57,7 +57,7 @@ def test_rows_hold_every_sample_once_and_slots_point_at_their_own_image():
     modes = ["full", "fast", "slow", "fast", "full", "slow", "fast", "fast"]
     batch = data.make_batch(samples("chat", 8), modes, CFG, 256, 999)
     full, pruned = CFG.visual_tokens("full"), CFG.visual_tokens("pruned")
-    rows, whole, few = batch.student, batch.full_views.tolist(), batch.pruned_views.tolist()
+    rows, whole, few = batch.student, batch.full_tiles.tolist(), batch.pruned_tiles.tolist()
     assert whole == [0, 2, 4, 5] and few == [1, 2, 3, 5, 6, 7]  # a slow sample's views are in both
     index = torch.full(rows.ids.shape, -1)
     index[rows.slot_mask] = rows.visual_index

@@ -274,7 +274,7 @@ def test_the_ends_are_naive_pruning_and_plain_fine_tuning(flags, mode, stage2, t
     batches = train_pretrain.load_batches(*caught["data"][:4], lambda number: mode)
     adam = torch.optim.AdamW(vlm.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     for batch, rate in zip(islice(batches, 3), (1.0, 0.55, 0.1), strict=True):  # a cosine to a tenth
-        logits, teacher = vlm(batch)
+        logits, teacher, _ = vlm(batch)
         assert batch.teacher is None and teacher is None
         adam.zero_grad()
         targets = batch.student.targets

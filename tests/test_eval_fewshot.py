@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import test_vlm
+import test_model_vlm as test_vlm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -217,7 +217,7 @@ def test_likelihood_is_the_sum_over_the_answers_tokens(mode, shots):
             batch = data.prompt_batch([([*samples[-1][0], (ids, True)], samples[-1][1])], mode, vlm.cfg)
             rows = batch.student
             x = vlm.splice(rows, vlm.bank(batch))
-            hidden = vlm.decoder.hidden(x, rows.positions, model.document_mask(rows.doc_ids))
+            hidden, _ = vlm.decoder.hidden(x, rows.positions, model.document_mask(rows.doc_ids))
             logits = vlm.decoder.head(hidden[0, -len(ids) - 1 : -1]).log_softmax(-1)
             expected.append(sum(logits[t, i].item() for t, i in enumerate(ids)))
     sums = evaluation.answer_likelihoods(vlm, samples, options, mode)

@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw
 
 import data
 import model
+from tools import export
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -123,7 +124,7 @@ def write_halves(folder: Path) -> dict[str, Path]:
     encoder = folder / "encoder"
     vit = model.ViTConfig(256, 16, 32, 12, 1, 64, "gelu_pytorch_tanh", 1e-6, False, "siglip", False, "")
     vit.patch_bias = True
-    model.ViT(vit).save_pretrained(encoder)
+    export.save_vit(model.ViT(vit), encoder)
     config = model.read_json(encoder / "config.json")
     del config["model_type"], config["hidden_act"], config["layer_norm_eps"]  # the hub's file has no defaults
     model.write_json(encoder / "config.json", {"model_type": "siglip", "vision_config": config})
@@ -133,7 +134,7 @@ def write_halves(folder: Path) -> dict[str, Path]:
     for name, width in (("Qwen/Qwen2.5-0.5B", 32), ("Qwen/Qwen2.5-1.5B", 48)):
         to = repos[name] = folder / name
         lm = model.DecoderConfig(512, width, 2, 4, 2, width // 4, 64, 1e6, qkv_bias=True)
-        model.Decoder(lm).save_pretrained(to, torch.bfloat16)
+        export.save_decoder(model.Decoder(lm), to, torch.bfloat16)
         tokenizers.write_small(to, "qwen")
     return repos
 

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 import model
 from model import Decoder, DecoderConfig, UserError, ViT
+from tools import export
 
 HF = Path(__file__).parent / "fixtures" / "hf"
 VITS = ("clip-vision", "clip-full", "siglip-vision", "aimv2-vision", "dinov2-vision")
@@ -19,6 +20,11 @@ DECODERS = ("llama", "llama3-rope", "qwen2", "qwen3")
 
 def load_half(path: Path, name: str) -> ViT | Decoder:
     return (ViT if name in VITS else Decoder).from_pretrained(path)
+
+
+def save_half(half: ViT | Decoder, *args) -> None:
+    save = export.save_vit if isinstance(half, ViT) else export.save_decoder
+    save(half, *args)
 
 
 @torch.no_grad()
@@ -39,7 +45,7 @@ def check_half(path: Path, name: str) -> None:
         ids = expected["in.input_ids"]
         assert_close(half(ids), expected["out.logits"], rtol=0, atol=1e-5)
         x, positions = half.embed(ids), torch.arange(17).expand_as(ids)
-        block = half.layers[0](
+        block, _ = half.layers[0](
             x, model.rope_tables(positions, half.cfg), model.document_mask(torch.zeros_like(ids))
         )
         states = (x, block)
@@ -181,7 +187,7 @@ LEFT_OUT = {  # transformers' defaults
 
 @pytest.mark.parametrize("kind", LEFT_OUT)
 def test_a_config_of_nothing_but_its_type_has_transformers_defaults(kind, tmp_path):
-    file, names = tmp_path / "config.json", [*model.VIT_NAMES]
+    file, names = tmp_path / "config.json", [*model.KEY_MAPS["encoder_fields"]]
     model.write_json(file, {"model_type": kind})
     cfg = model.read_vit_config(file)
     assert tuple(getattr(cfg, name) for name in names) == LEFT_OUT[kind]
@@ -200,7 +206,7 @@ def of_the_encoder(weights: dict) -> dict:
 @pytest.mark.parametrize("name", [*VITS, *DECODERS])
 def test_halves_survive_a_round_trip(name, tmp_path):
     half = load_half(HF / name, name)
-    half.save_pretrained(tmp_path)
+    save_half(half, tmp_path)
     ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path, HF / name))
     theirs = of_the_encoder(theirs) if name in VITS else theirs
     if name in ("clip-vision", "clip-full", "siglip-vision"):  # the hub's prefix, which both releases read
@@ -216,7 +222,7 @@ def test_halves_survive_a_round_trip(name, tmp_path):
     assert ours.keys() & heads == theirs.keys() & heads and not any(ours.get(key) for key in heads)
     for key in (ours.keys() & theirs.keys()) - heads:
         assert ours[key] == theirs[key], key  # so that transformers reads the same model
-    half.save_pretrained(tmp_path, torch.bfloat16)
+    save_half(half, tmp_path, torch.bfloat16)
     assert {v.dtype for v in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
 
 
@@ -242,7 +248,7 @@ def test_broken_checkpoints_are_named(name, tensor, tmp_path):
             assert word in str(error.value)
 
     short = tensor.removeprefix("model.").removeprefix("vision_model.")
-    for theirs, ours in model.VIT_FAMILIES[name.split("-")[0]]["names"] if name in VITS else []:
+    for theirs, ours in model.ENCODERS[name.split("-")[0]]["names"] if name in VITS else []:
         short = short.replace(theirs, ours)  # errors speak of our names
     shape = str(tuple(load_file(HF / name / "model.safetensors")[tensor].shape))
     known = "clip, siglip, aimv2, dinov2" if name in VITS else "llama, qwen2, qwen3"
@@ -385,7 +391,7 @@ def test_cache_equals_the_full_forward(name, chunks):
         for n in chunks:
             here = slice(start, start + n)
             x, positions = decoder.embed_tokens(ids[:, here]), torch.arange(17)[here].expand(2, -1)
-            steps.append(decoder.hidden(x, positions, causal[:, :, here, : start + n], cache))
+            steps.append(decoder.hidden(x, positions, causal[:, :, here, : start + n], cache)[0])
             start += n
         assert_close(decoder.head(torch.cat(steps, 1)), decoder(ids), rtol=0, atol=1e-5)
 
@@ -399,7 +405,7 @@ def test_documents_in_a_row_do_not_see_each_other(name):
     positions = torch.tensor([[*range(8), *range(9), 0, 0, 0]])
 
     def hidden(ids):
-        return decoder.hidden(decoder.embed_tokens(ids), positions, model.document_mask(doc_ids))
+        return decoder.hidden(decoder.embed_tokens(ids), positions, model.document_mask(doc_ids))[0]
 
     packed = hidden(ids)
     assert packed.isfinite().all()

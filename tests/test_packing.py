@@ -10,6 +10,7 @@ import test_training
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.nn.attention import varlen
 
 import data
 import model
@@ -102,9 +103,9 @@ def test_a_changed_document_leaves_the_others_bit_equal(document):
     rows = batch.student
     here = (rows.doc_ids == document) & ~rows.slot_mask
     x = vlm.splice(rows, vlm.bank(batch))
-    hidden = vlm.decoder.hidden(x, rows.positions, model.document_mask(rows.doc_ids))
+    hidden, _ = vlm.decoder.hidden(x, rows.positions, model.document_mask(rows.doc_ids))
     changed = torch.where(here[..., None], x.flip(-1), x)
-    other = vlm.decoder.hidden(changed, rows.positions, model.document_mask(rows.doc_ids))
+    other, _ = vlm.decoder.hidden(changed, rows.positions, model.document_mask(rows.doc_ids))
     same = rows.doc_ids != document
     assert torch.equal(hidden[same], other[same]) and not torch.equal(hidden[here], other[here])
 
@@ -132,7 +133,7 @@ def test_the_loss_of_a_pack_is_the_token_weighted_loss_of_its_parts():
         count = sum(len(b.student.targets) for b in batches)
         total = 0.0
         for b in batches:
-            logits, _ = vlm(b)
+            logits, _, _ = vlm(b)
             loss = F.cross_entropy(logits.double(), b.student.targets, reduction="sum") / count
             loss.backward()
             total += loss.detach()
@@ -351,8 +352,8 @@ def documents(device: str, dtype: torch.dtype) -> tuple:
 def test_the_document_kernel_is_called_with_the_right_shapes(monkeypatch):
     """Traced on the meta device, where nothing is computed; a norm on q and k leaves them in float32."""
     rows, q, k, v = documents("meta", torch.bfloat16)
-    real, seen = model.varlen_attn, []
-    monkeypatch.setattr(model, "varlen_attn", lambda *a, **b: (seen.append(a[:3]), real(*a, **b))[1])
+    real, seen = varlen.varlen_attn, []
+    monkeypatch.setattr(varlen, "varlen_attn", lambda *a, **b: (seen.append(a[:3]), real(*a, **b))[1])
     out = model.attend(q.float(), k.float(), v, model.Documents(rows.starts.to("meta"), 256))
     assert out.shape == q.shape and {x.dtype for x in seen[0]} == {torch.bfloat16}
     assert [tuple(x.shape) for x in seen[0]] == [(512, 4, 32), (512, 2, 32), (512, 2, 32)]

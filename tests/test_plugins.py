@@ -54,12 +54,12 @@ def test_a_mixed_batch_equals_its_samples_alone(kind, name):
     """Rows, other samples' modes and the order of views change nothing; the teacher is the fast mode."""
     cfg = config(kind, name).check()
     vlm, batch = build(cfg), small_batch(MIX, cfg)
-    logits, teacher = vlm(batch)
+    logits, teacher, _ = vlm(batch)
     owner = batch.student.doc_ids.flatten()[batch.student.supervised]
     for n, pick in enumerate(MIX):
-        alone, _ = vlm(small_batch([pick], cfg, start=n))
+        alone, _, _ = vlm(small_batch([pick], cfg, start=n))
         assert_close(logits[owner == n], alone, rtol=1e-4, atol=1e-4)
-    fast, _ = vlm(small_batch([("chat", "fast")], cfg, start=1))
+    fast, _, _ = vlm(small_batch([("chat", "fast")], cfg, start=1))
     assert_close(teacher, fast, rtol=1e-4, atol=1e-4)
     test_training.fast_slow_sums(logits, teacher, batch)["loss"].backward()
     grads = {key: p.grad for key, p in vlm.named_parameters()}
@@ -87,8 +87,8 @@ def test_wrong_prune_flags_are_refused():
     for change, words in (
         ({"name": "divprun"}, "'divprun' is unknown: use one of random, grid"),
         ({"keep": 0.0}, "prune.keep 0 must be above 0"),
-        ({"isolator": -1}, "prune.isolator -1 at least 0"),
-        ({"isolator_per": "view"}, "isolator_per 'view' tile or image"),
+        ({"isolator": -1}, "prune.isolator -1 must be at least 0"),
+        ({"isolator_per": "view"}, "isolator_per 'view' is unknown: use one of tile, image"),
         ({"keep": 5}, "keep 5: coarse keeps whole scales, so one of 4, 8"),
     ):
         with pytest.raises(UserError, match=words):
@@ -141,7 +141,7 @@ def test_blank_pictures_and_pictures_cut_off_are_in_no_bank(name, mode):
     no_pixels = np.zeros((0, 3, 32, 32), np.uint8)
     batch = data.make_batch([(text, no_pixels)], [mode], cfg, 128, 128, rows=[[0]], capacity=2)
     assert len(batch.pixels) == 2 and vlm.bank(batch) is None
-    logits, teacher = vlm(batch)
+    logits, teacher, _ = vlm(batch)
     logits.sum().backward()
     assert teacher is None and all(p.grad is not None for p in vlm.connector.parameters())
     pieces = [([5, 6, 7], True), 0, ([8], True)]  # a limit of four positions leaves the picture out
@@ -180,11 +180,11 @@ def test_attention_is_that_of_the_block(cls_token):
 def test_needs_are_of_the_pruned_views_alone():
     cfg = config("linear", "random")
     vlm, batch = build(cfg), small_batch(MIX, cfg)
-    batch.questions = data.asked(
+    batch.questions = data.question_ids(
         [data.Sample([0, ([5, 6], False), ([7], True)], np.zeros((1,)))] * 4, 4, config("linear", "cdpruner")
     )
     states = vlm.states(batch.pixels)
-    assert batch.pruned_views.tolist() == [0, 1, 3]
+    assert batch.pruned_tiles.tolist() == [0, 1, 3]
     for name, pruner in prune.PRUNERS.items():
         given = vlm.pruner_needs(name, states, batch)
         assert set(given) == set(pruner.needs)

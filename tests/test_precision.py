@@ -41,7 +41,7 @@ def batch_of(vlm: model.VLM) -> data.Batch:
 def loss_of(vlm: model.VLM, half: bool = True) -> torch.Tensor:
     batch = batch_of(vlm)
     with torch.autocast("cpu", HALF, enabled=half):
-        logits, _ = vlm(batch)
+        logits, _, _ = vlm(batch)
     return F.cross_entropy(logits, batch.student.targets)
 
 
@@ -105,7 +105,7 @@ def test_the_residual_streams_stay_whole():
         states = vlm.vit.hidden_states(torch.randn(1, 3, 32, 32))
         embedded = vlm.decoder.embed(rows.ids)
         mask = model.document_mask(rows.doc_ids)
-        hidden = vlm.decoder.hidden(embedded, rows.positions, mask)
+        hidden, _ = vlm.decoder.hidden(embedded, rows.positions, mask)
     assert {state.dtype for state in states[1:]} == {embedded.dtype, hidden.dtype} == {FULL}
 
 

@@ -17,6 +17,7 @@ import eval as evaluation
 import model
 import train_pretrain
 import train_sft
+from tools import export
 
 GEOMETRY = "--vit.image_size 0 --connector.levels 2,3 --connector.width 32 --connector.heads 2".split()
 GEOMETRY += "--connector.windows 8,2 --connector.queries 16,1".split()
@@ -28,7 +29,7 @@ def write_halves(folder: Path) -> None:
     torch.manual_seed(0)
     vit = model.ViTConfig(64, 8, 32, 4, 2, 64, "gelu_pytorch_tanh", 1e-6, False, "siglip", False, "")
     vit.patch_bias = True
-    model.ViT(vit).save_pretrained(folder / "vit")
+    export.save_vit(model.ViT(vit), folder / "vit")
     config = model.read_json(folder / "vit" / "config.json")
     del config["model_type"], config["hidden_act"], config["layer_norm_eps"]  # the hub's file has no defaults
     model.write_json(folder / "vit" / "config.json", {"model_type": "siglip", "vision_config": config})
@@ -36,7 +37,7 @@ def write_halves(folder: Path) -> None:
     image = {"image_mean": [0.4] * 3, "image_std": [0.3] * 3, "resample": 2, "size": size}
     model.write_json(folder / "vit" / "preprocessor_config.json", image)
     lm = model.DecoderConfig(151936, 32, 2, 4, 2, 8, 64, 1e6, qkv_bias=True)
-    model.Decoder(lm).save_pretrained(folder / "lm", torch.bfloat16)
+    export.save_decoder(model.Decoder(lm), folder / "lm", torch.bfloat16)
     ranks = next(f for f in importlib.metadata.files("dashscope") if f.name == "qwen.tiktoken")
     shutil.copy(ranks.locate(), folder / "lm")
 
@@ -76,7 +77,7 @@ def test_from_the_hubs_halves_to_an_export(tmp_path, capsys):
     report = tmp_path / "eval.json"
     evaluation.main(["--model", stage2, "--tasks", "scenes_vqa", "--n", "4", "--out", str(report)])
     assert model.read_json(report)["results"][0]["n"] == 4 * 5  # five kinds of question
-    model.main(["--export", stage2, str(tmp_path / "hf")])
+    export.main([stage2, str(tmp_path / "hf")])
     vit = model.ViT.from_pretrained(tmp_path / "hf" / "encoder")
     lm = model.Decoder.from_pretrained(tmp_path / "hf" / "decoder")
     assert data.Tokenizer.from_pretrained(tmp_path / "hf" / "decoder").encode("é") == tokenizer.encode(
@@ -87,6 +88,6 @@ def test_from_the_hubs_halves_to_an_export(tmp_path, capsys):
         assert torch.equal(vit.hidden_states(pixels)[-1], vlm.vit.hidden_states(pixels)[-1])
         torch.testing.assert_close(lm(ids), vlm.decoder(ids), rtol=0, atol=1e-5)
     with pytest.raises(model.UserError, match="is not empty"):
-        model.main(["--export", stage2, "--to", str(tmp_path / "hf")])
-    with pytest.raises(model.UserError, match="--to"):
-        model.main(["--export", stage2])
+        export.main([stage2, str(tmp_path / "hf")])
+    with pytest.raises(model.UserError, match="RUN OUT"):
+        export.main([stage2])

@@ -124,8 +124,50 @@ def test_z_loss_is_the_mean_squared_log_of_the_denominator():
 
 def test_sizes_of_a_batch():
     """512 rows of 4096: 2,097,152 positions, at most 2,304 of 4,096 for images."""
-    preset = model.PRESETS["3b"]
+    preset = model.preset("3b")
     recipe = preset["pretrain"]
     most = train_pretrain.RunConfig.row_images * preset["model"].visual_tokens()
     assert recipe["rows"] * recipe["row_length"] == 2_097_152 and most == 2304
     assert recipe["rows"] * most == 1_179_648 and data.Plan.POOL >= 512
+
+
+SHAPES = [(16, 16), (8, 24), (8, 24), (24, 8), (16, 16)]
+
+
+def muon_steps(make, momentum_of) -> list[torch.Tensor]:
+    """Weights and momenta after four steps on the same gradients."""
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    muon = make([{"params": parameters, "lr": 0.02, "weight_decay": 0.1}])
+    for _ in range(4):
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        muon.step()
+    return [*(p.detach() for p in parameters), *(momentum_of(muon, p) for p in parameters)]
+
+
+def test_muon_equals_torchs_in_its_precision():
+    def momentum(muon, p):
+        return muon.state[p]["momentum_buffer"]
+
+    expected = muon_steps(torch.optim.Muon, momentum)
+    stacked = muon_steps(lambda groups: train_pretrain.Muon(groups, torch.bfloat16), momentum)
+    torch.testing.assert_close(stacked, expected, rtol=1e-2, atol=1e-3)
+    exact = muon_steps(lambda groups: train_pretrain.Muon(groups, torch.float32), momentum)
+    torch.testing.assert_close(exact, expected, rtol=0.05, atol=5e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:1] + SHAPES[2:4])
+def test_orthogonalised_matrices_keep_their_directions(shape):
+    """The iteration only moves singular values: U and V stay, S goes to about 1 (0.68 to 1.21)."""
+    x = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    singular = u.mT @ train_pretrain.orthogonalise(x) @ v.mT
+    values = singular.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(singular, torch.diag_embed(values), rtol=0, atol=1e-9)
+    assert 0.65 < values.min() and values.max() < 1.25
+
+
+def test_fast_dtype_is_measured():
+    assert train_pretrain.fast_dtype(torch.device("cuda")) == torch.bfloat16
+    assert train_pretrain.fast_dtype(torch.device("cpu")) in (torch.float32, torch.bfloat16)

@@ -109,7 +109,7 @@ def gradients(picks: list[tuple[str, str]], distill: bool = True) -> dict[str, t
     vlm = model.VLM(small_config())
     vlm.set_trainable(["connector", "decoder"], isolator=True)
     batch = small_batch(picks, vlm.cfg)
-    logits, teacher = vlm(batch)
+    logits, teacher, _ = vlm(batch)
     fast_slow_sums(logits, teacher if distill else None, batch)["loss"].backward()
     return {name: p.grad for name, p in vlm.named_parameters() if p.requires_grad}
 
@@ -124,7 +124,7 @@ def test_teacher_sees_pruned_tokens_and_carries_no_gradient():
     vlm = model.VLM(small_config())
     slow = small_batch([("chat", "slow")], vlm.cfg)
     fast = small_batch([("chat", "fast")], vlm.cfg)
-    logits, teacher = vlm(slow)
+    logits, teacher, _ = vlm(slow)
     torch.testing.assert_close(teacher, vlm(fast)[0])  # the teacher is the fast view of the same sample
     assert not teacher.requires_grad and not torch.allclose(logits, teacher)
     assert slow.teacher.targets.tolist() == slow.student.targets[slow.distill].tolist()
@@ -138,7 +138,7 @@ def test_slow_loss_equals_the_formula_in_double():
         p.data *= 3  # peaked attention and predictions, so that there is a KL to measure
     vlm.set_trainable(["connector", "decoder"], isolator=True)
     batch = small_batch([("chat", "slow"), ("chat", "fast")], vlm.cfg)
-    logits, teacher = vlm(batch)
+    logits, teacher, _ = vlm(batch)
     sums = fast_slow_sums(logits, teacher, batch)
     log_p = logits.double().log_softmax(-1)
     ce = -log_p[torch.arange(len(log_p)), batch.student.targets].sum()

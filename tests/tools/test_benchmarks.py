@@ -10,7 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
-import test_vlm
+import test_model_vlm as test_vlm
 from PIL import Image
 
 import data

@@ -49,7 +49,7 @@ def greedy(vlm: model.VLM, sample: tuple, mode: str, steps: int) -> list[int]:
         batch = data.prompt_batch([([*pieces, (new, False)], sample[1])], mode, vlm.cfg)
         rows = batch.student
         x = vlm.splice(rows, vlm.bank(batch))
-        hidden = vlm.decoder.hidden(x, rows.positions, model.document_mask(rows.doc_ids))
+        hidden, _ = vlm.decoder.hidden(x, rows.positions, model.document_mask(rows.doc_ids))
         new = [*new, vlm.decoder.head(hidden[0, -1]).argmax().item()]
     return new
 
@@ -89,7 +89,7 @@ def test_a_saved_model_gives_the_same_logits(tied, tmp_path):
     for path in (tmp_path, tmp_path / "step-00000005"):  # a run folder, a step folder
         again = model.VLM.from_pretrained(path)
         assert again.cfg == vlm.cfg
-        for ours, theirs in zip(again(batch), expected):
+        for ours, theirs in zip(again(batch)[:2], expected[:2]):
             assert torch.equal(ours, theirs)
     with pytest.raises(UserError, match=f"{tmp_path}/nothing is neither a run folder"):
         model.VLM.from_pretrained(tmp_path / "nothing")
@@ -101,7 +101,7 @@ def test_packing_and_mode_do_not_change_a_samples_logits():
     vlm, samples, modes = tiny_vlm(), samples_of_scenes(), ["slow", "fast", "full"]
     packed = data.make_batch(samples, modes, vlm.cfg, 1024, 250)
     assert len(packed.student.ids) == 1  # one row
-    student, teacher = vlm(packed)
+    student, teacher, _ = vlm(packed)
     alone = [vlm(data.make_batch([s], [m], vlm.cfg, 64, 250))[0] for s, m in zip(samples, modes)]
     order = packed.student.doc_ids.flatten()[packed.student.supervised]  # whose each logit is
     for i in range(3):

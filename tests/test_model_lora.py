@@ -10,6 +10,7 @@ import model
 import train_pretrain
 import train_sft
 from model import Decoder, DecoderConfig, LoraConfig, UserError
+from tools import export
 
 TOKENIZER = data.Tokenizer.from_pretrained(model.ASSETS / "scenes.tiktoken")
 SMALL = "--batch_size 8 --row_length 128 --workers 0 --dtype float32 --device cpu --muon_lr 0".split()
@@ -51,7 +52,7 @@ def trainable(module: torch.nn.Module) -> int:
 
 def test_the_final_model_of_chain_of_sight_trains_532_million():
     """The number of the paper, at 448 px with 1296 tokens and rank 64."""
-    cfg = model.scaled_config(model.PRESETS["cos-7b"]["model"], "80to1296")
+    cfg = model.scaled_config(model.preset("cos-7b")["model"], "80to1296")
     assert (cfg.vit.image_size, cfg.lora.rank) == (448, 64)
     with torch.device("meta"):
         vlm = model.VLM(cfg)
@@ -100,7 +101,7 @@ def test_an_adapter_adds_alpha_over_rank_times_b_a():
 def test_only_what_is_named_has_gradients():
     vlm = small_vlm(trained=True)
     vlm.set_trainable(["connector", "lora"], isolator=False)
-    logits, _ = vlm(small_batch(vlm))
+    logits, _, _ = vlm(small_batch(vlm))
     (logits * torch.randn_like(logits)).sum().backward()
     for name, p in vlm.named_parameters():
         trains = name.startswith("connector.") or ".lora_" in name
@@ -125,7 +126,7 @@ def test_merged_weights_are_the_same_model(tmp_path):
     plain = small_vlm(0).decoder
     plain.load_state_dict({k: v for k, v in vlm.decoder.state_dict().items() if ".lora_" not in k})
     assert (plain(IDS) - expected).abs().max() > 1e-2  # without them it is another model
-    vlm.decoder.save_pretrained(tmp_path)  # what leaves for Hugging Face is merged
+    export.save_decoder(vlm.decoder, tmp_path)  # what leaves for Hugging Face is merged
     assert not any("lora" in name for name in load_file(tmp_path / "model.safetensors"))
     assert_close(Decoder.from_pretrained(tmp_path)(IDS), expected, rtol=0, atol=1e-5)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import model
+from tools import plan
 
 KEYS = ["name", "value", "spread", "floor", "efficiency", "at_7b", "published", "note"]
 SMALL = model.ModelConfig(
@@ -72,7 +73,7 @@ def test_flops_of_dualspeed_by_hand(views):
 
 def test_the_speedups_at_7b_are_those_of_the_plan():
     seven = model.preset("llava-1.5-vicuna")
-    lines = model.savings(*model.stages_of(seven, seven["model"]))
+    lines = plan.savings(*plan.stages_of(seven, seven["model"]))
     told = [float(line.split("text: ")[1].split()[0]) for line in lines if "200 of text" in line]
     steps = [((mode,), 200) for mode in ("full", "fast", "slow")]
     flops = ([benchmark.dual_flops(seven["model"], step, views) for step in steps] for views in (1, 5))
@@ -107,7 +108,7 @@ def test_a_mixed_batch_is_packed():
     assert lengths == [576 + 200] + 9 * [62 + 200] and len(rows.ids) == 4
     assert (rows.doc_ids >= 0).float().mean() > 0.97
     assert (batch.teacher.doc_ids >= 0).sum() == 62 + 200 and len(batch.distill) == 80
-    assert batch.full_views.tolist() == [0] and batch.pruned_views.tolist() == [*range(10)]
+    assert batch.full_tiles.tolist() == [0] and batch.pruned_tiles.tolist() == [*range(10)]
 
 
 def test_the_script_writes_every_row(tmp_path, monkeypatch, capsys):

@@ -342,9 +342,8 @@ def test_plans_set_windows_and_queries_on_any_grid(plan):
     for factor in (1, 2):  # 224 and 448 pixels: the same tokens from larger windows
         cfg = published()
         cfg.connector.plan, cfg.vit.image_size = plan, 224 * factor
-        assert cfg.check().connector.windows == [w * factor for w in windows]
-        sizes = zip(cfg.connector.windows, cfg.connector.queries)
-        assert [(cfg.side // w) ** 2 * n for w, n in sizes] == tokens
+        assert [window for window, _ in cfg.check().scales()] == [w * factor for w in windows]
+        assert cfg.scale_tokens() == tokens and cfg.connector.windows == [16, 4]  # nothing is set
     cfg.vit.image_size = 14 * 18
     with pytest.raises(model.UserError, match="does not divide the 18x18 patch grid"):
         cfg.check()
@@ -425,7 +424,8 @@ def test_freeze_map(stage):
     cfg = narrow()
     cfg.vit.layers, cfg.lora = 3, model.LoraConfig(2)
     vlm = model.VLM(cfg)
-    vlm.set_trainable(model.trainable_parts(model.COS_TRAINS[stage]), isolator=False)
+    trained_parts = model.preset("cos-8b")[stage]["train"]
+    vlm.set_trainable(model.trainable_parts(trained_parts), isolator=False)
     trained = {name for name, p in vlm.named_parameters() if p.requires_grad}
     expected = {
         name for name, _ in vlm.named_parameters() if name.startswith("connector.") or ".lora_" in name
@@ -436,4 +436,4 @@ def test_freeze_map(stage):
             n for n, _ in vlm.named_parameters() if n.startswith("vit.") and not n.startswith(unused)
         }
     assert trained == expected
-    assert model.PRESETS["cos-8b"][stage]["train"] == model.COS_TRAINS[stage]
+    assert trained_parts == ("connector,lora" if stage == "pretrain" else "vit,connector,lora")

@@ -1,0 +1,16 @@
+"""Export: a run as two folders of Hugging Face layout (what transformers makes of them: test_real.py)."""
+
+import pytest
+
+import model
+from tools import export
+
+
+def test_what_export_refuses(tmp_path):
+    with pytest.raises(model.UserError, match="give a run and a new folder"):
+        export.main(["RUN"])
+    with pytest.raises(model.UserError, match="nowhere is neither a run folder"):
+        export.main(["nowhere", str(tmp_path / "out")])
+    (tmp_path / "kept.txt").touch()
+    with pytest.raises(model.UserError, match="is not empty: choose a new folder"):
+        export.main([str(model.ASSETS / "tiny_lm"), str(tmp_path)])

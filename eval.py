@@ -16,7 +16,6 @@ template; with it, even 0, in that of a base model, behind demonstrations of the
 are never swapped. Answers about files are kept beside --out, and a run that was killed goes on from them.
 """
 
-import functools
 import hashlib
 import json
 import math
@@ -444,8 +443,9 @@ def answer_batch(
 ) -> list:
     """Greedy answers or the likeliest choices; of kind likelihood, the log-probabilities of all, as JSON."""
     if "likelihood" not in (cfg.scoring, task.kind):
-        batch, marks = data.prompt_batch(samples, view, vlm.cfg), stop_marks(task)
-        batch, stops = batch.to(next(vlm.parameters()).device), stop_tokens(tokenizer, marks)
+        marks = stop_marks(task)
+        stops = tokenizer.ids_with(marks) if marks else ()
+        batch = data.prompt_batch(samples, view, vlm.cfg).to(next(vlm.parameters()).device)
         generated = vlm.generate(batch, tokenizer.end, task.max_new_tokens, stops=stops)
         return [cut_answer(tokenizer.decode(ids), marks) for ids in generated]
     in_text = task.shots is not None or task.kind == "likelihood"  # else an answer begins a turn
@@ -525,13 +525,6 @@ def stop_marks(task: Task) -> tuple[str, ...]:
     if task.shots is None:
         return ()
     return ("\n",) if task.kind in ("caption", "ref") else ("\n", ".", ",", "Question")
-
-
-@functools.lru_cache
-def stop_tokens(tokenizer, marks: tuple[str, ...]) -> list[int]:
-    """Ids of all tokens that hold a mark."""
-    texts = {token: tokenizer.decode([token]) for token in range(tokenizer.vocab_size)} if marks else {}
-    return [token for token, text in texts.items() if any(mark in text for mark in marks)]
 
 
 def cut_answer(text: str, marks: tuple[str, ...]) -> str:

@@ -41,8 +41,9 @@ import eval as evaluation
 import model
 from eval import CHOICES, Question
 from model import UserError
+from tools import convert
 
-open_table = data.Table  # reads .tsv and parquet: an object with a length and raw(i) -> (row, place)
+open_table = convert.open_table  # of .tsv and parquet files
 
 
 @dataclass

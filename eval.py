@@ -10,10 +10,10 @@
 Public benchmarks: tools/benchmarks.py. A page with pictures and curves: tools/report.py eval.json.
 
 Every task is scored twice: as it is, and blind, with its pictures swapped (a seeded derangement); whatever a
-model still scores with swapped images it did not get from looking. Scores are 0-100 (CIDEr-D x 100), with n
-and the standard error beside them; that of text is a loss. Without --shots a question comes in the chat
-template; with it, even 0, in that of a base model, behind demonstrations of the train split whose pictures
-are never swapped. Answers about files are kept beside --out, and a run that was killed goes on from them.
+model still scores with swapped images it did not get from looking. Scores are 0-100 (CIDEr-D x 100) with their
+standard error, that of text is a loss. Without --shots a question comes in the chat template; with it, even 0,
+in that of a base model, behind demonstrations of the train split whose pictures are never swapped. Answers
+about files are kept beside --out, and a run that was killed goes on from them.
 """
 
 import hashlib
@@ -341,50 +341,55 @@ def file_task(kind: str, path: Path, images: str) -> Task:
 
 
 def file_question(kind: str, row: dict, place: str, folder: Path) -> Question:
-    text, answers = row["text"], row["answers"] if kind != "text" else []
-    if not isinstance(text, str) or not isinstance(answers, list):
-        raise ValueError("'text' must be a string, 'answers' a list")
+    question = Question((), row["text"], [])
+    if not isinstance(question.text, str):
+        raise ValueError("'text' must be a string")
     if kind == "text":
-        return Question((), text, [])
-    (picture,) = data.local_pictures([row["image"]], folder, place)
-    if not picture.is_file():
-        raise UserError(f"{place}: image {picture} does not exist")
-    options = option_letters(text) if kind == "choice" else {}
-    question = Question((picture,), text, [str(answer) for answer in answers], picture=str(picture.resolve()))
-    question.choices, question.options = tuple(options) or CHOICES.get(kind, ()), tuple(options.values())
+        return question
+    if not isinstance(row["answers"], list) or not row["answers"]:
+        raise ValueError("'answers' must be a list of at least one")
+    question.images = tuple(data.local_pictures([row["image"]], folder, place))
+    question.picture = str(question.images[0].resolve())
+    if not question.images[0].is_file():
+        raise UserError(f"{place}: image {question.images[0]} does not exist")
     question.name = row.get("question_id", place.rpartition(" ")[2])
-    question.subsets = (str(row.get("category") or ""),) if kind != "caption" else ()
+    question.answers = [str(answer) for answer in row["answers"]]
+    question.choices = CHOICES.get(kind, ())
+    if kind == "choice":
+        options = option_letters(question.text)
+        question.choices, question.options = tuple(options), tuple(options.values())
+    if kind != "caption":
+        question.subsets = (str(row.get("category") or ""),)
     check_answer(kind, question, place)
     return question
 
 
 def check_answer(kind: str, question: Question, place: str) -> None:
-    """Before anything is asked, refuse a question whose right answer no answer can match."""
-    answer = question.answers[0] if question.answers else ""
-    possible = {"choice": answer in question.choices, "ref": parse_box(answer) is not None}
-    if not possible.get(kind, bool(answer)) or (
-        kind == "yesno" and answer.strip().lower() not in data.YES_NO
-    ):
-        need = {"choice": "the letter of a line 'A. ...' of its text", "ref": "four integers 0-999"}
-        need["yesno"] = "yes or no"
-        raise UserError(f"{place}: its answer is '{answer}', but must be {need.get(kind, 'a text')}")
+    """Refuse a right answer that nothing can match, before anything is asked."""
+    answer = question.answers[0]
+    if kind == "choice" and answer not in question.choices:
+        raise UserError(f"{place}: answer '{answer}' is no letter of an option, a line 'A. ...' of its text")
+    if kind == "yesno" and answer.strip().lower() not in data.YES_NO:
+        raise UserError(f"{place} has the answer '{answer}', which is neither yes nor no")
+    if kind == "ref" and parse_box(answer) is None:
+        raise UserError(f"{place} has the answer '{answer}', not four integers 0-999")
 
 
 def add_demos(task: Task, pool: list[Question], shots: int, seed: int) -> Task:
     """The task in MM1's templates, each question behind `shots` demonstrations drawn from `pool`."""
     if shots > len(pool):
         raise UserError(f"--shots {shots}: {task.name} has only {len(pool)} demonstrations to draw from")
-    examples, questions, test_pictures = [], [], set()
     for question in task.questions + pool:
         if len(question.images) != 1:
             problem = f"question {question.name} has {len(question.images)} pictures"
             raise UserError(f"--shots {shots}: {task.name} {problem}, MM1's templates have one")
-    for question in task.questions:
-        test_pictures |= {question.picture, question.images[0]}
+    test_pictures = {question.picture for question in task.questions}
+    test_pictures |= {question.images[0] for question in task.questions}
+    examples, questions = [], []
     for question in pool:
         if not question.answers:
             raise UserError(f"--demos: question {question.name} has no answer, so it demonstrates nothing")
-        if not test_pictures.isdisjoint((question.picture, question.images[0])):
+        if question.picture in test_pictures or question.images[0] in test_pictures:
             raise UserError(f"--demos is not of the train split: {question.picture} is also asked about")
         text = "" if task.kind == "caption" else question.text.removesuffix(task.tail)
         examples.append(data.Example(question.images[0], text, question.answers[0], str(question.name)))
@@ -416,18 +421,20 @@ def answer_all(
             prompts[i] = task.prompt(question, tokenizer)
             pictures[i] = [*(demo.image for demo in question.demos), *images[i]]
     lengths = prompt_lengths(task, prompts, pictures, vlm.cfg, view)
-    answers |= dict.fromkeys(prompts.keys() - lengths.keys(), "")  # those that are too long
     order = sorted(lengths, key=lambda i: (lengths[i], i))
     size = max(1, cfg.batch_size // (1 + (task.shots or 0)))  # as many pictures at any number of shots
-    batches, new_answers = [order[start : start + size] for start in range(0, len(order), size)], {}
-    for batch in tqdm(batches[rank::world], desc=f"{task.name} {view}", leave=False, disable=rank > 0):
-        samples = []
-        for i in batch:
+    starts = range(rank * size, len(order), world * size)
+    stops = tokenizer.ids_with(stop_marks(task)) if task.shots is not None else ()
+    new_answers = dict.fromkeys(prompts.keys() - lengths.keys(), "")  # those that are too long
+    for start in tqdm(starts, desc=f"{task.name} {view}", leave=False, disable=rank > 0):
+        numbers, samples = order[start : start + size], []
+        for i in numbers:
             samples.append(data.load_sample(prompts[i], pictures[i], vlm.cfg, f"{task.name} question {i}"))
-        texts = answer_batch(vlm, tokenizer, task, [task.questions[i] for i in batch], samples, view, cfg)
-        new_answers |= zip(batch, texts)
+        questions = [task.questions[i] for i in numbers]
+        texts = answer_batch(vlm, tokenizer, task, questions, samples, view, cfg.scoring, stops)
+        new_answers |= zip(numbers, texts)
         if kept:
-            kept.append(dict(zip(batch, texts)))
+            kept.append(dict(zip(numbers, texts)))
     gathered = [new_answers] * world
     if world > 1:
         dist.all_gather_object(gathered, new_answers)
@@ -439,24 +446,24 @@ def answer_all(
 
 
 def answer_batch(
-    vlm, tokenizer, task: Task, questions: list, samples: list, view: str, cfg: EvalConfig
+    vlm, tokenizer, task: Task, questions: list, samples: list, view: str, scoring: str, stops
 ) -> list:
     """Greedy answers or the likeliest choices; of kind likelihood, the log-probabilities of all, as JSON."""
-    if "likelihood" not in (cfg.scoring, task.kind):
-        marks = stop_marks(task)
-        stops = tokenizer.ids_with(marks) if marks else ()
+    if "likelihood" not in (scoring, task.kind):
         batch = data.prompt_batch(samples, view, vlm.cfg).to(next(vlm.parameters()).device)
         generated = vlm.generate(batch, tokenizer.end, task.max_new_tokens, stops=stops)
-        return [cut_answer(tokenizer.decode(ids), marks) for ids in generated]
-    in_text = task.shots is not None or task.kind == "likelihood"  # else an answer begins a turn
-    space, options = " " if in_text and not tokenizer.prefix else "", []
+        return [cut_answer(tokenizer.decode(ids), stop_marks(task)) for ids in generated]
+    space = "" if tokenizer.prefix else " "
+    if task.shots is None and task.kind != "likelihood":
+        space = ""  # an answer in the chat template begins its turn
+    options = []
     for question in questions:
         if not question.choices:
             raise UserError(f"--scoring likelihood: the possible answers of {task.name} are not known")
         options.append([tokenizer.encode(space + choice) for choice in question.choices])
     sums = answer_likelihoods(vlm, samples, options, view)
     if task.kind == "likelihood":
-        return [json.dumps([round(float(x), 4) for x in values]) for values in sums]
+        return [json.dumps(values.astype(float).round(4).tolist()) for values in sums]
     return [question.choices[values.argmax()] for question, values in zip(questions, sums)]
 
 
@@ -498,9 +505,7 @@ def answer_likelihoods(vlm, samples: list[data.Sample], options: list[list[list[
     return sums
 
 
-def prompt_lengths(
-    task: Task, prompts: dict, pictures: dict, cfg: model.ModelConfig, view: str
-) -> dict[int, int]:
+def prompt_lengths(task: Task, prompts: dict, pictures: dict, cfg: model.ModelConfig, view: str) -> dict:
     """Positions of each prompt that leaves room for an answer within what the decoder was trained for. A few
     that do not are left out and count as wrong; many are an error.
     """
@@ -509,11 +514,15 @@ def prompt_lengths(
         slots = data.sample_slots(cfg, view, data.picture_sizes(pictures[i], cfg))
         lengths[i] = len(data.lay_out(pieces, slots).ids)
     fitting = {i: length for i, length in lengths.items() if length <= room}
-    too_long, pictures = len(lengths) - len(fitting), 1 + (task.shots or 0)
+    too_long = len(lengths) - len(fitting)
     if too_long:
-        need = f"{pictures} x {data.square_tokens(cfg, view)} visual tokens, text and answer take up to "
-        need += f"{max(lengths.values()) + task.max_new_tokens} positions, the decoder was trained for "
-        need = f"{task.name}: {need}{cfg.decoder.context}"
+        need = (
+            f"{1 + (task.shots or 0)} x {data.square_tokens(cfg, view)} visual tokens, text and answer take "
+        )
+        need += (
+            f"{max(lengths.values()) + task.max_new_tokens} positions in the longest question, the decoder "
+        )
+        need = f"{task.name}: {need}was trained for {cfg.decoder.context}"
         if too_long > len(lengths) / 50:
             raise UserError(f"{need}: use fewer --shots or --tokens pruned")
         print(f"{need}: {too_long} questions are too long and count as wrong")
@@ -552,15 +561,16 @@ class AnswerFile:
 
     def read(self) -> dict[int, str]:
         """Kept answers by question number."""
-        numbers, answers = {question.key: i for i, question in enumerate(self.task.questions)}, {}
+        numbers = {question.key: i for i, question in enumerate(self.task.questions)}
+        answers = {}
         for path in self.files():
             for line in path.read_text().split("\n"):
                 try:
                     row = json.loads(line)
                 except ValueError:
                     continue  # a blank line, or one that was cut off
-                changed = [key for key in self.settings if row["metadata"].get(key) != self.settings[key]]
                 number = numbers.get((str(row["question_id"]), row["prompt"]))
+                changed = [key for key in self.settings if row["metadata"].get(key) != self.settings[key]]
                 if changed or number is None:
                     problem = f"another {changed[0]}" if changed else "an unknown id or prompt"
                     problem = f"the answer to question_id {row['question_id']} has {problem}"
@@ -574,16 +584,16 @@ class AnswerFile:
 
     def finish(self, answers: dict[int, str]) -> None:
         """All answers in the order of their questions, in place of what ranks wrote."""
-        temporary = self.path.with_suffix(".tmp")
-        self.write(temporary, dict(sorted(answers.items())), "w")
-        os.replace(temporary, self.path)
+        self.write(self.path.with_suffix(".tmp"), dict(sorted(answers.items())), "w")
+        os.replace(self.path.with_suffix(".tmp"), self.path)
         for path in self.files():
             if path != self.path:
                 path.unlink()
 
     def write(self, path: Path, answers: dict[int, str], mode: str) -> None:
         with open(path, mode) as file:
-            file.write("\n" if mode == "a" else "")  # ends a line that was cut off
+            if mode == "a":
+                file.write("\n")  # ends a line that was cut off
             for i, text in answers.items():
                 name, prompt = self.task.questions[i].name, self.task.questions[i].text
                 answer_id = hashlib.sha1(f"{self.path.stem} {name} {prompt}".encode()).hexdigest()[:22]
@@ -643,17 +653,17 @@ def score_task(vlm, tokenizer, task: Task, view: str, cfg: EvalConfig, facts: di
 
 
 def derange(images: list[tuple], seed: int) -> list[tuple]:
-    """The same pictures dealt out anew, none where it was: one cycle through them in random order.
-
-    A task with a single picture keeps it: its blind score says nothing. Where questions have several, cycles
-    are drawn until no question gets another one of its own.
+    """The same pictures dealt out anew, none where it was: one cycle through them in random order. A task with
+    a single picture keeps it: its blind score says nothing. Where questions have several pictures, cycles are
+    drawn until none gets another one of its own.
     """
-    pictures, rng = list(dict.fromkeys(picture for group in images for picture in group)), random.Random(seed)
+    pictures = list(dict.fromkeys(picture for group in images for picture in group))
+    rng = random.Random(seed)
     for _ in range(100):
         cycle = rng.sample(pictures, len(pictures))
         successor = dict(zip(cycle, cycle[1:] + cycle[:1]))
-        dealt = [tuple(successor[picture] for picture in group) for group in images]
-        if len(cycle) < 2 or all(set(old).isdisjoint(new) for old, new in zip(images, dealt)):
+        dealt = [tuple(map(successor.get, group)) for group in images]
+        if len(cycle) < 2 or all(map(lambda old, new: set(old).isdisjoint(new), images, dealt)):
             break
     return dealt
 
@@ -794,11 +804,9 @@ TABLES = model.read_json(model.ASSETS / "scoring.json")
 def vqa_normalise(text: str, official: bool = False) -> str:
     """An answer as VQA scorers compare it: lower case, digits for number words, no articles or punctuation.
 
-    Source: the EvalAI rules, as TextVQA and LLaVA apply them; `official=True` gives those of VQA-v2, which
-    differ in 's, ? and commas only. Quirks kept: EvalAI turns "it's" into "it 's" and "yes,no" into "yesno";
-    a mark beside a space anywhere is deleted everywhere, any other becomes a space (VQA-v2 deletes all marks
-    once a comma stands between two digits); the first 32 periods go unless a digit follows; words are lower-
-    cased before contractions are looked up, so that "im" stays "im".
+    The rules are EvalAI's, as in TextVQA and LLaVA; official: those of VQA-v2, which differ in 's, ? and commas.
+    Quirks kept: "it's" becomes "it 's"; a mark beside a space anywhere is deleted everywhere, any other becomes
+    a space (VQA-v2 deletes all once a comma stands between digits); only the first 32 periods go.
     """
     if not official:
         text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
@@ -809,19 +817,20 @@ def vqa_normalise(text: str, official: bool = False) -> str:
         beside_space = mark + " " in text or " " + mark in text
         cleaned = cleaned.replace(mark, "" if beside_space or thousands else " ")
     cleaned = re.sub(r"\.(?!\d)", "", cleaned, count=32)
-    words = [TABLES["vqa_numbers"].get(word, word) for word in cleaned.lower().split()]
-    words = [word for word in words if word not in ("a", "an", "the")]
-    return " ".join(TABLES["vqa_contractions"].get(word, word) for word in words)
+    words = []
+    for word in cleaned.lower().split():
+        word = TABLES["vqa_numbers"].get(word, word)
+        if word not in ("a", "an", "the"):
+            words.append(TABLES["vqa_contractions"].get(word, word))
+    return " ".join(words)
 
 
 def vqa_accuracy(prediction: str, answers: list[str], official: bool = False) -> float:
     """Soft accuracy in 0..1 of one prediction against the answers of (usually ten) annotators.
 
-    Source: Antol et al. 2015. Each annotator in turn is left out and min(1, matches among the others / 3) is
-    averaged: with ten answers k = 0, 1, 2, 3, 4+ matches give 0, .3, .6, .9, 1. Other numbers of answers use
-    the same formula, so below four nobody reaches 1 (two equal answers: 1/3); only a single answer, which
-    leaves nothing to compare with, is plain equality. `official=True` has VQA-v2's quirk of comparing raw
-    strings when all answers are identical: "Yes" against ten times "yes" is 0. No answers: ValueError.
+    Antol et al. 2015: each annotator in turn is left out and min(1, matches among the others / 3) is averaged;
+    with ten answers 0, 1, 2, 3, 4+ matches give 0, .3, .6, .9, 1. A single answer is compared for equality.
+    official: VQA-v2 compares raw strings when all answers are the same, so "Yes" against ten "yes" is 0.
     """
     if not answers:
         raise ValueError("vqa_accuracy needs at least one answer, this question has none")
@@ -841,12 +850,10 @@ def exact_match(prediction: str, answer: str) -> bool:
 
 def yesno_parse(text: str) -> str:
     """'yes' or 'no' by POPE's rule: 'no' if No, no or not is a word before the first period, otherwise 'yes'.
-
-    Quirks kept: case matters and words are split at single spaces only, so "NO", "Not", "Nope", "isn't",
-    a no followed by a newline and the empty string are all 'yes'.
+    Quirks kept: case matters and only single spaces part words, so "NO", "Nope" and "" are 'yes'.
     """
     words = text.split(".")[0].replace(",", "").split(" ")
-    return "no" if any(word in ("No", "no", "not") for word in words) else "yes"
+    return "yes" if {"No", "no", "not"}.isdisjoint(words) else "no"
 
 
 def option_letters(text: str) -> dict[str, str]:
@@ -887,10 +894,8 @@ def choice_parse(text: str, options: list[str]) -> str | None:
 
 
 def ptb_tokenize(text: str) -> list[str]:
-    """A caption as COCO's scorers see it: lower-case Penn Treebank tokens without punctuation.
-
-    Stands in for the Java tokenizer of coco-caption (CoreNLP 3.4.1): the same on nearly all captions, not on
-    every odd string. Quirks kept: brackets stay as -lrb- and the like; "mr." and "u.s." keep their period.
+    """A caption as COCO's scorers see it: lower-case Penn Treebank tokens without punctuation. Stands in for
+    coco-caption's Java tokenizer (CoreNLP 3.4.1): the same on nearly all captions, not on every odd string.
     """
     text = text.lower().translate(str.maketrans(TABLES["ptb_brackets"]))
     for pattern, replacement, _ in TABLES["ptb_rewrites"]:
@@ -922,49 +927,44 @@ def ngram_counts(text: str) -> Counter:
     return Counter(tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
 
 
-def cider_similarity(caption: Counter, reference: Counter, idf: Callable) -> float:
-    """Clipped tf-idf cosine of two captions, 0..1, averaged over n and damped by their difference in length.
-
-    idf(n-gram): log of items / items that have it. Sigma is 6; length is counted in bigrams.
+def cider_similarity(caption: Counter, reference: Counter, idf: dict[tuple, float], unseen: float) -> float:
+    """Clipped tf-idf cosine of two captions, 0..1, averaged over n and damped by their difference in length,
+    which is counted in bigrams (sigma 6). unseen: the idf of n-grams in no reference.
     """
-    cosines = []
+    total, lengths = 0.0, []
     for n in range(1, 5):
-        a = {gram: k * idf(gram) for gram, k in caption.items() if len(gram) == n}
-        b = {gram: k * idf(gram) for gram, k in reference.items() if len(gram) == n}
-        dot = sum(min(weight, b[gram]) * b[gram] for gram, weight in a.items() if gram in b)
-        cosines.append(dot / (math.hypot(*a.values()) * math.hypot(*b.values()) or 1.0))
-    bigrams = [sum(k for gram, k in counts.items() if len(gram) == 2) for counts in (caption, reference)]
-    gap = bigrams[0] - bigrams[1]
-    return sum(cosines) / 4 * math.exp(-(gap**2) / (2 * 6**2))
+        a = {gram: k * idf.get(gram, unseen) for gram, k in caption.items() if len(gram) == n}
+        b = {gram: k * idf[gram] for gram, k in reference.items() if len(gram) == n}
+        dot = sum(min(a[gram], b[gram]) * b[gram] for gram in a if gram in b)
+        total += dot / (math.hypot(*a.values()) * math.hypot(*b.values()) or 1.0)
+    for counts in (caption, reference):
+        lengths.append(sum(k for gram, k in counts.items() if len(gram) == 2))
+    return total / 4 * math.exp(-((lengths[0] - lengths[1]) ** 2) / (2 * 6**2))
 
 
 def cider_d(captions: list[str], references: list[list[str]]) -> list[float]:
     """CIDEr-D of each caption against its references, 0..10; papers report 100 times the mean.
 
-    Source: Vedantam et al. 2015 and coco-caption; idf comes from these references. Quirks kept: a lone item
-    has 0, a perfect caption of three words 7.5 (no 4-gram). A score is one of the whole set: that of a subset
-    is not comparable. Unequal lengths, an item without references: ValueError.
+    Source: Vedantam et al. 2015 and coco-caption. The idf comes from these references, so the score of a subset
+    is not comparable. Quirks kept: a lone item has 0, a perfect caption of three words 7.5 (no 4-gram).
     """
     items = caption_counts(captions, references)
-    items_with = Counter()
+    items_with, scores = Counter(), []
     for _, group in items:
         items_with.update(set().union(*group))
-
-    def idf(gram: tuple) -> float:
-        return math.log(len(items) / max(1, items_with[gram]))
-
-    scores = []
+    idf = {gram: math.log(len(items) / count) for gram, count in items_with.items()}
+    unseen = math.log(max(1, len(items)))
     for caption, group in items:
-        similarities = [cider_similarity(caption, reference, idf) for reference in group]
-        scores.append(10 * sum(similarities) / len(group))
+        similarity = 0.0
+        for reference in group:
+            similarity += cider_similarity(caption, reference, idf, unseen)
+        scores.append(10 * similarity / len(group))
     return scores
 
 
 def parse_box(text: str) -> tuple[int, int, int, int] | None:
-    """The first four numbers of a text as (x1, y1, x2, y2), in thousandths of the image's sides, or None.
-
-    Each must be an integer in 0..999, whatever stands around it; digits glued to a letter (the 1 of "x1=20")
-    are no number. Corners stay as they are: a box with x2 < x1 is returned and has no area.
+    """The first four numbers of a text as (x1, y1, x2, y2), in thousandths of the image's sides, or None. Each
+    must be an integer in 0..999; digits glued to a letter (the 1 of "x1=20") are no number.
     """
     numbers = re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", text)[:4]
     if len(numbers) < 4 or not all(re.fullmatch(r"\d{1,3}", number) for number in numbers):

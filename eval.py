@@ -16,6 +16,10 @@ in that of a base model, behind demonstrations of the train split whose pictures
 about files are kept beside --out, and a run that was killed goes on from them.
 """
 
+import model  # first of all: it answers --help before torch is loaded
+
+# isort: split
+
 import hashlib
 import json
 import math
@@ -36,7 +40,6 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-import model
 from model import UserError
 
 

@@ -861,12 +861,13 @@ def yesno_parse(text: str) -> str:
 
 def option_letters(text: str) -> dict[str, str]:
     """Letter -> option of the lines "A. red" in a question: the last A and what follows it in order."""
+    lines = re.findall(r"^([A-Z])\. (.*)$", text, re.M)
+    starts = [i for i, (letter, _) in enumerate(lines) if letter == "A"] or [0]
     options = {}
-    for letter, option in re.findall(r"^([A-Z])\. (.*)$", text, re.M):
-        if letter == "A":
-            options = {}
-        if letter == string.ascii_uppercase[len(options)]:
-            options[letter] = option
+    for (letter, option), expected in zip(lines[starts[-1] :], string.ascii_uppercase):
+        if letter != expected:
+            break
+        options[letter] = option
     return options
 
 

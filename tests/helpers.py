@@ -133,7 +133,9 @@ def broken_set(folder: Path, n: int = 200) -> Path:
 def tiny_vlm(context: int = 2048, tied: bool = True) -> model.VLM:
     """4x4 patches, 4 + 4 visual tokens of which the fast mode keeps 3; weights so large that outputs vary."""
     torch.manual_seed(0)
-    decoder = model.DecoderConfig(TOKENIZER.vocab_size, 32, 2, 4, 2, 8, mlp_width=48, tied=tied, context=context)
+    decoder = model.DecoderConfig(
+        TOKENIZER.vocab_size, 32, 2, 4, 2, 8, mlp_width=48, tied=tied, context=context
+    )
     vlm = model.VLM(model.ModelConfig(
         vit=model.ViTConfig(image_size=32, patch_size=8, width=16, layers=2, heads=2, mlp_width=32),
         connector=model.ConnectorConfig("chain", [1, 2], 16, 2, windows=[4, 2], queries=[4, 1]),

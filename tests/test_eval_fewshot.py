@@ -36,7 +36,9 @@ def test_prompts_are_mm1s_templates_to_the_letter():
     )
     assert prompt_text(data.shot_pieces(demos, "and now?", TOKENIZER)) == expected
     assert prompt_text(data.shot_pieces([], "", TOKENIZER)) == "[0] A photo of"  # truly 0-shot
-    assert prompt_text(data.shot_pieces(demos, "and now?", OTHERS[0]), OTHERS[0]) == expected.replace("] ", "]")
+    assert prompt_text(data.shot_pieces(demos, "and now?", OTHERS[0]), OTHERS[0]) == expected.replace(
+        "] ", "]"
+    )
     assert data.shot_pieces([], "", TOKENIZER)[0] == (TOKENIZER.start, False)
     task = evaluation.few_shot_task("scenes_cap", 2, 1, 0)
     text = prompt_text(task.prompt(task.questions[0], TOKENIZER))
@@ -131,7 +133,9 @@ def test_scenes_has_the_tasks_of_always_and_words():
     tasks = evaluation.open_tasks(evaluation.EvalConfig(n=2), evaluation.open_task)
     assert [task.name for task in tasks] == [*evaluation.SCENE_TASKS, "scenes_words"]
     assert all(task.shots is None for task in tasks)
-    tasks = evaluation.open_tasks(evaluation.EvalConfig(tasks="scenes_cap,scenes_words", n=2, shots="0,4,4"), evaluation.open_task)
+    tasks = evaluation.open_tasks(
+        evaluation.EvalConfig(tasks="scenes_cap,scenes_words", n=2, shots="0,4,4"), evaluation.open_task
+    )
     assert [(task.name, task.shots) for task in tasks] == [
         ("scenes_cap", 0),
         ("scenes_cap", 4),
@@ -157,7 +161,9 @@ def test_an_oracle_is_perfect_and_blind_swaps_the_test_picture_alone(name, monke
 
     def prompt_batch(samples, mode, cfg):
         first = len(seen) - len(samples)
-        truth["now"] = [(by_prompt[prompt_text(pieces)], seen[first + i]) for i, (pieces, *_) in enumerate(samples)]
+        truth["now"] = [
+            (by_prompt[prompt_text(pieces)], seen[first + i]) for i, (pieces, *_) in enumerate(samples)
+        ]
         return real(samples, mode, cfg)
 
     def generate(batch, end, most, stops=()):
@@ -248,10 +254,7 @@ def test_choices_hold_every_right_answer(tmp_path):
 @torch.no_grad()
 def test_generation_ends_behind_a_stop_and_is_cut_in_front_of_it():
     vlm, task = tiny_vlm(), evaluation.few_shot_task("scenes_vqa", 1, 0, 0)
-    samples = [
-        (task.prompt(q, TOKENIZER), data.load_images(q.images, vlm.cfg))
-        for q in task.questions
-    ]
+    samples = [(task.prompt(q, TOKENIZER), data.load_images(q.images, vlm.cfg)) for q in task.questions]
     batch = data.prompt_batch(samples, "full", vlm.cfg)
     free = vlm.generate(batch, TOKENIZER.vocab_size, 8)  # an end that no arg max takes
     never = next(i for i in range(TOKENIZER.vocab_size) if i not in sum(free, []))
@@ -344,7 +347,9 @@ def test_text_loss_is_cross_entropy_per_token(tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()[-1]
     assert f"{row['score']:.3f}" in printed and printed.count("–") == 2
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": q.text}) + "\n" for q in task.questions))
-    (mine,) = evaluation.open_tasks(evaluation.EvalConfig(tasks=f"text:{tmp_path}/t.jsonl"), evaluation.open_task)
+    (mine,) = evaluation.open_tasks(
+        evaluation.EvalConfig(tasks=f"text:{tmp_path}/t.jsonl"), evaluation.open_task
+    )
     assert (
         evaluation.score_task(vlm, TOKENIZER, mine, "full", evaluation.EvalConfig())[0][0]["score"]
         == row["score"]

@@ -1,24 +1,20 @@
-"""Data: records, labels, tiles, batches, the plan of a run, pictures, readers, and the built-in world *Scenes*.
+"""Data: records, labels, tiles, batches, the plan of a run, pictures, tokenizer, readers, the world *Scenes*.
 
     record ─► pieces: token ids, each supervised or not, and images ─► rows (B, T) with doc_ids and positions
 
 A source (Scenes, or a file) gives a Record. `Plan` tokenizes and measures it and finds it a row; a worker
-decodes its pictures, and `make_batch` lays samples out in rows. This file reads
+decodes its pictures, and `make_batch` lays samples out in rows. Sources are files, folders and globs of .json
+(a list), .jsonl and .tar with records of one of these forms, and .txt, where blank lines separate documents:
 
-    .json (a list), .jsonl (a record a line), .tar (members of a record one after the other)
-        {"conversations": [{"from": "human", "value": "<image>\\nWhat?"}, {"from": "gpt", "value": "A ring."}],
-         "image": path, paths or none}                         chat, caption
-        {"image": path or paths, "caption": text}              caption; in a tar also KEY.jpg beside KEY.txt
-        {"images": [path or null], "texts": [text or null]}    interleaved: in each place one of the two
-        {"text": text}                                         text
-    .txt (blank lines separate documents)                      text
+    chat, caption   {"image": PATHS, "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ...]}
+    caption         {"image": PATHS, "caption": TEXT}; in a tar also KEY.jpg beside KEY.txt
+    interleaved     {"images": [PATH or null, ...], "texts": [null or TEXT, ...]}, one in each place
+    text            {"text": TEXT}
 
-and folders and globs of them. `python tools/convert.py IN OUT` makes such tars of parquet, tables, MMC4 and
-Cauldron; `python tools/check.py SPEC` tells what a run would make of a data set.
+tools/convert.py makes tars of other forms; tools/check.py tells what a run would make of a data set.
 """
 
 import base64
-import bisect
 import contextlib
 import dataclasses
 import difflib
@@ -44,8 +40,10 @@ from typing import NamedTuple
 import numpy as np
 import regex  # comes with tiktoken
 import tiktoken
+import tokenizers
 import torch
 from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
+from tokenizers import decoders, normalizers, pre_tokenizers
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
@@ -54,51 +52,63 @@ import prune
 from model import ASSETS, ModelConfig, UserError, find_half, read_decoder_config, read_json
 
 # ---------------------------------------------------------------------------------------------------------
-# Tokenizer: byte-level BPE of Llama-3, Qwen2/2.5/3, SmolLM2, GPT-2 and of Scenes, all run by tiktoken. Text
-# of users and data sets is always encoded as ordinary text, so that "<|end|>" in a caption is text
-# and never a control token (Hugging Face's own tokenizers find special tokens in any text).
+# Tokenizer: `tokenizers` runs those of Hugging Face repositories, tiktoken runs rank files (that of Scenes,
+# the original ones of Llama-3 and Qwen). Text of users and data sets never becomes a control token: the
+# letters "<|im_end|>" in a caption stay letters.
 
-# How a text is cut before merging. Possessive forms (`++`) of the originals, the same pieces without
-# backtracking: the originals overflow the regex engine's stack on 1,000,000 spaces.
-WORDS, SPACE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++", r"|\s++$|\s+(?!\S)|\s"
-PATTERN = WORDS + r"| ?\p{N}| ?[^\s\p{L}\p{N}]++" + SPACE  # Scenes
-GPT2 = WORDS + r"| ?\p{N}++| ?[^\s\p{L}\p{N}]++" + SPACE
-SMOLLM = WORDS + r"|\p{N}| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N})" + SPACE  # digits stand alone
-QWEN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
-QWEN += SPACE
-LLAMA3 = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}+|")
-QWEN_JSON = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-POSSESSIVE = {QWEN_JSON: QWEN, QWEN_JSON.replace(r"|\p{N}|", r"|\p{N}{1,3}|"): LLAMA3}  # as in tokenizer.json
-LONG_SPACE = re.compile(r"((?<!\s)\s{100000,})")  # before a word even the possessive forms overflow on these
 
-CONTROL = ("<|end|>", "<|user|>", "<|assistant|>")
-LLAMA3_SPECIAL = (
-    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
-    "<|eot_id|>", "<|python_tag|>", "<|image|>", *(f"<|reserved_special_token_{n}|>" for n in range(2, 246)),
-)  # fmt: skip
-QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # those after them are not used here
-# Special tokens, pattern and whether accents are composed, by the number of ranks. Any other is ours.
-RANK_FILES = {128_000: (LLAMA3_SPECIAL, LLAMA3, False), 151_643: (QWEN_SPECIAL, QWEN, True)}
-
-# Chat templates by end token: a tokenizer's is the first whose end token it has. A turn is before, end, tail;
-# its content follows `before`. Of an assistant's turn content and end are supervised, the tail is not.
-# No system text is made up: the defaults of Qwen and SmolLM2 come only if the data has them.
 ROLES = ("system", "user", "assistant")
-TEMPLATES = {
-    # Llama-3; then ChatML: Qwen, SmolLM2
-    "<|eot_id|>": {r: (f"<|start_header_id|>{r}<|end_header_id|>\n\n", "<|eot_id|>", "") for r in ROLES},
-    "<|im_end|>": {r: (f"<|im_start|>{r}\n", "<|im_end|>", "\n") for r in ROLES},
-    # Scenes; then GPT-2, which has no template of its own: both are ours
-    "<|end|>": dict(zip(ROLES, [("", "", ""), ("<|user|>", "", ""), ("<|assistant|>", "<|end|>", "")])),
-    "<|endoftext|>": dict(
-        zip(ROLES, [("", "", " "), ("USER: ", "", ""), (" ASSISTANT: ", "<|endoftext|>", "")])
-    ),
-}
-WORKS = "tokenizers of Llama-3, Qwen2/2.5/3, SmolLM2 and GPT-2 work"
+
+
+class Family(NamedTuple):
+    """How the tokenizers that have certain control tokens write documents and chats.
+
+    turns: of each role (before, end, tail). A turn is before, content, end, tail; of the assistant's turns
+    the content and the end are supervised.
+    """
+
+    control: tuple[str, ...]  # the first one ends answers and documents
+    turns: dict[str, tuple[str, str, str]]
+    start: str = ""  # control token in front of every document
+    strips: bool = False  # white space around contents is removed
+    system: str = ""  # system text of a chat that has none
+
+
+def alike(before: str, end: str, tail: str) -> dict[str, tuple[str, str, str]]:
+    """Turns that differ in the name of the role only."""
+    return {role: (before.format(role), end, tail) for role in ROLES}
+
+
+def vicuna(end: str) -> dict[str, tuple[str, str, str]]:
+    """Turns of Vicuna v1.1: a space separates them, and the end token ends the answers."""
+    return {"system": ("", "", " "), "user": ("USER: ", "", " "), "assistant": ("ASSISTANT: ", end, "")}
+
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+LLAMA3 = ("<|eot_id|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>")
+LLAMA3_TURNS = alike("<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", "")
+GEMMA = ("<end_of_turn>", "<start_of_turn>", "<bos>")
+GEMMA_TURNS = alike("<start_of_turn>{}\n", "<end_of_turn>", "\n")
+GEMMA_TURNS["assistant"] = ("<start_of_turn>model\n", "<end_of_turn>", "\n")
+GEMMA_TURNS["system"] = GEMMA_TURNS["user"]  # it knows no system turn
+PHI3 = ("<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+SCENES = ("<|end|>", "<|user|>", "<|assistant|>")
+SCENES_TURNS = {"system": ("", "", ""), "user": (SCENES[1], "", ""), "assistant": (SCENES[2], SCENES[0], "")}
+# A tokenizer is of the first family whose control tokens it has. Only Vicuna's system text belongs to its
+# template; the default ones of Qwen and SmolLM2 come only if the data has them.
+FAMILIES = (
+    Family(LLAMA3, LLAMA3_TURNS, "<|begin_of_text|>", strips=True),
+    Family(("<|im_end|>", "<|im_start|>"), alike("<|im_start|>{}\n", "<|im_end|>", "\n")),  # Qwen, SmolLM2
+    Family(GEMMA, GEMMA_TURNS, "<bos>", strips=True),
+    Family(PHI3, alike("<|{}|>\n", "<|end|>", "\n")),
+    Family(SCENES, SCENES_TURNS),
+    Family(("</s>", "<s>"), vicuna("</s>"), "<s>", system=VICUNA_SYSTEM),  # Vicuna, Llama-2, Mistral
+    Family(("<|endoftext|>",), vicuna("<|endoftext|>")),  # GPT-2, which has no template
+)
+CONTROL = frozenset(name for family in FAMILIES for name in family.control)
 HF_FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "tokenizer.model",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -106,57 +116,48 @@ HF_FILES = (
 
 
 class Tokenizer:
-    """ids of text. `ranks` maps bytes to id, which is also the priority of the merge (tiktoken's format).
+    """Ids of text and text of ids, and how the family of the tokenizer writes documents and chats.
 
-    special: control tokens. nfc: compose accents first. files: what `save` writes, name to content.
-    end: the token that ends an answer and a document. start: ids in front of every document (Llama-3's BOS).
-    vocab_size: largest id + 1; a decoder may have more rows.
+    template: see Family.turns. end: id behind answers and documents. start: ids in front of every document.
+    prefix: what `encode` puts in front of a text, "" or " ", so that a word is the same token wherever it
+    stands. special: control tokens, name to id. vocab_size: largest id + 1; a decoder may have more rows.
+    files: what `save` writes, name to content.
     """
 
-    def __init__(
-        self, ranks: dict[bytes, int], special: dict[str, int], pattern: str, nfc: bool, files: dict
-    ):
-        ids = [*ranks.values(), *special.values()]
-        if min(ids) < 0 or len(set(ids)) < len(ids):
-            raise ValueError("an id is negative or stands for two tokens")
-        end = next((name for name in TEMPLATES if name in special), None)
-        if end is None:
-            raise ValueError(f"it has none of the end tokens {' '.join(TEMPLATES)}")
-        self.ranks, self.pattern, self.nfc, self.files = ranks, pattern, nfc, files
-        self.template, self.end = TEMPLATES[end], special[end]
-        self.start = [special["<|begin_of_text|>"]] if "<|begin_of_text|>" in special else []
-        self.strips = end == "<|eot_id|>"  # Llama-3's template strips contents
-        self.prefix = " " if pattern == PATTERN else ""
-        self.vocab_size = max(ids) + 1
-        # tiktoken panics at an unknown byte; SmolLM2 lacks some: these get ids that never leave encode
-        missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
-        extra = {byte: self.vocab_size + n for n, byte in enumerate(missing)}
-        self.text_ids = frozenset(ranks.values())
-        self.bpe = tiktoken.Encoding(
-            "sightspeed", pat_str=pattern, mergeable_ranks=ranks | extra, special_tokens=special
-        )
+    prefix = ""
+
+    def __init__(self, special: dict[str, int], vocab_size: int, files: dict[str, bytes]):
+        family = next((family for family in FAMILIES if special.keys() >= {*family.control}), None)
+        if family is None:
+            raise ValueError(f"it has none of the end tokens {' '.join(f.control[0] for f in FAMILIES)}")
+        self.special, self.vocab_size, self.files = special, vocab_size, files
+        self.template, self.strips, self.system = family.turns, family.strips, family.system
+        self.end = special[family.control[0]]
+        self.start = [special[family.start]] if family.start else []
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
-        """A tiktoken rank file, or a folder with a tokenizer in one of Hugging Face's layouts."""
+        """A rank file, or a folder with a tokenizer in one of Hugging Face's layouts."""
         path = Path(path)
         path = path.parent if path.suffix == ".json" else path
         files = {name: (path / name).read_bytes() for name in HF_FILES if (path / name).is_file()}
+        llama3 = [path / "tokenizer.model", path / "original" / "tokenizer.model"]
+        ranks = [file for file in (path, *llama3) if file.is_file()][:1] or [*path.glob("*.tiktoken")]
         try:
             if "tokenizer.json" in files:
-                return cls(*read_tokenizer_json(path), files)
+                return HubTokenizer(read_json(path / "tokenizer.json"), files)
             for names in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
-                if files.keys() >= set(names):
-                    return cls(*read_vocab_and_merges(path, *names), files)
-            llama3 = [path / "tokenizer.model", path / "original" / "tokenizer.model"]
-            found = [file for file in (path, *llama3) if file.is_file()][:1] or [*path.glob("*.tiktoken")]
-            if len(found) == 1:
-                name = "tokenizer.model" if found[0].name == "tokenizer.model" else "ranks.tiktoken"
-                return cls(*read_ranks(found[0]), files | {name: found[0].read_bytes()})
-        except (ValueError, TypeError, KeyError, AttributeError) as e:
-            raise UserError(f"{path} holds no usable tokenizer ({type(e).__name__}: {e}); {WORKS}") from None
+                if files.keys() >= {*names}:
+                    return HubTokenizer(read_vocab_and_merges(path, *names), files)
+            if len(ranks) == 1:
+                name = "tokenizer.model" if ranks[0].name == "tokenizer.model" else "ranks.tiktoken"
+                return RankTokenizer(read_ranks(ranks[0]), files | {name: ranks[0].read_bytes()})
+        except UserError:
+            raise
+        except Exception as e:  # `tokenizers` raises nothing more precise
+            raise UserError(f"{path} holds no usable tokenizer ({type(e).__name__}: {e})") from None
         raise UserError(
-            f"{path} holds {len(found)} tokenizers: give a rank file, or a folder with tokenizer.json, with "
+            f"{path} holds {len(ranks)} tokenizers: give a rank file, or a folder with tokenizer.json, with "
             "vocab.json and merges.txt, with tokenizer.model or with one *.tiktoken"
         )
 
@@ -168,128 +169,172 @@ class Tokenizer:
             os.replace(folder / (name + ".tmp"), folder / name)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; ours puts a space in front, so that a word is the same token wherever it stands."""
-        text = unicodedata.normalize("NFC", text) if self.nfc else self.prefix + text
-        ids = [i for part in LONG_SPACE.split(text) for i in self.bpe.encode_ordinary(part)]
-        if max(ids, default=0) < self.vocab_size:
-            return ids
-        # Bytes the vocabulary lacks: Hugging Face drops them from each piece before it merges.
-        pieces = [piece.encode("utf-8", "replace") for piece in regex.findall(self.pattern, text)]
-        kept = [bytes(b for b in piece if bytes([b]) in self.ranks) for piece in pieces]
-        return [i for piece in kept if piece for i in self.bpe._encode_single_piece(piece)]
+        """Ids of a content: no control token is among them."""
+        return self.ids_of(text, control=False)
 
-    def control(self, text: str) -> list[int]:
-        """Ids of our own template strings: the only place where control tokens are made."""
-        return self.bpe.encode(text, allowed_special="all")
+    def control(self, text: str, after: str = "", before_image: bool = False) -> list[int]:
+        """Ids of a template's text behind the text `after`: the only place where control tokens are made.
+
+        Where contents get a prefix, that is the space at the end of this text; with an image in between the
+        space stays, as in LLaVA's tokenizer_image_token. This text gets a prefix for its own first space.
+        """
+        if self.prefix:
+            text = text.removeprefix(" ")
+            text = text if before_image else text.removesuffix(" ")
+        return self.ids_of(after + text, control=True)[len(self.ids_of(after, control=True)) :]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids: control tokens are left out, and so is the space that `encode` put in front."""
-        text = self.bpe.decode([i for i in ids if i in self.text_ids], errors="replace")
-        return text.removeprefix(self.prefix)
+        """Text of ids, without control tokens and without the prefix."""
+        return self.text_of(ids, control=False)
+
+    def show(self, ids: list[int]) -> str:
+        """Text of ids as it stands in a document: with control tokens and with the prefix."""
+        lead = self.encode("a")
+        return self.text_of(lead + ids, control=True).removeprefix(self.text_of(lead, control=True))
+
+    def ids_with(self, marks: tuple[str, ...]) -> list[int]:
+        """Ids of text that holds one of the marks."""
+        texts = [self.text_of([i], control=False) for i in range(self.vocab_size)]
+        return [i for i, text in enumerate(texts) if any(mark in text for mark in marks)]
+
+
+class HubTokenizer(Tokenizer):
+    """`tokenizers` with the content of a tokenizer.json."""
+
+    def __init__(self, spec: dict, files: dict[str, bytes]):
+        bpe, added = spec["model"], spec.get("added_tokens", [])
+        if bpe.get("type", "BPE") != "BPE":
+            raise ValueError(f"its model is {bpe['type']}, only BPE works")
+        for token in added:  # in Phi-3's file </s> is not special
+            token["special"] = token["special"] or token["content"] in CONTROL
+        # Merges of letters, or letters that the vocabulary lacks, must not give a control token either.
+        special = {token["content"] for token in added if token["special"]}
+        bpe["merges"] = [merge for merge in bpe["merges"] if "".join(merge).replace(" ", "") not in special]
+        bpe["unk_token"] = None if bpe.get("unk_token") in special else bpe.get("unk_token")
+        self.bpe = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        self.bpe.no_truncation()
+        self.bpe.no_padding()
+        ids = {token.content: i for i, token in self.bpe.get_added_tokens_decoder().items() if token.special}
+        super().__init__(ids, max(self.bpe.get_vocab().values()) + 1, files)
+        if leaks := [name for name, i in ids.items() if i in self.encode(name)]:
+            raise ValueError(f"it makes the control token {leaks[0]} of text")
+        if self.bpe.encode("a", add_special_tokens=False).tokens[0].startswith(("▁", "Ġ")):
+            self.prefix = " "
+
+    def ids_of(self, text: str, control: bool) -> list[int]:
+        self.bpe.encode_special_tokens = not control  # true: their names are text like any other
+        return self.bpe.encode(text, add_special_tokens=False).ids
+
+    def text_of(self, ids: list[int], control: bool) -> str:
+        return self.bpe.decode(ids, skip_special_tokens=not control)
+
+
+def read_vocab_and_merges(folder: Path, vocab_name: str, merges_name: str) -> dict:
+    """The tokenizer.json of a folder that has none. Where the ChatML tokens stand tells the family."""
+    vocab, merges = read_json(folder / vocab_name), (folder / merges_name).read_text(encoding="utf-8")
+    made = {merge.replace(" ", "") for merge in merges.splitlines()}
+    added = {i: {"content": token} for token, i in vocab.items() if len(token) > 1 and token not in made}
+    if (folder / "added_tokens.json").is_file():
+        added |= {i: {"content": token} for token, i in read_json(folder / "added_tokens.json").items()}
+    if (folder / "tokenizer_config.json").is_file():
+        config = read_json(folder / "tokenizer_config.json")
+        added |= {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
+    bpe = tokenizers.models.BPE.from_file(str(folder / vocab_name), str(folder / merges_name))
+    bpe = tokenizers.Tokenizer(bpe)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # GPT-2
+    if "<|im_start|>" in vocab:  # SmolLM2
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, bpe.pre_tokenizer])
+    elif "<|endoftext|>" not in vocab:  # Qwen
+        bpe.normalizer = normalizers.NFC()
+        split = pre_tokenizers.Split(tokenizers.Regex(QWEN_PATTERN), "isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+        added = added or {len(vocab) + n: {"content": token} for n, token in enumerate(QWEN_SPECIAL)}
+    for _, token in sorted(added.items()):  # those not in the vocabulary get the next ids in this order
+        special = token.get("special", True)
+        bpe.add_tokens([tokenizers.AddedToken(token["content"], special=special, normalized=False)])
+    return json.loads(bpe.to_str())
+
+
+# How tiktoken cuts text before merging. The possessive forms (`++`) give the pieces of the original patterns,
+# but those overflow the stack of its regex engine on 1,000,000 spaces.
+WORDS, SPACE = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++", r"|\s++$|\s+(?!\S)|\s"
+PATTERN = WORDS + r"| ?\p{N}| ?[^\s\p{L}\p{N}]++" + SPACE  # Scenes
+QWEN_WORDS = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++"
+QWEN_PATTERN = QWEN_WORDS + r"|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]" + SPACE
+LLAMA3_PATTERN = QWEN_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}+|")
+LONG_SPACE = re.compile(r"((?<!\s)\s{100000,})")  # before a word even the possessive forms overflow on these
+LLAMA3_SPECIAL = (
+    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
+    "<|eot_id|>", "<|python_tag|>", "<|image|>", *(f"<|reserved_special_token_{n}|>" for n in range(2, 246)),
+)  # fmt: skip
+QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # those after them are not used here
+RANK_FILES = {128_000: (LLAMA3_SPECIAL, LLAMA3_PATTERN), 151_643: (QWEN_SPECIAL, QWEN_PATTERN)}
+
+
+class RankTokenizer(Tokenizer):
+    """tiktoken with ids of bytes; an id is also the priority of its merge.
+
+    A rank file has neither pattern nor control tokens: both follow from the number of ranks.
+    """
+
+    def __init__(self, ranks: dict[bytes, int], files: dict[str, bytes]):
+        if len(ranks) > 2**16 and len(ranks) not in RANK_FILES:
+            raise ValueError(f"{len(ranks)} ranks are neither Llama-3 nor Qwen")
+        if sorted(ranks.values()) != list(range(len(ranks))) or len([t for t in ranks if len(t) == 1]) < 256:
+            raise ValueError("its ids must count up from 0, with every byte among its tokens")
+        names, pattern = RANK_FILES.get(len(ranks), (SCENES, PATTERN))
+        special = {name: len(ranks) + n for n, name in enumerate(names)}
+        super().__init__(special, len(ranks) + len(names), files)
+        self.prefix, self.composes = " " if pattern == PATTERN else "", pattern == QWEN_PATTERN
+        self.text_size = len(ranks)
+        self.bpe = tiktoken.Encoding(
+            "sightspeed", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+        )
+
+    def ids_of(self, text: str, control: bool) -> list[int]:
+        if control:
+            return self.bpe.encode(text, allowed_special="all")
+        text = unicodedata.normalize("NFC", text) if self.composes else self.prefix + text
+        return [i for part in LONG_SPACE.split(text) for i in self.bpe.encode_ordinary(part)]
+
+    def text_of(self, ids: list[int], control: bool) -> str:
+        size = self.vocab_size if control else self.text_size
+        text = self.bpe.decode([i for i in ids if i < size], errors="replace")
+        return text if control else text.removeprefix(self.prefix)
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """Lines of a token in base64 and its id."""
+    content = path.read_bytes()
+    if not content.isascii():
+        convert = f"AutoTokenizer.from_pretrained('{path.parent}').save_pretrained('{path.parent}')"
+        raise UserError(
+            f"{path} is SentencePiece's own format: pip install transformers sentencepiece protobuf, then "
+            f'write tokenizer.json with python -c "from transformers import AutoTokenizer; {convert}"'
+        )
+    pairs = [line.split() for line in content.splitlines() if line.strip()]
+    return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
 
 
 def find_tokenizer(cfg: ModelConfig) -> Tokenizer:
-    """That of cfg.tokenizer_from, else the one beside the decoder's weights; Scenes' where both are silent.
+    """cfg.tokenizer_from if set, else the tokenizer in the decoder's folder, else that of Scenes.
 
-    A decoder without a tokenizer gets that of Scenes only if it has as many rows, as the shipped one has.
+    A decoder with as many rows as Scenes has ids, as the shipped one has, gets that of Scenes, too.
     """
     scenes = Tokenizer.from_pretrained(ASSETS / "scenes.tiktoken")
     if cfg.tokenizer_from:
-        named = Path(cfg.tokenizer_from)
-        return Tokenizer.from_pretrained(named if named.exists() else find_half(cfg.tokenizer_from))
+        path = Path(cfg.tokenizer_from)
+        return Tokenizer.from_pretrained(path if path.exists() else find_half(cfg.tokenizer_from))
     if not cfg.decoder_from:
         return scenes
     folder = find_half(cfg.decoder_from)
     if read_decoder_config(folder / "config.json").vocab_size == scenes.vocab_size:
         return scenes
     return Tokenizer.from_pretrained(folder)
-
-
-def read_ranks(path: Path) -> tuple:
-    """A file of lines `base64 rank`; which family it is shows in the number of ranks."""
-    try:
-        lines = path.read_bytes().decode("ascii").split("\n")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a tiktoken rank file but looks like SentencePiece; {WORKS}") from None
-    ranks = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except ValueError:
-            raise UserError(f"{path} line {number}: not a tiktoken rank file's 'base64 rank'") from None
-    if not ranks or len(ranks) > 2**16 and len(ranks) not in RANK_FILES:
-        raise UserError(f"{path} has {len(ranks)} ranks, the number of no family known here; {WORKS}")
-    names, pattern, nfc = RANK_FILES.get(len(ranks), (CONTROL, PATTERN, False))
-    return ranks, {name: max(ranks.values()) + 1 + n for n, name in enumerate(names)}, pattern, nfc
-
-
-def read_tokenizer_json(folder: Path) -> tuple:
-    path = folder / "tokenizer.json"
-    spec = read_json(path)
-    bpe, normalizer, pre = spec["model"], spec.get("normalizer"), spec.get("pre_tokenizer") or {"type": ""}
-    *cuts, last = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
-    odd = any(bpe.get(key) for key in ("byte_fallback", "end_of_word_suffix", "continuing_subword_prefix"))
-    if odd or bpe.get("type", "BPE") != "BPE" or last["type"] != "ByteLevel":
-        raise UserError(f"{path} is SentencePiece or another kind that is not plain byte-level BPE; {WORKS}")
-    if normalizer not in (None, {"type": "NFC"}):
-        raise UserError(f"{path} has a normalizer that is not NFC: {normalizer}; {WORKS}")
-    pattern, own_cut = None, last.get("use_regex", True)  # ByteLevel itself cuts as GPT-2 does
-    match cuts:
-        case [] if own_cut:
-            pattern = GPT2
-        case [{"type": "Digits", "individual_digits": True}] if own_cut:
-            pattern = SMOLLM
-        case [{"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False}]:
-            pattern = None if own_cut else POSSESSIVE.get(cut, cut)
-    if pattern is None or last["add_prefix_space"]:
-        raise UserError(f"{path} cuts text in a way not known here: {pre}; {WORKS}")
-    named = {token["content"]: token["id"] for token in spec.get("added_tokens", [])}
-    ranks, special = ranks_of(path, bpe["vocab"], bpe["merges"], named, bpe.get("ignore_merges"))
-    return ranks, special, pattern, normalizer is not None
-
-
-def read_vocab_and_merges(folder: Path, vocab_name: str, merges_name: str) -> tuple:
-    """These files carry no regex, so the family is known by where its special tokens are."""
-    vocab = read_json(folder / vocab_name)
-    lines = (folder / merges_name).read_text(encoding="utf-8").splitlines()
-    merges = [line for line in lines if line.strip() and not line.startswith("#version")]  # "# #" is a merge
-    config, added = folder / "tokenizer_config.json", folder / "added_tokens.json"
-    named = read_json(added) if added.is_file() else {}
-    if config.is_file():
-        kept = read_json(config).get("added_tokens_decoder", {})
-        named |= {token["content"]: int(i) for i, token in kept.items()}
-    pattern, nfc = GPT2, False
-    if "<|im_start|>" in vocab:  # SmolLM2 keeps its ChatML tokens inside the vocabulary, at its beginning
-        pattern = SMOLLM
-    elif "<|endoftext|>" not in vocab and ("<|im_start|>" in named or len(vocab) == 151_643):  # Qwen: outside
-        pattern, nfc = QWEN, True
-        named = named or {name: len(vocab) + n for n, name in enumerate(QWEN_SPECIAL)}
-    return *ranks_of(folder / merges_name, vocab, merges, named), pattern, nfc
-
-
-def ranks_of(path: Path, vocab: dict, merges: list, named: dict, whole=False) -> tuple[dict, dict]:
-    """Ranks and special tokens of a vocabulary in GPT-2's byte alphabet.
-
-    Text can become a single byte, the result of a merge or, if a piece that is a token is taken whole
-    (`ignore_merges`), any token that is not named as special. All other tokens are special.
-    """
-    own = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that stand for themselves
-    alphabet = {chr(b): b for b in own}
-    alphabet |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in own)}
-    text, last = {token for token in vocab if token in alphabet}, -1
-    for merge in merges:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        if not {left, right, left + right} <= vocab.keys():
-            raise UserError(f"{path}: the merge {left!r} {right!r} has parts that are not in the vocabulary")
-        if vocab[left + right] < last:  # tiktoken merges by id
-            raise UserError(f"{path}: the merge {left!r} {right!r} comes after one of a higher id; {WORKS}")
-        last = vocab[left + right]
-        text.add(left + right)
-    text |= vocab.keys() - named.keys() if whole else set()
-    ranks = {bytes(alphabet[c] for c in token): i for token, i in vocab.items() if token in text}
-    return ranks, {token: i for token, i in (vocab | named).items() if token not in text}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -301,19 +346,15 @@ Piece = int | tuple[list[int], bool]
 
 @dataclass
 class Record:
-    """One document of any kind, before tokenization.
-
-    parts: of kind "caption", "interleaved" and "text": image numbers and strings in order, all supervised.
-           of kind "chat": (role, content) turns with such contents; the assistant's are supervised.
-    images: Scenes, paths, encoded or decoded pictures. name: where it came from, for error messages.
-    dropped: (reason, message) if the document goes without some of its pictures.
+    """One document, before tokenization. Its parts are image numbers and strings in order, all supervised; of
+    kind "chat" (role, parts) turns, of which the assistant's are supervised.
     """
 
-    kind: str
+    kind: str  # caption, interleaved, text or chat
     parts: list
-    images: list
-    name: str = ""
-    dropped: tuple[str, str] | None = None
+    images: list  # Scenes, or of type Picture
+    name: str = ""  # where it came from, for error messages
+    dropped: tuple[str, str] | None = None  # (reason, message) if it goes without some of its pictures
 
 
 def pieces_of(record: Record, tokenizer: "Tokenizer") -> list[Piece]:
@@ -334,16 +375,20 @@ def chat_pieces(
 
     to_answer: stop where the last turn, an assistant's, begins to speak.
     """
-    pieces = [(tokenizer.start, False)]
+    if tokenizer.system and turns[0][0] != "system":
+        turns = [("system", [tokenizer.system]), *turns]
+    pieces, last_end, last_tail = [(tokenizer.start, False)], "", ""
     for role, content in turns:
         before, end, tail = tokenizer.template[role]
         answer = role == "assistant"
         if tokenizer.strips:
             content = strip_edges(content)
-        pieces.append((tokenizer.control(before), False))
+        before_image = bool(content) and isinstance(content[0], int)
+        pieces.append((tokenizer.control(last_tail + before, last_end, before_image), False))
         pieces += content_pieces(content, answer, tokenizer)
-        pieces += [(tokenizer.control(end), answer), (tokenizer.control(tail), False)]
-    return pieces[:-2] if to_answer else pieces
+        pieces.append((tokenizer.control(end), answer))
+        last_end, last_tail = end, tail
+    return pieces[:-1] if to_answer else [*pieces, (tokenizer.control(last_tail, last_end), False)]
 
 
 def strip_edges(content: list) -> list:
@@ -433,8 +478,7 @@ def split(
     return [chunk for chunk in chunks if chunk]
 
 
-@dataclass
-class Laid:
+class Laid(NamedTuple):
     """One sample as flat arrays of length T."""
 
     ids: np.ndarray  # 0 at slots
@@ -442,14 +486,11 @@ class Laid:
     targets: np.ndarray  # id of the next token where that is supervised, else -1
 
 
-NEWLINE = -1  # as a bank row: the bank's last row is the learned vector that ends a row of tokens
-TEXT = -2  # as a bank row: no slot
+NEWLINE, TEXT = -1, -2  # in bank_rows: the bank's last row, which ends a row of tiles' tokens; no slot
 
 
 def lay_out(pieces: list[Piece], slots: list[np.ndarray]) -> Laid:
-    """Pieces to positions. slots: the bank rows of each image, see `sample_slots`. Targets are shifted by one
-    already.
-    """
+    """Pieces to positions. slots: the bank rows of each image, see `sample_slots`."""
     ids, bank_rows, supervised = [], [], []
     for piece in pieces:
         if isinstance(piece, int):
@@ -539,7 +580,7 @@ def square_tokens(cfg: ModelConfig, view: str = "full") -> int:
 def sample_slots(
     cfg: ModelConfig, view: str, sizes: list[tuple[int, int]], first: int = 0
 ) -> list[np.ndarray]:
-    """`picture_slots` of each picture of a sample as rows of VLM.bank, where its tokens begin at row `first`."""
+    """`picture_slots` of each picture as rows of VLM.bank, where the sample's tokens begin at row `first`."""
     slots = []
     for size in sizes:
         tokens = picture_slots(cfg, view, size)
@@ -556,7 +597,6 @@ class Sample(NamedTuple):
     sizes: list[tuple[int, int]] | None = None  # of its pictures, see `picture_sizes`
 
     def slots(self, cfg: ModelConfig, view: str, first: int = 0) -> list[np.ndarray]:
-        """Bank rows of each picture, see `sample_slots`."""
         sizes = [ANY_SIZE] * len(self.pixels) if self.sizes is None else self.sizes
         tiles = sum(tile_count(cfg, size) for size in sizes)
         if tiles != len(self.pixels):
@@ -584,6 +624,10 @@ class Rows:
     supervised: Tensor  # (R,) flat positions in B*T whose next token is a target
     targets: Tensor  # (R,)
     starts: Tensor | None = None  # (documents + 1,) int32: where each begins in B*T, the end repeated
+
+    def owner(self) -> Tensor:
+        """The number of the sample that each target belongs to: (R,)"""
+        return self.doc_ids.view(-1)[self.supervised]
 
 
 @dataclass
@@ -691,9 +735,7 @@ def make_rows(laid: list[Laid], T: int, rows: list[list[int]]) -> Rows:
 
 
 def pack(laid: list[Laid], row_length: int, fixed: bool, rows: list[list[int]] | None = None) -> Rows:
-    """Samples in rows, by best fit if `rows` does not tell who shares one. fixed: rows of row_length positions;
-    else rows as wide as they need.
-    """
+    """Samples in rows, by best fit unless told. fixed: of row_length positions, else as wide as they need."""
     lengths = [len(sample.ids) for sample in laid]
     T = row_length if fixed else row_width(lengths, row_length)
     return make_rows(laid, T, rows or best_fit(lengths, T))
@@ -717,13 +759,11 @@ def make_batch(
         pieces.append(split(sample.pieces, lengths, limit)[0])
         has_images.append(any(isinstance(piece, int) for piece in pieces[-1]))
     tiles, modes = np.array([len(sample.pixels) for sample in samples]), np.array(modes)
-    in_full = np.array(has_images) & (modes != "pruned")
-    in_pruned = np.array(has_images) & (modes != "full")
-    before_full = np.cumsum(tiles * in_full) - tiles * in_full  # tiles in the bank before each sample
-    before_pruned = np.cumsum(tiles * in_pruned) - tiles * in_pruned
-    first_full = before_full * cfg.visual_tokens("full")  # the bank row of a sample's first full token
-    first_pruned = (tiles * in_full).sum() * cfg.visual_tokens("full")
-    first_pruned = first_pruned + before_pruned * cfg.visual_tokens("pruned")
+    in_full, in_pruned = (np.array(has_images) & (modes != other) for other in ("pruned", "full"))
+    full, pruned = tiles * in_full, tiles * in_pruned  # how many tiles of each sample are in the bank
+    first_full = (np.cumsum(full) - full) * cfg.visual_tokens("full")  # its first bank row, if it is there
+    first_pruned = (np.cumsum(pruned) - pruned) * cfg.visual_tokens("pruned")
+    first_pruned += full.sum() * cfg.visual_tokens("full")
     student, teacher, slow = [], [], []
     for i, (sample, mode) in enumerate(zip(samples, modes)):
         view = VIEWS[mode][0]
@@ -733,28 +773,20 @@ def make_batch(
             slow.append(i)
             teacher.append(lay_out(pieces[i], sample.slots(cfg, "pruned", first_pruned[i])))
     student_rows = pack(student, row_length, rows is not None, rows)
-    teacher_rows = pack(teacher, row_length, rows is not None) if teacher else None
+    teacher_rows, distill = None, None
+    if teacher:
+        teacher_rows = pack(teacher, row_length, rows is not None)
+        distill = torch.zeros_like(teacher_rows.supervised)
+        for j, i in enumerate(slow):
+            distill[teacher_rows.owner() == j] = (student_rows.owner() == i).nonzero()[:, 0]
     blank = np.zeros((max(0, capacity - tiles.sum()), 3, cfg.vit.image_size, cfg.vit.image_size), np.uint8)
     pixels = torch.from_numpy(np.concatenate([*(sample.pixels for sample in samples), blank]))
     full_tiles = torch.from_numpy(np.flatnonzero(np.repeat(in_full, tiles)))
     pruned_tiles = torch.from_numpy(np.flatnonzero(np.repeat(in_pruned, tiles)))
     return Batch(
         pixels, full_tiles, pruned_tiles, student_rows, teacher_rows,
-        distilled_entries(student_rows, teacher_rows, slow), len(samples), next_sample,
-        question_ids(samples, len(pixels), cfg),
+        distill, len(samples), next_sample, question_ids(samples, len(pixels), cfg),
     )  # fmt: skip
-
-
-def distilled_entries(student: Rows, teacher: Rows | None, slow: list[int]) -> Tensor | None:
-    """For each target of the teacher, which target of the student it is. slow[j]: the teacher's sample j."""
-    if teacher is None:
-        return None
-    student_sample = student.doc_ids.view(-1)[student.supervised]
-    teacher_sample = teacher.doc_ids.view(-1)[teacher.supervised]
-    entries = torch.zeros_like(teacher.supervised)
-    for j, i in enumerate(slow):
-        entries[teacher_sample == j] = (student_sample == i).nonzero()[:, 0]
-    return entries
 
 
 def question_ids(samples: list[Sample], tiles: int, cfg: ModelConfig) -> Tensor | None:
@@ -779,7 +811,7 @@ def question_ids(samples: list[Sample], tiles: int, cfg: ModelConfig) -> Tensor 
 
 
 def prompt_batch(samples: list[Sample], view: str, cfg: ModelConfig) -> Batch:
-    """Prompts to continue: one a row, padded on the left so that all end together. view: "full" or "pruned"."""
+    """Prompts to continue: one a row, padded on the left so that all end together. view: full or pruned."""
     samples, laid, first = [Sample(*sample) for sample in samples], [], 0
     for sample in samples:
         laid.append(lay_out(sample.pieces, sample.slots(cfg, view, first)))
@@ -885,7 +917,7 @@ class Place(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """What a row holds of a sample, tokenized and measured: all of it, or the next part of a long document."""
+    """What a row holds of a sample, tokenized and measured: all of it, or a part of a long document."""
 
     place: Place
     number: int  # 0, or above in a document that goes on
@@ -921,11 +953,10 @@ class Planned:
 class Plan(IterableDataset):
     """What each step of this rank trains on, tokenized and measured, but before any picture is decoded.
 
-    Packed, a step takes rows.rows rows of row_length positions over all ranks. Sources form groups: by_kind
-    one of each kind, drawn for each row by weight, so that a row holds one kind (stage 1); else all mix. A
-    pool of samples is measured, packed by best fit, and its rows are shuffled. With batch_size a step takes
-    that many samples. Every rank plans for all ranks, in a process of its own, and opens no picture for it
-    unless the size matters: a missing file shows here, a broken one in the worker that decodes it.
+    Packed, a pool of samples is measured, put into rows by best fit, and its rows are shuffled; by_kind, a row
+    holds one kind, drawn by weight (stage 1). With batch_size a step takes so many samples. Every rank plans
+    for all ranks, in its own process, and opens pictures only where their size matters or a document
+    can do without them: elsewhere a missing file shows here, a broken one in the worker that decodes it.
     """
 
     sources: list[tuple]  # (source, weight), see open_sources
@@ -1089,7 +1120,7 @@ def kind_shares(chunks: list[Chunk]) -> tuple[dict[str, float], int]:
 
 
 def without_broken_pictures(record: Record) -> Record:
-    """An interleaved document without those of its pictures that are missing or broken: on the web many are."""
+    """An interleaved document without its missing and broken pictures, of which the web has many."""
     errors, kept = [], []
     for n, image in enumerate(record.images if record.kind == "interleaved" else ()):
         try:
@@ -1158,7 +1189,7 @@ class BadRecord(UserError):
 class FileSlice(NamedTuple):
     """A picture inside a tar."""
 
-    file: Path
+    file: str
     start: int
     size: int  # bytes
 
@@ -1448,10 +1479,8 @@ def parse_object(text: str | bytes, place: str) -> dict:
 
 
 def index_tar(path: Path, size: int, changed: int) -> np.ndarray:
-    """Where the samples of a tar begin. Kept beside it as NAME.tar.index.npy, as every header must be read."""
-    kept, temporary = (
-        path.with_name(f"{path.name}.{name}.npy") for name in ("index", f"index.{os.getpid()}")
-    )
+    """Where the samples of a tar begin: all of it must be read, so NAME.tar.index.npy beside it keeps this."""
+    kept, temporary = (Path(f"{path}.index{mark}.npy") for mark in ("", f".{os.getpid()}"))
     with contextlib.suppress(OSError, ValueError, EOFError):  # none yet, or not one of ours
         header, starts = np.split(np.load(kept), [2])
         if header.tolist() == [size, changed]:
@@ -1464,9 +1493,7 @@ def index_tar(path: Path, size: int, changed: int) -> np.ndarray:
 
 
 def scan_tar(path: Path) -> np.ndarray:
-    """The first byte of every sample, and the end. Members belong to one sample if their paths are equal up to
-    the first dot of the base name (webdataset).
-    """
+    """First bytes of samples, and the end. A sample's members share their path up to its first dot."""
     starts, last = array("q"), None
     try:
         with tarfile.open(path, "r:") as tar:
@@ -1483,16 +1510,12 @@ def scan_tar(path: Path) -> np.ndarray:
                 if block.strip(b"\0"):  # tarfile takes a damaged header for the end
                     raise tarfile.TarError(f"no member where one should begin, at byte {tar.offset}")
     except tarfile.TarError as error:
-        raise UserError(
-            f"{path} is damaged or no plain tar ({error}): unpack it if it is compressed"
-        ) from None
+        raise UserError(f"{path} is damaged or no plain tar ({error}): unpack a compressed one") from None
     return np.array(starts)
 
 
 def read_tar_sample(file, start: int, end: int, place: str) -> dict:
-    """The record between two bytes of a tar: its .json, else its .txt as a caption, with its pictures, which
-    are not read yet.
-    """
+    """A sample's .json, or its .txt as a caption, with its pictures in order, which are not read yet."""
     texts, pictures = {}, []
     file.seek(start)
     try:
@@ -1500,11 +1523,10 @@ def read_tar_sample(file, start: int, end: int, place: str) -> dict:
             for member in itertools.takewhile(lambda member: member.offset < end, tar):
                 suffix = Path(member.name).suffix.lower()
                 if suffix in PICTURES:
-                    pictures.append(FileSlice(Path(file.name), member.offset_data, member.size))
+                    pictures.append(FileSlice(file.name, member.offset_data, member.size))
                 elif suffix in (".json", ".txt"):
-                    texts[suffix] = read_utf8(
-                        file, member.offset_data, member.offset_data + member.size, place
-                    )
+                    first = member.offset_data
+                    texts[suffix] = read_utf8(file, first, first + member.size, place)
     except tarfile.TarError as error:
         raise BadRecord(f"{place}: does not read ({error})") from None
     raw = parse_object(texts.get(".json", "{}"), place)
@@ -1603,7 +1625,7 @@ def local_pictures(images: list, folder: Path, place: str) -> list[Picture]:
 
 
 def read_document(raw: dict, kind: str, folder: Path, place: str) -> Record:
-    """Images and texts in order, of a caption or a text alone, too; texts that follow each other become one."""
+    """Images and texts in order, captions and texts alone, too; texts behind each other become one."""
     if kind == "interleaved":
         images, texts = raw["images"], raw["texts"]
         if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
@@ -1975,9 +1997,8 @@ def ask_relation(unique: list[Thing], rng: random.Random) -> SceneQuestion | Non
 
 
 def ask_exists(pairs: list[tuple[str, str]], rng: random.Random, split: str) -> SceneQuestion:
-    """Half the answers are yes. Only tests ask for held-out pairs that are absent: training would teach the no.
-
-    Of the absent pairs most are hard: colour and shape are both there, but apart.
+    """Half the answers are yes. Absent pairs are mostly hard: colour and shape are both there, but apart; and
+    only in tests held out ones, as training would teach the no.
     """
     yes = rng.random() < 0.5
     if yes:

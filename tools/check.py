@@ -4,8 +4,8 @@
     python tools/check.py SPEC --stage pretrain --preset cos-7b
     python tools/check.py SPEC --row_length 512 --limit 1000
 
-Reads all records and pictures, on all visual tokens, and tells of each source how many records are usable and
-why others are not (ten of each reason by name), what share of the tokens is learned, how long records are, and
+Reads all records and pictures and tells of each source how many records are usable on all visual tokens, why
+others are not (ten of each reason by name), what share of the tokens is learned and how long records are, and
 shows some as the decoder sees them. Exit code 1: a run would skip more than 1 %.
 """
 
@@ -224,7 +224,7 @@ def as_text(pieces: list[data.Piece], tokenizer: data.Tokenizer, on: str, off: s
             shown += "<picture>"
             continue
         ids, supervised = piece
-        text = tokenizer.bpe.decode([id for id in ids if id < tokenizer.vocab_size])
+        text = tokenizer.show(ids)
         text = "".join(
             c if c.isprintable() or c == "\n" else "?" for c in text
         )  # no escape codes of the data

@@ -1,24 +1,26 @@
 """Records of other forms, such as parquet, to tars that training reads in any order.
 
-    python tools/convert.py IN OUT                      IN: a file, folder or glob; OUT: a folder for 00000.tar ...
-    python tools/convert.py IN OUT --images pictures    records name pictures by path, relative to that folder
+    python tools/convert.py IN OUT                      IN: a file, folder or glob; OUT: a folder for the tars
+    python tools/convert.py IN OUT --images pictures    whose records name pictures relative to that folder
 
-| what there is                                | training and check | this tool writes                          |
-|----------------------------------------------|--------------------|-------------------------------------------|
-| LLaVA: `conversations`, perhaps `image`      | read it            | the same record                           |
-| captions: `image`, `caption`                 | read it            | the same record                           |
-| webdataset: in a tar KEY.jpg beside KEY.txt  | read it            | `image`, `caption`                        |
-| OBELICS: `images`, `texts`, of equal length  | read it            | the same record                           |
-| text: `text`; a .txt, blank lines between    | read it            | `text`                                    |
-| MMC4: `text_list`, `image_info`              | after this tool    | `images`, `texts`                         |
-| Cauldron, FineVision: `texts` of pairs       | after this tool    | `conversations`                           |
-| VLMEvalKit: `question`, `answer`, A, B ...   | after this tool    | `conversations`                           |
-| files: .json (a list), .jsonl, .txt, .tar    | read them          | tars                                      |
-| files: .parquet, .tsv                        | after this tool    | tars                                      |
+| what there is                                  | training         | what this tool writes   |
+|------------------------------------------------|------------------|-------------------------|
+| LLaVA: `conversations`, perhaps `image`        | reads it         | the same record         |
+| captions: `image`, `caption`                   | reads it         | the same record         |
+| webdataset: in a tar KEY.jpg beside KEY.txt    | reads it         | `image`, `caption`      |
+| OBELICS: `images` and `texts` of equal length  | reads it         | the same record         |
+| text: `text`                                   | reads it         | the same record         |
+| MMC4: `text_list`, `image_info`                | after conversion | `images`, `texts`       |
+| Cauldron, FineVision: `images`, `texts` of     | after conversion | `image`,                |
+| {"user", "assistant"}                          |                  | `conversations`         |
+| VLMEvalKit: `question`, `answer`, `image`,     | after conversion | `image`,                |
+| perhaps `A`, `B`, ... and `hint`               |                  | `conversations`         |
+| .json (a list), .jsonl, .tar, .txt             | reads them       | .tar                    |
+| .parquet, .tsv                                 | after conversion | .tar                    |
 
-NUMBER.json is a record, NUMBER.0.jpg and so on are its pictures. Tars that are there already are kept, so that
-a repeated call goes on. Exit code 1: more than 1 % of what this call converted could not be used. Parquet
-needs `pip install pyarrow`. `open_table` gives records of all these files one by one.
+NUMBER.json in a tar is a record, NUMBER.0.jpg and so on are its pictures. Tars that are there already are
+kept, so that a repeated call goes on. Exit code 1: more than 1 % of what this call converted could not be
+used. Parquet needs `pip install pyarrow`. `open_table` gives the records of all these files one by one.
 """
 
 import base64
@@ -283,7 +285,7 @@ def convert(path: Path, out: Path, cfg: ConvertConfig) -> int:
     model.require_at_least(cfg, 1, "per_tar")
     table, bad, done = open_table(path), [], 0
     folder = Path(cfg.images) if cfg.images else (path if path.is_dir() else path.parent)
-    check_same_conversation(table, out, cfg)
+    check_same_conversion(table, out, cfg)
     for first in tqdm(range(0, len(table), cfg.per_tar), desc=str(path), unit=" tars"):
         file = out / f"{first // cfg.per_tar:05d}.tar"
         if file.is_file():
@@ -308,7 +310,7 @@ def convert(path: Path, out: Path, cfg: ConvertConfig) -> int:
     return int(len(bad) > done / 100)
 
 
-def check_same_conversation(table: data.Table, out: Path, cfg: ConvertConfig) -> None:
+def check_same_conversion(table: data.Table, out: Path, cfg: ConvertConfig) -> None:
     """convert.json tells what a folder was made from; tars of two conversations must not mix."""
     files = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in table.files}
     identity = {"images": cfg.images, "per_tar": cfg.per_tar, "records": len(table), "files": files}

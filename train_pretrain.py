@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import data
 import model
-from model import UserError
+from model import UserError, require, require_at_least, require_one_of
 
 
 @dataclass
@@ -79,16 +79,16 @@ class RunConfig(data.RowConfig):
     def check(self) -> None:
         """Refuse what can be wrong with the flags alone, before anything is built or written."""
         model.trainable_parts(self.train)
-        model.require_at_least(self, 1, "steps rows micro_steps log_every row_length row_images row_limit")
-        model.require_at_least(self, 0, "seed batch_size workers save_every eval_every muon_lr vit_lr z_loss")
-        model.require_at_least(self, 0, "weight_decay balance router_z")
-        if self.lr < 0 and (self.lr != -1 or "decoder" not in self.train.split(",")):
-            raise UserError(f"--lr {self.lr:g}: at least 0, or -1 (MM1's law) where the whole decoder trains")
-        model.require_one_of(self, "decay", ("matrices", "all"))
-        model.require_one_of(self, "scale_init", model.SCALE_INITS)
-        model.require_one_of(self, "frozen", ("float32", "bfloat16"))
-        model.require_one_of(self, "dtype", ("auto", "float32", "bfloat16"))
-        model.require_one_of(self, "compile", ("auto", "true", "false"))
+        require_at_least(self, 1, "steps rows micro_steps log_every row_length row_images row_limit")
+        require_at_least(self, 0, "seed batch_size workers save_every eval_every muon_lr vit_lr z_loss")
+        require_at_least(self, 0, "weight_decay balance router_z")
+        law = self.lr == -1 and "decoder" in self.train.split(",")
+        require(self.lr >= 0 or law, f"--lr {self.lr:g}: at least 0, or -1 if the whole decoder trains")
+        require_one_of("--decay", self.decay, ("matrices", "all"))
+        require_one_of("--scale_init", self.scale_init, model.SCALE_INITS)
+        require_one_of("--frozen", self.frozen, ("float32", "bfloat16"))
+        require_one_of("--dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        require_one_of("--compile", self.compile, ("auto", "true", "false"))
 
     def trains_isolator(self) -> bool:
         return False
@@ -262,8 +262,8 @@ def schedule(step: int, cfg: RunConfig) -> float:
 
 # --- Flags: the command line over the recipe over defaults --------------------------------------------------
 
-# What may differ from the weights that a run starts with, besides new experts of a dense decoder; "prune." is a
-# group of flags. When a run goes on, nothing may that its data order or its optimizers depend on.
+# What may differ from the weights that a run starts with, besides new experts of a dense decoder; "prune." is
+# a group of flags. When a run goes on, nothing may that its data order or its optimizers depend on.
 MAY_CHANGE = {
     "preset": {"vit.image_size", "vit.align_corners"},  # of halves from folders; all else is new
     "init": {"prune.", "lora."},  # and all flags of the run but --preset
@@ -277,21 +277,22 @@ MAY_CHANGE = {
 def resolve_flags(config: type, stage: str, argv: list[str], doc: str) -> tuple:
     """(run config, model config, the checkpoint to start from or None, "preset", "init" or "resume")"""
     cfg = config()
-    model.parse_cli(argv, doc, cfg, model.ModelConfig())  # a first look, for where the recipe comes from
-    if not cfg.out:
-        raise UserError("--out is missing: the run folder to write, such as runs/a")
-    model.require_one_of(cfg, "resume", ("", "auto"))
-    begun = (Path(cfg.out) / "latest").is_file()
-    if begun and not cfg.resume:
-        raise UserError(f"--out {cfg.out} already holds a run: add --resume auto, or choose another folder")
-    if cfg.scale and not cfg.init:
-        raise UserError(f"--scale {cfg.scale} needs --init: the run whose tokens are to be scaled up")
+    model.parse_cli(argv, None, cfg, model.ModelConfig())  # a first look, for where the recipe comes from
+    require_one_of("--resume", cfg.resume, ("", "auto"))
+    begun = bool(cfg.out) and (Path(cfg.out) / "latest").is_file()
+    require(
+        cfg.resume or not begun, f"--out {cfg.out} already holds a run: add --resume auto, or choose another"
+    )
+    require(
+        cfg.init or not cfg.scale, f"--scale {cfg.scale} needs --init: the run whose tokens are scaled up"
+    )
     if begun or cfg.init:
         origin, step = "resume" if begun else "init", model.find_step(cfg.out if begun else cfg.init)
         saved = model.read_run_config(step)
         name, base_model = saved["train"]["preset"], model.from_dict(model.ModelConfig, saved["model"])
-        if begun and saved["stage"] != stage:
-            raise UserError(f"--out {cfg.out} holds a run of stage {saved['stage']}: choose another folder")
+        require(
+            not begun or saved["stage"] == stage, f"--out {cfg.out} holds a run of stage {saved['stage']}"
+        )
     else:
         origin, step, name, base_model = "preset", None, cfg.preset, model.preset(cfg.preset)["model"]
     recipes = model.preset(name)
@@ -300,6 +301,7 @@ def resolve_flags(config: type, stage: str, argv: list[str], doc: str) -> tuple:
     base = model.from_dict(config, {**dataclasses.asdict(config()), **recipe})
     cfg, model_cfg = model.copy_config(base), model.copy_config(base_model)
     model.parse_cli(argv, doc, cfg, model_cfg)
+    require(cfg.out, "--out is missing: the run folder to write, such as runs/a")
     if getattr(cfg, "pruner", ""):  # the same choice as --prune.name: the one that changes wins
         cfg.pruner = cfg.pruner if cfg.pruner != base.pruner else model_cfg.prune.name
         model_cfg.prune.name = cfg.pruner
@@ -314,9 +316,8 @@ def resolve_flags(config: type, stage: str, argv: list[str], doc: str) -> tuple:
     }
     for flag in flags + model.changed_flags(base_model, model_cfg):
         group = flag.partition(".")[0]
-        weights = step or halves.get(group)
-        if weights and not {flag, group + "."} & may_change:
-            raise UserError(f"--{flag} cannot change: {weights} has its own")
+        weights, free = step or halves.get(group), {flag, group + "."} & may_change
+        require(free or not weights, f"--{flag} cannot change: {weights} has its own")
     cfg.check()
     return cfg, model_cfg, step, origin
 
@@ -329,16 +330,13 @@ def resolve_device(cfg: RunConfig, device: torch.device, world: int) -> None:
         cfg.compile = "true" if device.type == "cuda" else "false"
     if cfg.dtype == "float32":
         cfg.frozen = "float32"  # without autocast a product needs both sides in one dtype
-    if cfg.pure_bf16 and cfg.dtype == "float32":
-        raise UserError("--pure_bf16 true needs --dtype bfloat16")
+    require(not cfg.pure_bf16 or cfg.dtype == "bfloat16", "--pure_bf16 true needs --dtype bfloat16")
     name = "batch_size" if cfg.batch_size else "rows"
-    size, unit = getattr(cfg, name), cfg.micro_steps * world
-    if size % unit:
-        fitting = [n for n in range(1, size + 1) if size % (n * world) == 0]
-        fix = f"--micro_steps {' or '.join(map(str, fitting))}" if fitting else f"a multiple of {unit}"
-        raise UserError(
-            f"--{name} {size} does not divide over {cfg.micro_steps} micro-steps x {world} ranks: take {fix}"
-        )
+    size = getattr(cfg, name)
+    micro_steps = [str(n) for n in range(1, size + 1) if size % (n * world) == 0]
+    fix = f"--micro_steps {' or '.join(micro_steps)}" if micro_steps else f"a multiple of {world}"
+    step = f"{cfg.micro_steps} micro-steps x {world} ranks"
+    require(size % (cfg.micro_steps * world) == 0, f"--{name} {size} is not divisible by {step}: take {fix}")
 
 
 # --- The start of a run -------------------------------------------------------------------------------------
@@ -367,9 +365,8 @@ def start(stage: str, config: type, argv: list[str], doc: str) -> tuple:
     freeze(vlm, cfg)
     if cfg.lr == -1:
         cfg.lr = mm1_rate(model.backbone_size(vlm.decoder))
-    if tokenizer.vocab_size > vlm.cfg.decoder.vocab_size:
-        rows = vlm.cfg.decoder.vocab_size
-        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the decoder {rows}")
+    ids, rows = tokenizer.vocab_size, vlm.cfg.decoder.vocab_size
+    require(ids <= rows, f"the tokenizer has {ids} ids, the decoder {rows}: give --tokenizer_from its own")
     cfg.check_room(vlm.cfg)
     run.announce(vlm, step or f"preset {cfg.preset}", sources)
     return run, vlm.to(device), tokenizer, cfg

@@ -45,7 +45,7 @@ class SftConfig(RunConfig):
 
     def check(self) -> None:
         super().check()
-        model.require_one_of(self, "mode", ("sample", "batch"))
+        model.require_one_of("--mode", self.mode, ("sample", "batch"))
         if self.mode == "batch" and not self.batch_size:
             raise UserError("--mode batch draws once for a number of samples: add --batch_size 32 or so")
         if not 0 <= self.slow_share <= 1:

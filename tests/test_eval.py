@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import TOKENIZER, save_tiny_run, tiny_vlm
+from helpers_eval import TOKENIZER, save_tiny_run, tiny_vlm
 from PIL import Image
 
 import data

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TOKENIZER, prompt_text, save_tiny_run, tiny_vlm
+from helpers_eval import TOKENIZER, prompt_text, save_tiny_run, tiny_vlm
 from helpers_tokenizers import small_tokenizer
 from PIL import Image
 

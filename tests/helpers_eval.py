@@ -1,4 +1,4 @@
-"""Helpers of the tests of eval.py and of what is built on it: a tiny model, its checkpoint, prompts as text."""
+"""Helpers of the tests of eval.py and of what is built on it: a tiny model, its checkpoint, prompts."""
 
 from pathlib import Path
 

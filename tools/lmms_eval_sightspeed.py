@@ -1,19 +1,20 @@
 """A model of lmms-eval (github.com/EvolvingLMMs-Lab/lmms-eval) that answers with a run of this repository.
 
 What has no row in tools/benchmarks.py can be asked through lmms-eval: it brings questions, pictures and
-scores, this repository the answers. lmms-eval finds models in a package that LMMS_EVAL_PLUGINS names, so make
-one that leads here, once, and run both in one process:
+scores, this repository the answers. lmms-eval finds models in a package that LMMS_EVAL_PLUGINS names; make one
+that leads here, once, and run it in one process:
 
     mkdir -p plug/models
     echo 'AVAILABLE_MODELS = {"sightspeed": "Sightspeed"}' > plug/models/__init__.py
-    cp tools/lmms_eval_sightspeed.py plug/models/sightspeed.py
+    echo 'from tools.lmms_eval_sightspeed import Sightspeed' > plug/models/sightspeed.py
     PYTHONPATH=.:PATH_OF_THIS_REPOSITORY LMMS_EVAL_PLUGINS=plug python -m lmms_eval \\
         --model sightspeed --model_args pretrained=runs/a/sft --tasks mmvet --batch_size 1
 
-model_args: pretrained (a run or checkpoint folder), tokens (full or pruned), device, dtype.
-As a program it only tells whether lmms-eval is installed.
+model_args: pretrained (a run or checkpoint folder), tokens (full or pruned), device, dtype, batch_size.
+`python tools/lmms_eval_sightspeed.py` prints this manual.
 """
 
+import os
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -21,8 +22,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from lmms_eval.api.model import lmms
-from lmms_eval.api.registry import register_model
+
+try:
+    from lmms_eval.api.model import lmms
+    from lmms_eval.api.registry import register_model
+except ModuleNotFoundError:  # the manual can be read without it
+
+    class lmms:
+        pass
+
+    def register_model(name):
+        return lambda model_class: model_class
+
 
 import data
 import eval as evaluation
@@ -36,6 +47,8 @@ class Sightspeed(lmms):
 
     def __init__(self, pretrained, device="auto", batch_size=8, tokens="full", dtype="auto", **unused):
         super().__init__()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise NotImplementedError("sightspeed answers lmms-eval in one process")
         self.cfg = evaluation.EvalConfig(
             model=pretrained, batch_size=int(batch_size), tokens=tokens, device=device, dtype=dtype
         )

@@ -10,10 +10,10 @@
 Public benchmarks: tools/benchmarks.py. A page with pictures and curves: tools/report.py eval.json.
 
 Every task is scored twice: as it is, and blind, with its pictures swapped (a seeded derangement); whatever a
-model still scores with swapped images it did not get from looking. Scores are 0-100 (CIDEr-D x 100) with their
-standard error, that of text is a loss. Without --shots a question comes in the chat template; with it, even 0,
-in that of a base model, behind demonstrations of the train split whose pictures are never swapped. Answers
-about files are kept beside --out, and a run that was killed goes on from them.
+model still scores with swapped images it did not get from looking. Scores are 0-100 (CIDEr-D x 100) with
+their standard error, that of text is a loss. Without --shots a question comes in the chat template; with it,
+even 0, in that of a base model, behind demonstrations of the train split whose pictures are never swapped.
+Answers to questions in files are kept beside --out, and a run that was killed goes on from them.
 """
 
 import model  # first of all: it answers --help before torch is loaded
@@ -226,6 +226,8 @@ def open_tasks(cfg: EvalConfig, open_task: Callable) -> list[Task]:
             tasks.append(open_task(name, shots, cfg))
             if tasks[-1].kind in TEXT_KINDS:
                 break  # nothing to demonstrate
+    if len({(task.name, task.shots) for task in tasks}) < len(tasks):  # their answers would be mixed up
+        raise UserError("--tasks has two tasks of one name: rename a file, or score them one by one")
     kinds = {task.kind for task in tasks if task.path}
     if cfg.demos and len(kinds) > 1:
         raise UserError(f"--demos holds examples of one kind, --tasks asks for {' and '.join(sorted(kinds))}")
@@ -243,17 +245,19 @@ def open_task(name: str, shots: int | None, cfg: EvalConfig) -> Task:
         known += f" or {'|'.join(FILE_KINDS)}:FILE; public benchmarks, and kind:FILE of relaxed and anls"
         raise UserError(f"--tasks '{name}' is unknown: use scenes, {known}: python tools/benchmarks.py")
     task = file_task(kind, Path(file), cfg.images)
+    if shots is None or kind == "text":
+        return task
     if shots and not cfg.demos:
         raise UserError(f"--shots {shots}: {name} needs --demos FILE, with questions of its train split")
     pool = file_task(kind, Path(cfg.demos), cfg.images).questions if shots else []
-    return task if shots is None or kind == "text" else add_demos(task, pool, shots, cfg.seed)
+    return add_demos(task, pool, shots, cfg.seed)
 
 
 # --- Tasks of Scenes
 
 
 def few_shot_task(name: str, n: int, shots: int | None, seed: int) -> Task:
-    """A task of Scenes in the chat template (shots None) or behind demonstrations; its questions stay the same.
+    """A task of Scenes in the chat template (shots None) or behind demonstrations, with the same questions.
     Demonstrations are drawn from about as many training questions as OpenFlamingo's, 2,048.
     """
     if name == "scenes_bind":
@@ -656,9 +660,9 @@ def score_task(vlm, tokenizer, task: Task, view: str, cfg: EvalConfig, facts: di
 
 
 def derange(images: list[tuple], seed: int) -> list[tuple]:
-    """The same pictures dealt out anew, none where it was: one cycle through them in random order. A task with
-    a single picture keeps it: its blind score says nothing. Where questions have several pictures, cycles are
-    drawn until none gets another one of its own.
+    """The same pictures dealt out anew, none where it was: one cycle through them in random order. A task
+    with a single picture keeps it: its blind score says nothing. Where questions have several pictures,
+    cycles are drawn until no question gets another one of its own.
     """
     pictures = list(dict.fromkeys(picture for group in images for picture in group))
     rng = random.Random(seed)
@@ -666,7 +670,7 @@ def derange(images: list[tuple], seed: int) -> list[tuple]:
         cycle = rng.sample(pictures, len(pictures))
         successor = dict(zip(cycle, cycle[1:] + cycle[:1]))
         dealt = [tuple(map(successor.get, group)) for group in images]
-        if len(cycle) < 2 or all(map(lambda old, new: set(old).isdisjoint(new), images, dealt)):
+        if len(cycle) < 2 or all(set(old).isdisjoint(new) for old, new in zip(images, dealt)):
             break
     return dealt
 
@@ -807,9 +811,9 @@ TABLES = model.read_json(model.ASSETS / "scoring.json")
 def vqa_normalise(text: str, official: bool = False) -> str:
     """An answer as VQA scorers compare it: lower case, digits for number words, no articles or punctuation.
 
-    The rules are EvalAI's, as in TextVQA and LLaVA; official: those of VQA-v2, which differ in 's, ? and commas.
-    Quirks kept: "it's" becomes "it 's"; a mark beside a space anywhere is deleted everywhere, any other becomes
-    a space (VQA-v2 deletes all once a comma stands between digits); only the first 32 periods go.
+    The rules are EvalAI's, as in TextVQA and LLaVA; official: VQA-v2's, which differ in 's, ? and commas.
+    Quirks kept: "it's" becomes "it 's"; a mark beside a space anywhere is deleted everywhere, any other
+    becomes a space (VQA-v2 deletes all once a comma stands between digits); only the first 32 periods go.
     """
     if not official:
         text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
@@ -831,8 +835,8 @@ def vqa_normalise(text: str, official: bool = False) -> str:
 def vqa_accuracy(prediction: str, answers: list[str], official: bool = False) -> float:
     """Soft accuracy in 0..1 of one prediction against the answers of (usually ten) annotators.
 
-    Antol et al. 2015: each annotator in turn is left out and min(1, matches among the others / 3) is averaged;
-    with ten answers 0, 1, 2, 3, 4+ matches give 0, .3, .6, .9, 1. A single answer is compared for equality.
+    Antol et al. 2015: each annotator in turn is left out, min(1, matches among the others / 3) is averaged.
+    With ten answers 0, 1, 2, 3, 4+ matches give 0, .3, .6, .9, 1. A single answer is compared for equality.
     official: VQA-v2 compares raw strings when all answers are the same, so "Yes" against ten "yes" is 0.
     """
     if not answers:
@@ -949,8 +953,8 @@ def cider_similarity(caption: Counter, reference: Counter, idf: dict[tuple, floa
 def cider_d(captions: list[str], references: list[list[str]]) -> list[float]:
     """CIDEr-D of each caption against its references, 0..10; papers report 100 times the mean.
 
-    Source: Vedantam et al. 2015 and coco-caption. The idf comes from these references, so the score of a subset
-    is not comparable. Quirks kept: a lone item has 0, a perfect caption of three words 7.5 (no 4-gram).
+    Source: Vedantam et al. 2015 and coco-caption. The idf comes from these references, so the score of a
+    subset is not comparable. Quirks kept: a lone item has 0, a perfect caption of three words 7.5.
     """
     items = caption_counts(captions, references)
     items_with, scores = Counter(), []
@@ -967,8 +971,8 @@ def cider_d(captions: list[str], references: list[list[str]]) -> list[float]:
 
 
 def parse_box(text: str) -> tuple[int, int, int, int] | None:
-    """The first four numbers of a text as (x1, y1, x2, y2), in thousandths of the image's sides, or None. Each
-    must be an integer in 0..999; digits glued to a letter (the 1 of "x1=20") are no number.
+    """The first four numbers of a text as (x1, y1, x2, y2), in thousandths of the image's sides, or None.
+    Each must be an integer in 0..999; digits glued to a letter (the 1 of "x1=20") are no number.
     """
     numbers = re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", text)[:4]
     if len(numbers) < 4 or not all(re.fullmatch(r"\d{1,3}", number) for number in numbers):

@@ -282,6 +282,10 @@ def test_boxes_may_hold_commas_and_files_are_told_apart(tmp_path):
         (tmp_path / folder / "val.jsonl").write_text(json.dumps(row))
     tasks = f"vqa:{tmp_path}/a/val.jsonl,caption:{tmp_path}/b/val.jsonl"
     (tmp_path / "d.jsonl").write_text(json.dumps({"image": "b/0.png", "text": "?", "answers": ["x"]}))
+    with pytest.raises(UserError, match="two tasks of one name"):
+        evaluation.open_tasks(evaluation.EvalConfig(tasks=tasks), evaluation.open_task)
+    (tmp_path / "b" / "val.jsonl").rename(tmp_path / "b" / "other.jsonl")
+    tasks = tasks.replace("b/val", "b/other")
     with pytest.raises(UserError, match="caption and vqa"):
         cfg = evaluation.EvalConfig(tasks=tasks, demos=str(tmp_path / "d.jsonl"), shots="0")
         evaluation.open_tasks(cfg, evaluation.open_task)

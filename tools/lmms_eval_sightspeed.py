@@ -1,7 +1,7 @@
 """A model of lmms-eval (github.com/EvolvingLMMs-Lab/lmms-eval) that answers with a run of this repository.
 
-What has no row in tools/benchmarks.py can be asked through lmms-eval: it brings questions, pictures and
-scores, this repository the answers. lmms-eval finds models in a package that LMMS_EVAL_PLUGINS names; make one
+What has no row in tools/benchmarks.py can be asked through lmms-eval: it brings questions, pictures, scores,
+and this repository the answers. lmms-eval finds models in a package that LMMS_EVAL_PLUGINS names; make one
 that leads here, once, and run it in one process:
 
     mkdir -p plug/models

@@ -903,6 +903,9 @@ def test_addresses_that_are_wrong_say_so(tmp_path):
         UserError, match="line 2: not a question of mmstar .*'image'.*its columns are index, question"
     ):
         open_one("mmstar", put(tmp_path, "bare.tsv", bare))
+    put_gqa(tmp_path)
+    with pytest.raises(UserError, match="two tasks of one name"):
+        open_all(tasks=f"gqa:{tmp_path},gqa:{tmp_path}/.")
 
 
 def test_labels_come_by_their_question_and_not_by_the_order_of_files(tmp_path):
@@ -1139,8 +1142,10 @@ def test_options_are_those_of_the_question_and_not_lines_that_look_like_them(kin
 def test_own_files_of_the_kinds_that_are_here_and_of_all_others(tmp_path):
     path = own_set(tmp_path, {"answers": ["100"]}, {"answers": ["Limited"], "text": "Who?"})
     for kind, metric, scores in (
-        ("relaxed", "relaxed_accuracy", [1, 0]), ("anls", "anls", [2 / 3, 6 / 7]), ("vqa", "accuracy", [0, 0]),
-    ):  # fmt: skip
+        ("relaxed", "relaxed_accuracy", [1, 0]),
+        ("anls", "anls", [2 / 3, 6 / 7]),
+        ("vqa", "accuracy", [0, 0]),
+    ):
         task = open_one(kind, path)
         assert task.metric == metric
         assert evaluation.score_answers(task, ["104", "limitd"]) == pytest.approx(scores)

@@ -1,9 +1,11 @@
 """Benchmarks: miniatures in the layouts of LLaVA, VLMEvalKit and the hub; joins, answer files, two ranks."""
 
 import base64
+import functools
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -327,163 +329,82 @@ LLAVA = {
     "arc_challenge": lambda folder: put_arc(folder, "ARC-Challenge-Test.jsonl"),
     "piqa": put_piqa, "hellaswag": put_hellaswag,
 }  # fmt: skip
-TOLD = [(n, dict(zip("ABCD", COLOURS)), "ABCD"[n]) for n in range(4)]
-TSV = {  # VLMEvalKit's columns
-    "mmbench": mmbench_rows(),
-    "mmbench_cn": mmbench_rows(),
-    "mmstar": [
-        {
-            "index": n,
-            "image": coded(n),
-            "question": "Which?",
-            **o,
-            "answer": a,
-            "category": f"c{n // 2}",
-            "l2_category": f"l{n}",
-        }
-        for n, o, a in TOLD
-    ],
-    "seed": [
-        {"index": n, "image": coded(n), "question": "Which?", **o, "answer": a, "category": "Scene"}
-        for n, o, a in TOLD
-    ],
-    "mmmu": [
-        {
-            "index": n,
-            "image": f"['{coded(n)}', '{coded(n + 1)}']",
-            "question": "<image 1> or <image 2>?",
-            **o,
-            "answer": a,
-            "category": "Art",
-            "l2-category": "Arts",
-            "split": "validation",
-        }
-        for n, o, a in TOLD
-    ],
-    "scienceqa": [
-        {"index": n, "image": coded(n), "question": "Which?", "hint": "", **o, "answer": a}
-        for n, o, a in TOLD
-    ],
-    "pope": [
-        {
-            "index": n,
-            "image": coded(n % 2),
-            "question": f"Is it {n}?",
-            "answer": "yesno"[3 * (n % 2) :][:3],
-            "category": "random",
-        }
-        for n in range(4)
-    ],
-    "mme": [
-        {
-            "index": n,
-            "image": coded(n // 2),
-            "question_id": f"color/{n // 2}.png",
-            "category": "color",
-            "question": f"Is it {n}? Please answer yes or no.",
-            "answer": ("Yes", "No")[n % 2],
-        }
-        for n in range(4)
-    ],
-    "chartqa": [
-        {"index": n, "image": coded(n), "question": "How many?", "answer": 10**n, "split": "test_human"}
-        for n in range(4)
-    ],
-}
+ABCD = dict(zip("ABCD", COLOURS))
 
 
 def picture(n: int) -> dict:
     return {"bytes": png(n), "path": f"{n}.png"}
 
 
-def each(*columns: dict) -> list[dict]:
-    return [{"image": picture(n), "question": "Which?", **row} for n, row in enumerate(columns)]
+def four(**columns) -> list[dict]:
+    """Rows 0..3 of a table: a list gives a column's values, anything else is the same in all rows."""
+    rows = []
+    for n in range(4):
+        rows.append({k: v[n] if isinstance(v, list) and len(v) == 4 else v for k, v in columns.items()})
+    return rows
 
 
+def mme_table(pictures: list) -> list[dict]:
+    names = [f"color/{n // 2}.png" for n in range(4)]
+    texts = [f"Is it {n}? Please answer yes or no." for n in range(4)]
+    return four(image=pictures, question_id=names, category="color", question=texts, answer=["Yes", "No"] * 2)
+
+
+CODED, PICTURES, NUMBERS = [coded(n) for n in range(4)], [picture(n) for n in range(4)], [0, 1, 2, 3]
+LETTERS, TEXTS = list("ABCD"), [str(n) for n in range(4)]
+which = functools.partial(four, index=NUMBERS, image=CODED, question="Which?", answer=LETTERS)
+shown = functools.partial(four, image=PICTURES, question="Which?")
+many = [[colour] * 10 for colour in COLOURS[:4]]
+captions = [[caption] * 5 for caption in CAPTIONS[:4]]
+categories, fine = ["c0", "c0", "c1", "c1"], ["l0", "l1", "l2", "l3"]
+TSV = {  # VLMEvalKit's columns
+    "mmbench": mmbench_rows(),
+    "mmbench_cn": mmbench_rows(),
+    "mmstar": which(**ABCD, category=categories, l2_category=fine),
+    "seed": which(**ABCD, category="Scene"),
+    "mmmu": four(
+        index=NUMBERS, image=[f"['{coded(n)}', '{coded(n + 1)}']" for n in range(4)], **ABCD, answer=LETTERS,
+        question="<image 1> or <image 2>?", category="Art", **{"l2-category": "Arts"}, split="validation",
+    ),
+    "scienceqa": which(hint="", **ABCD),
+    "pope": four(
+        index=NUMBERS, image=[coded(0), coded(1)] * 2, question=[f"Is it {n}?" for n in range(4)],
+        answer=["yes", "no"] * 2, category="random",
+    ),
+    "mme": mme_table([coded(n // 2) for n in range(4)]),
+    "chartqa": which(question="How many?", answer=[10**n for n in range(4)], split="test_human"),
+}  # fmt: skip
 PARQUET = {  # the hub's columns, as lmms-eval reads them
-    "vqav2": each(
-        *({"question_id": n, "answers": [{"answer": c, "answer_id": 1}] * 10} for n, c in enumerate(COLOURS))
+    "vqav2": shown(question_id=NUMBERS, answers=[[{"answer": a[0], "answer_id": 1}] * 10 for a in many]),
+    "okvqa": shown(question_id=NUMBERS, answers=many),
+    "textvqa": shown(question_id=NUMBERS, answers=many, ocr_tokens=["A"]),
+    "textvqa_ocr": shown(question_id=NUMBERS, answers=many, ocr_tokens=["A"]),
+    "vizwiz": shown(question_id=[f"V{n}" for n in range(4)], answers=many),
+    "scienceqa": shown(choices=[COLOURS[:4]] * 4, answer=NUMBERS, hint=""),
+    "pope": shown(
+        question_id=list("0011"), answer=["yes", "yes", "no", "no"], category=["random", "popular"] * 2
     ),
-    "okvqa": each(*({"question_id": n, "answers": [c] * 10} for n, c in enumerate(COLOURS))),
-    "textvqa": each(
-        *({"question_id": n, "answers": [c] * 10, "ocr_tokens": ["A"]} for n, c in enumerate(COLOURS))
+    "mme": mme_table([picture(n // 2) for n in range(4)]),
+    "mmbench": shown(index=NUMBERS, **ABCD, answer=LETTERS, hint="nan", category="c", **{"L2-category": "l"}),
+    "seed": four(
+        image=[[picture(n)] for n in range(4)], question="Which?", answer=LETTERS, data_type="image",
+        question_id=TEXTS, question_type_id=1, **{f"choice_{c}": o for c, o in zip("abcd", COLOURS)},
     ),
-    "textvqa_ocr": each(
-        *({"question_id": n, "answers": [c] * 10, "ocr_tokens": ["A"]} for n, c in enumerate(COLOURS))
-    ),
-    "vizwiz": each(*({"question_id": f"V{n}", "answers": [c] * 10} for n, c in enumerate(COLOURS))),
-    "scienceqa": each(*({"choices": COLOURS[:4], "answer": n, "hint": ""} for n in range(4))),
-    "pope": each(
-        *(
-            {
-                "question_id": str(n // 2),
-                "answer": ("yes", "no")[n // 2],
-                "category": ("random", "popular")[n % 2],
-            }
-            for n in range(4)
-        )
-    ),
-    "mme": [
-        {
-            "image": picture(n // 2),
-            "question_id": f"color/{n // 2}.png",
-            "category": "color",
-            "question": f"Is it {n}? Please answer yes or no.",
-            "answer": ("Yes", "No")[n % 2],
-        }
-        for n in range(4)
-    ],
-    "mmbench": each(
-        *(
-            {"index": n, **o, "answer": a, "hint": "nan", "category": "c", "L2-category": "l"}
-            for n, o, a in TOLD
-        )
-    ),
-    "seed": [
-        {
-            "image": [picture(n)],
-            "question": "Which?",
-            "answer": "ABCD"[n],
-            "data_type": "image",
-            "question_id": str(n),
-            "question_type_id": 1,
-            **{f"choice_{c}": o for c, o in zip("abcd", COLOURS)},
-        }
-        for n in range(4)
-    ],
     "mmmu": [{**row, "image_1": picture(n), "image_2": picture(n + 1)} for n, row in enumerate(mmmu_rows())],
-    "mmstar": [
-        {
-            "index": n,
-            "question": "Which?\nOptions: A: red, B: blue, C: green, D: orange",
-            "image": {"bytes": png(n), "path": None},
-            "answer": a,
-            "category": f"c{n // 2}",
-            "l2_category": f"l{n}",
-        }
-        for n, _, a in TOLD
-    ],
-    "docvqa": each(*({"questionId": str(n), "answers": [f"ITC {c}"]} for n, c in enumerate(COLOURS))),
-    "chartqa": each(
-        *({"type": t, "answer": str(10**n)} for n, t in enumerate(["human_test", "augmented_test"] * 2))
+    "mmstar": four(
+        index=NUMBERS, question="Which?\nOptions: A: red, B: blue, C: green, D: orange", answer=LETTERS,
+        image=[{"bytes": png(n), "path": None} for n in range(4)], category=categories, l2_category=fine,
     ),
-    "coco_cap": each(
-        *({"question_id": f"{n}.jpg", "id": n, "answer": [c] * 5} for n, c in enumerate(CAPTIONS))
+    "docvqa": shown(questionId=TEXTS, answers=[[f"ITC {colour}"] for colour in COLOURS[:4]]),
+    "chartqa": shown(type=["human_test", "augmented_test"] * 2, answer=[str(10**n) for n in range(4)]),
+    "coco_cap": shown(question_id=[f"{n}.jpg" for n in range(4)], id=NUMBERS, answer=captions),
+    "flickr30k": shown(img_id=TEXTS, caption=captions),
+    "nocaps": shown(image_id=NUMBERS, annotations_captions=captions, domain="in-domain"),
+    "textcaps": shown(image_id=TEXTS, caption_str=[[c[0]] for c in captions], reference_strs=captions),
+    "refcoco": shown(
+        question_id=TEXTS, answer=[["this", "that"]] * 4, bbox=[[2.0, n, 8.0, 4.0] for n in range(4)]
     ),
-    "flickr30k": each(*({"img_id": str(n), "caption": [c] * 5} for n, c in enumerate(CAPTIONS))),
-    "nocaps": each(
-        *(
-            {"image_id": n, "annotations_captions": [c] * 9, "domain": "in-domain"}
-            for n, c in enumerate(CAPTIONS)
-        )
-    ),
-    "textcaps": each(
-        *({"image_id": str(n), "caption_str": [c], "reference_strs": [c] * 5} for n, c in enumerate(CAPTIONS))
-    ),
-    "refcoco": each(
-        *({"question_id": str(n), "answer": ["this", "that"], "bbox": [2.0, n, 8.0, 4.0]} for n in range(4))
-    ),
-}
+}  # fmt: skip
 
 
 def open_all(**flags) -> list[evaluation.Task]:
@@ -805,89 +726,42 @@ def test_a_task_of_questions_without_labels_is_answered_but_not_scored(saved, tm
 # --- What is wrong with files
 
 
+DOC = {"question": "?", "image": "documents/d0.png"}
+YES_TO_MAYBE = ("MME_Benchmark_release_version/color/0001.txt", "Is it blue?\tMaybe\nIs it orange?\tNo\n")
+GQA = "llava_gqa_testdev_balanced.jsonl"
+MMBENCH = "mmbench_dev_20230712.tsv"
+
+
 @pytest.mark.parametrize(
-    "name, change, words",
+    "name, file, content, words",  # content None: the file is missing
     [
-        (
-            "pope",
-            lambda f: (f / "coco/coco_pope_random.json").write_text("{}"),
-            "coco_pope_.*has no label for category random",
-        ),
-        (
-            "pope",
-            lambda f: (f / "val2014/C1.jpg").unlink(),
-            r"llava_pope_test.jsonl line \d+: .*C1.jpg does not exist",
-        ),
-        (
-            "textvqa",
-            lambda f: (f / "TextVQA_0.5.1_val.json").write_text('{"data": [\n{]}'),
-            "TextVQA_0.5.1_val.json line 2",
-        ),
-        (
-            "gqa",
-            lambda f: put(
-                f,
-                "llava_gqa_testdev_balanced.jsonl",
-                [{"question_id": "00", "image": "n0.jpg", "text": "a"}] * 2,
-            ),
-            r"jsonl line 2: question_id 00 is there twice, first at .*jsonl line 1",
-        ),
-        (
-            "gqa",
-            lambda f: (
-                (f / "llava_gqa_testdev_balanced.jsonl").unlink()
-                or (f / "data/testdev_balanced_questions.json").unlink()
-            ),
-            "not the folder of gqa: it lacks llava_gqa",
-        ),
-        (
-            "docvqa",
-            lambda f: (
-                put(f, "val_v1.0.json", {"data": [{"questionId": 1, "image": "documents/d0.png"}]})
-                and (f / "val_v1.0_withQT.json").unlink()
-            ),
-            "record 0: not a question of docvqa .*its columns are file, questionId",
-        ),
-        (
-            "docvqa",
-            lambda f: put(
-                f,
-                "val_v1.0_withQT.json",
-                {
-                    "data": [
-                        {"questionId": n, "question": "?", "image": "documents/d0.png", "answers": ["x"] * n}
-                        for n in range(2)
-                    ]
-                },
-            ),
-            "question 0 has no answer, while others have",
-        ),
-        (
-            "mme",
-            lambda f: put(
-                f,
-                "MME_Benchmark_release_version/color/0001.txt",
-                (f / "MME_Benchmark_release_version/color/0001.txt").read_text().replace("\tYes", "\tMaybe"),
-            ),
-            "has the answer 'Maybe', which is neither yes nor no",
-        ),
-        (
-            "mmbench",
-            lambda f: put(f, "mmbench_dev_20230712.tsv", [{**mmbench_rows()[0], "image": "77"}]),
-            "line 2: .*77, which no row has",
-        ),
-        (
-            "mmbench",
-            lambda f: put(f, "mmbench_dev_20230712.tsv", [{**mmbench_rows()[0], "answer": "E"}]),
-            "answer E is none of",
-        ),
+        ("pope", "coco/coco_pope_random.json", "{}", "coco_pope_.*has no label for category random"),
+        ("pope", "val2014/C1.jpg", None, r"llava_pope_test.jsonl line \d+: .*C1.jpg does not exist"),
+        ("textvqa", "TextVQA_0.5.1_val.json", '{"data": [\n{]}', "TextVQA_0.5.1_val.json line 2"),
+        ("gqa", GQA, [{"question_id": "00", "image": "n0.jpg", "text": "a"}] * 2,
+         r"jsonl line 2: question_id 00 is there twice, first at .*jsonl line 1"),
+        ("gqa", "data", None, "not the folder of gqa: it lacks .*testdev_balanced_questions"),
+        ("docvqa", "val_v1.0_withQT.json", {"data": [{"questionId": 1, "image": "documents/d0.png"}]},
+         "record 0: not a question of docvqa .*its columns are file, questionId"),
+        ("docvqa", "val_v1.0_withQT.json",
+         {"data": [{**DOC, "questionId": n, "answers": ["x"] * n} for n in range(2)]},
+         "question 0 has no answer, while others have"),
+        ("mme", *YES_TO_MAYBE, "has the answer 'Maybe', which is neither yes nor no"),
+        ("mmbench", MMBENCH, [{**mmbench_rows()[0], "image": "77"}], "line 2: .*77, which no row has"),
+        ("mmbench", MMBENCH, [{**mmbench_rows()[0], "answer": "E"}], "answer E is none of"),
     ],
-)
-def test_errors_name_file_line_and_fix(name, change, words, tmp_path, monkeypatch):
-    LLAVA[name](tmp_path / name)
-    change(tmp_path / name)
+)  # fmt: skip
+def test_errors_name_file_line_and_fix(name, file, content, words, tmp_path, monkeypatch):
+    folder = tmp_path / name
+    LLAVA[name](folder)
+    if content is not None:
+        put(folder, file, content)
+    elif (folder / file).is_dir():
+        shutil.rmtree(folder / file)
+    else:
+        (folder / file).unlink()
     with pytest.raises(UserError, match=words):
-        score(open_one(name, tmp_path / name), lambda q, kind: "x", monkeypatch)
+        score(open_one(name, folder), lambda q, kind: "x", monkeypatch)
 
 
 def test_addresses_that_are_wrong_say_so(tmp_path):

@@ -1,118 +1,52 @@
-"""Evaluation end to end: own pictures through both stages, file tasks, blind control, chat, report."""
+"""Tasks, kept answers, the blind control and chat; own files go all the way in tools/test_report.py."""
 
 import json
 
 import pytest
-from PIL import Image, ImageDraw
+from helpers_eval import TOKENIZER, save_tiny_run, tiny_vlm
+from PIL import Image
 
 import data
 import eval as evaluation
 import model
-import train_pretrain
-import train_sft
-
-COLOURS = ["red", "blue", "green", "orange"]
+from model import UserError
 
 
 @pytest.fixture(scope="module")
-def own_set(tmp_path_factory):
-    """Twelve pictures in LLaVA's format: palette, alpha, plain; several turns; one record without image."""
-    folder = tmp_path_factory.mktemp("own")
-    (folder / "images").mkdir()
-    records, choices, captions = [], [], []
-    for n in range(12):
-        colour = COLOURS[n % 4]
-        picture = Image.new("RGBA", (40 + n, 50), (0, 0, 0, 0))
-        ImageDraw.Draw(picture).ellipse((5, 5, 35, 35), fill=colour)
-        picture = [picture, picture.convert("RGB"), picture.convert("P")][n % 3]
-        picture.save(folder / "images" / f"{n}.png")
-        options = "\n".join(f"{letter}. {name}" for letter, name in zip("ABCD", COLOURS))
-        ask = (
-            f"What colour is it?\n{options}\nAnswer with the option's letter from the given choices directly."
-        )
-        talk = [
-            {"from": "human", "value": f"<image>\n{ask}"},
-            {"from": "gpt", "value": "ABCD"[n % 4]},
-            {"from": "human", "value": "Provide a one-sentence caption for the provided image."},
-            {"from": "gpt", "value": f"a {colour} disc"},
-        ]
-        records.append({"id": n, "image": f"images/{n}.png", "conversations": talk})
-        row = {"question_id": n, "image": f"images/{n}.png"}
-        choices.append({**row, "text": ask, "answers": ["ABCD"[n % 4]], "category": colour})
-        captions.append({**row, "text": talk[2]["value"], "answers": [f"a {colour} disc", f"{colour} disc"]})
-    say = [{"from": "human", "value": "Say <image>."}, {"from": "gpt", "value": "<image>"}]
-    records.append({"id": "text", "conversations": say})
-    (folder / "train.json").write_text(json.dumps(records))
-    for name, rows in (("choice", choices), ("caption", captions)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+def saved(tmp_path_factory):
+    return save_tiny_run(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(scope="module")
-def trained(own_set, small_halves, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs")
-    flags = f"--batch_size 4 --workers 0 --dtype float32 --log_every 1 --data {own_set}/train.json".split()
-    train_pretrain.main([*flags, *small_halves, "--steps", "4", "--out", str(out / "a")])
-    sft = ["--init", str(out / "a"), "--scale", "32to144", "--steps", "4", "--slow_share", "0.5"]
-    train_sft.main([*flags, *sft, "--out", str(out / "b")])
-    return out / "b"
+def write_set(folder, *rows: dict, name: str = "q.jsonl"):
+    """JSON lines of questions about one picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 10), (40, 90, 10)).save(folder / "a.png")
+    lines = []
+    for n, row in enumerate(rows):
+        lines.append(json.dumps({"question_id": n, "image": "a.png", "text": "What?", **row}) + "\n")
+    (folder / name).write_text("".join(lines))
+    return folder / name
 
 
-def test_own_files_go_all_the_way_to_scores_and_report(own_set, trained, tmp_path):
-    tasks = f"choice:{own_set}/choice.jsonl,caption:{own_set}/caption.jsonl"
-    flags = ["--model", str(trained), "--tasks", tasks, "--tokens", "both"]
-    out, report = tmp_path / "eval.json", tmp_path / "report.html"
-    evaluation.main([*flags, "--out", str(out), "--report", str(report)])
-    summary = json.loads(out.read_text())
-    assert {"model", "commit", "seed", "results"} <= summary.keys()
-    keys = {"task", "metric", "score", "stderr", "n", "shots", "tokens", "blind_score"}
-    assert all(keys <= row.keys() for row in summary["results"])
-    names = [(row["task"], row["tokens"]) for row in summary["results"]]
-    assert ("choice", "full") in names and ("caption", "pruned") in names and ("choice/red", "full") in names
-    page = report.read_text()
-    assert "stage 1, 32 tokens" in page and "64 tokens, windows of 2×2 patches" in page
-    assert page.startswith("<!doctype html>") and "What colour is it?" in page
-    assert "http://" not in page.replace("http://www.w3.org", "") and "<script" not in page  # opens offline
+def open_one(kind: str, path) -> evaluation.Task:
+    (task,) = evaluation.open_tasks(evaluation.EvalConfig(tasks=f"{kind}:{path}"), evaluation.open_task)
+    return task
 
 
-def test_report_shows_where_scales_look_before_and_after(trained, tmp_path):
-    picture, step = Image.new("RGB", (64, 64), "red"), model.find_step(trained)
-    vlm = model.VLM.from_pretrained(step)
-    rows = evaluation.draw_scales(vlm, step, picture)
-    assert [label for label, _ in rows] == ["stage 1, 32 tokens", "stage 2, 144 tokens"]
-    assert [[o["window"] for o in row] for _, row in rows] == [[8, 2], [16, 8, 2]]
-    assert all(o["weight"].min() >= 0 and o["weight"].max() <= 1 for _, row in rows for o in row)
-    config = model.read_json(step / "config.json")
-    for init in ("", str(tmp_path / "gone")):  # its stage 1 is not there: one row
-        model.write_json(tmp_path / "config.json", {**config, "train": {**config["train"], "init": init}})
-        assert [label for label, _ in evaluation.draw_scales(vlm, tmp_path, picture)] == [
-            "stage 2, 144 tokens"
-        ]
+def results(out) -> list[dict]:
+    return json.loads(out.read_text())["results"]
 
 
-@pytest.mark.parametrize("kind", model.CONNECTORS)
-def test_scales_are_shown_of_connectors_that_have_windows(kind, tmp_path):
-    vlm = model.VLM(model.ModelConfig(connector=model.ConnectorConfig(kind)))
-    model.write_json(tmp_path / "config.json", {"stage": "pretrain", "train": {"init": ""}})
-    scales = evaluation.draw_scales(vlm, tmp_path, Image.new("RGB", (64, 64)))
-    assert [len(row) for _, row in scales] == {"chain": [2], "resampler": [1]}.get(kind, [])
-    evaluation.write_report(tmp_path / "report.html", "", [], [], [], {}, [], scales)
-    page = (tmp_path / "report.html").read_text()
-    assert ("Where each scale looks" in page) == bool(scales)
-    assert page.count("<img") == sum(len(row) for _, row in scales)
-
-
-def test_chat_answers_and_remembers(own_set, trained, monkeypatch, capsys):
+def test_chat_answers_and_remembers(saved, tmp_path, monkeypatch, capsys):
     lines = iter(["What colour is it?", "Are you sure?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    seen = []
+    prompts = []
     real = data.prompt_pieces
-    monkeypatch.setattr(data, "prompt_pieces", lambda *a: seen.append(a) or real(*a))
-    evaluation.main(["--model", str(trained), "--chat", str(own_set / "images" / "0.png")])
-    assert "144 visual tokens" in capsys.readouterr().out
-    assert (
-        len(seen) == 2 and seen[1][3][0][0] == "What colour is it?"
-    )  # the second prompt holds the first turn
+    monkeypatch.setattr(data, "prompt_pieces", lambda *a: prompts.append(a) or real(*a))
+    picture = write_set(tmp_path).with_name("a.png")
+    evaluation.main(["--model", str(saved), "--device", "cpu", "--chat", str(picture)])
+    assert "8 visual tokens" in capsys.readouterr().out
+    assert len(prompts) == 2 and prompts[1][3][0][0] == "What colour is it?"  # holds the first turn
 
 
 def test_derangement_moves_every_image_and_keeps_pairs_together():
@@ -129,16 +63,21 @@ def test_an_oracle_scores_100_and_the_blind_one_less(name, monkeypatch):
     task = evaluation.scenes_task(name, 40, 0)
     cfg = evaluation.EvalConfig()
 
-    def answer_all(vlm, tokenizer, task, images, mode, cfg, log, blind=False):
-        looked = [a is q.images for a, q in zip(images, task.questions)]
-        return [q.answers[0] if seen else "blue" for q, seen in zip(task.questions, looked)]
+    def answer_all(vlm, tokenizer, task, images, view, cfg, kept):
+        true = [shown is question.images for shown, question in zip(images, task.questions)]
+        return [q.answers[0] if is_true else "blue" for q, is_true in zip(task.questions, true)]
 
     monkeypatch.setattr(evaluation, "answer_all", answer_all)
-    rows, shown = evaluation.score_task(None, None, task, "full", cfg)
+    rows, examples = evaluation.score_task(None, None, task, "full", cfg)
     top = rows[0]
     assert top["task"] == name and top["n"] == (200 if name == "scenes_vqa" else 40)
     assert top["score"] == 100 if name != "scenes_cap" else top["score"] > 300
     assert top["blind_score"] < 60
+    assert len(examples) == 6 and all(example["answer"] == example["right"][0] for example in examples)
+    for example in examples:  # scenes are named by split and number
+        _, split, number = example["picture"].split(":")
+        question = next(q for q in task.questions if q.picture == example["picture"])
+        assert data.make_scene(split, int(number)) == question.images[0]
     if name == "scenes_vqa":
         assert [r["task"].split("/")[1] for r in rows[1:] if "held_out" not in r["task"]] == list(
             data.QUESTION_TYPES
@@ -150,10 +89,126 @@ def test_test_questions_do_not_come_from_training_scenes():
     task = evaluation.scenes_task("scenes_vqa", 50, 0)
     train = {data.make_scene("train", i) for i in range(2000)}
     assert not train & {q.images[0] for q in task.questions}
-    assert any("held_out" in q.parts for q in task.questions)
+    assert any("held_out" in q.subsets for q in task.questions)
 
 
-def test_rank_file_that_is_none_is_refused(tmp_path):
-    (tmp_path / "x.tiktoken").write_text("hello\n")
-    with pytest.raises(model.UserError, match="not a tiktoken rank file"):
-        data.Tokenizer.from_pretrained(tmp_path / "x.tiktoken")
+# --- Own files
+
+
+@pytest.mark.parametrize(
+    "kind, rows, words",
+    [
+        ("choice", [{"text": "A. red\nB. blue", "answers": ["red"]}], "answer 'red' is no letter"),
+        ("yesno", [{"answers": [True]}], "has the answer 'True', which is neither yes nor no"),
+        ("ref", [{"answers": ["here"]}], "not four integers 0-999"),
+        ("vqa", [{"answers": []}], "'answers' must be a list of at least one"),
+        ("vqa", [{"image": "../a.png", "answers": ["a"]}], "leads out of the folder"),
+        ("vqa", [{"image": "b.png", "answers": ["a"]}], "b.png does not exist"),
+        ("vqa", [{"answers": ["a"]}, {"question_id": 0, "answers": ["a"]}], "question_id 0 is there twice"),
+    ],
+)
+def test_own_questions_are_checked_before_they_are_asked(tmp_path, kind, rows, words):
+    path = write_set(tmp_path / "in", *rows)
+    write_set(tmp_path)
+    with pytest.raises(UserError) as error:
+        open_one(kind, path)
+    assert words in str(error.value)
+
+
+def test_own_questions_of_any_category_and_with_odd_characters(tmp_path):
+    rows = [
+        {"answers": ["Red"], "category": 3, "text": "a\u2028b\u0085c"},
+        {"answers": ["x"], "category": None},
+    ]
+    path = write_set(tmp_path, *rows)
+    path.write_text(path.read_text().encode().decode("unicode_escape"), encoding="utf-8")
+    task = open_one("exact", path)
+    assert [q.subsets for q in task.questions] == [("3",), ("",)] and "\u2028" in task.questions[0].text
+    assert evaluation.score_answers(task, ["red.", "y"]) == [1, 0]
+
+
+def test_what_is_elsewhere_is_named():
+    for name in ("relaxed:a.jsonl", "anls:a.jsonl", "pope", "popes:x"):
+        with pytest.raises(UserError, match="relaxed and anls: python tools/benchmarks.py"):
+            evaluation.open_task(name, None, evaluation.EvalConfig())
+
+
+def test_options_are_the_last_lines_in_order():
+    text = "Who?\nA. Lincoln said:\nI. one\nV. five\nA. red\nB. blue"
+    assert evaluation.option_letters(text) == {"A": "red", "B": "blue"}
+    assert evaluation.option_letters("A. one\nB. two\nI. no\nC. three") == {"A": "one", "B": "two"}
+    question = evaluation.Question((), "I. one\nV. two\nA. x", ["B"], options=("both", "none"))
+    task = evaluation.Task("t", "choice", [question])
+    assert task.score("B", question) == 1 and task.score("A", question) == 0
+
+
+def test_blind_pictures_are_no_others_of_the_same_question():
+    images = [("a", "b"), ("c", "d"), ("e",), ("f", "a")]
+    for seed in range(20):
+        dealt = evaluation.derange(images, seed)
+        assert not any({*new} & {*old} for new, old in zip(dealt, images)) and len(dealt[0]) == 2
+
+
+def test_a_few_questions_that_are_too_long_count_as_wrong(capsys):
+    questions = []
+    for n in range(60):
+        questions.append(evaluation.Question((), "What? " * (200 if n == 7 else 1), ["x"], name=n))
+    task, cfg = evaluation.Task("many", "vqa", questions, 4), evaluation.EvalConfig()
+    answers = evaluation.answer_all(tiny_vlm(context=60), TOKENIZER, task, [()] * 60, "full", cfg)
+    assert answers[7] == "" and "1 questions are too long and count as wrong" in capsys.readouterr().out
+
+
+def test_the_blind_score_can_be_spared(saved, tmp_path, monkeypatch):
+    path, calls = write_set(tmp_path, {"answers": ["a"]}), []
+    real = model.VLM.generate
+    monkeypatch.setattr(model.VLM, "generate", lambda *a, **k: calls.append(1) or real(*a, **k))
+    out = tmp_path / "e.json"
+    flags = ["--model", str(saved), "--device", "cpu", "--tasks", f"vqa:{path}", "--out", str(out)]
+    evaluation.main([*flags, "--blind", "false"])
+    assert len(calls) == 1 and results(out)[0]["blind_score"] is None
+    evaluation.main(flags)
+    assert len(calls) == 2 and results(out)[0]["blind_score"] is not None
+
+
+# --- Kept answers
+
+
+def test_answers_under_other_settings_are_refused(saved, tmp_path):
+    path = write_set(tmp_path, {"answers": ["a"]}, {"answers": ["a"], "text": "Which?"})
+    for name in ("d", "e"):
+        write_set(tmp_path / name, {"text": "Which?", "answers": [name]}, name="demos.jsonl")
+        Image.new("RGB", (9, 9)).save(tmp_path / name / "a.png")
+    base = ["--model", str(saved), "--device", "cpu", "--tasks", f"vqa:{path}"]
+    shots = [*base, "--shots", "1", "--out", str(tmp_path / "out.json")]
+    evaluation.main([*shots, "--demos", str(tmp_path / "d/demos.jsonl")])
+    with pytest.raises(UserError, match="has another demos: use another --answers"):
+        evaluation.main([*shots, "--demos", str(tmp_path / "e/demos.jsonl")])
+    flags = [*base, "--answers", str(tmp_path / "kept")]
+    evaluation.main(flags)
+    file = tmp_path / "kept" / "q.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    assert len(lines) == 2
+    for text, words in [
+        (lines[0].replace('"weights": "', '"weights": "1'), "has another weights"),
+        (lines[0].replace('"seed": 0', '"seed": 1'), "has another seed"),
+        (lines[0].replace("What?", "Who?"), "question_id 0 has an unknown id or prompt"),
+        (
+            lines[0].replace('"question_id": 0', '"question_id": 9'),
+            "question_id 9 has an unknown id or prompt",
+        ),
+    ]:
+        file.write_text(text)
+        with pytest.raises(UserError, match=words):
+            evaluation.main(flags)
+
+
+def test_files_that_are_not_ours_stay_as_they_are(saved, tmp_path):
+    path = write_set(tmp_path, {"answers": ["a"]})
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="holds the questions themselves"):
+        evaluation.main(["--model", str(saved), "--tasks", f"vqa:{path}", "--answers", str(tmp_path)])
+    assert path.read_bytes() == before
+    with pytest.raises(UserError, match="--out .* is a folder: give a file in it"):
+        evaluation.main(["--model", str(saved), "--tasks", "scenes_pope", "--out", str(tmp_path)])
+    with pytest.raises(UserError, match="--model is missing"):
+        evaluation.main(["--tasks", "scenes_pope"])

@@ -7,9 +7,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import test_model_vlm as test_vlm
 import torch
 import torch.nn.functional as F
+from helpers_eval import TOKENIZER, prompt_text, save_tiny_run, tiny_vlm
 from helpers_tokenizers import small_tokenizer
 from PIL import Image
 
@@ -18,17 +18,7 @@ import eval as evaluation
 import model
 from model import UserError
 
-TOKENIZER = data.Tokenizer.from_pretrained(model.ASSETS / "scenes.tiktoken")
 OTHERS = [small_tokenizer(kind) for kind in ("gpt2", "smollm2", "qwen", "llama3")]
-
-
-def tiny_vlm(context: int = 2048) -> model.VLM:
-    return test_vlm.tiny_vlm(tied=True, context=context)
-
-
-def told(pieces: list, tokenizer=TOKENIZER) -> str:
-    """A prompt as text, pictures as [n]."""
-    return "".join(f"[{p}]" if isinstance(p, int) else tokenizer.show(p[0]) for p in pieces)
 
 
 def texts_of(pieces: list) -> list[int]:
@@ -44,15 +34,17 @@ def test_prompts_are_mm1s_templates_to_the_letter():
         "[0] Question: what colour is it? Short answer: dax\n[1] A photo of north red ring.\n"
         "[2] Question: and now? Short answer:"
     )
-    assert told(data.shot_pieces(demos, "and now?", TOKENIZER)) == expected
-    assert told(data.shot_pieces([], "", TOKENIZER)) == "[0] A photo of"  # truly 0-shot
-    assert told(data.shot_pieces(demos, "and now?", OTHERS[0]), OTHERS[0]) == expected.replace("] ", "]")
+    assert prompt_text(data.shot_pieces(demos, "and now?", TOKENIZER)) == expected
+    assert prompt_text(data.shot_pieces([], "", TOKENIZER)) == "[0] A photo of"  # truly 0-shot
+    assert prompt_text(data.shot_pieces(demos, "and now?", OTHERS[0]), OTHERS[0]) == expected.replace(
+        "] ", "]"
+    )
     assert data.shot_pieces([], "", TOKENIZER)[0] == (TOKENIZER.start, False)
     task = evaluation.few_shot_task("scenes_cap", 2, 1, 0)
-    text = told(evaluation.prompt_of(task, task.questions[0], TOKENIZER))
+    text = prompt_text(task.prompt(task.questions[0], TOKENIZER))
     assert re.fullmatch(r"\[0\] A photo of [a-z].*\.\n\[1\] A photo of", text)
     chat = evaluation.few_shot_task("scenes_cap", 2, None, 0)
-    assert data.CAPTION_PROMPT in told(evaluation.prompt_of(chat, chat.questions[0], TOKENIZER))
+    assert data.CAPTION_PROMPT in prompt_text(chat.prompt(chat.questions[0], TOKENIZER))
 
 
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, *OTHERS], ids="scenes gpt2 smollm2 qwen llama3".split())
@@ -114,38 +106,36 @@ def config(folder, **flags) -> evaluation.EvalConfig:
 def test_file_tasks_take_demonstrations_from_demos_and_refuse_the_test_split(tmp_path):
     write_files(tmp_path)
     cfg = config(tmp_path, shots="0,2", demos=str(tmp_path / "train.jsonl"))
-    zero, two = evaluation.open_tasks(cfg)
+    zero, two = evaluation.open_tasks(cfg, evaluation.open_task)
     assert (zero.shots, two.shots) == (0, 2) and not any(q.demos for q in zero.questions)
     assert {d.name for q in two.questions for d in q.demos} <= {f"q{i}" for i in range(6)}
-    text = told(evaluation.prompt_of(two, two.questions[0], TOKENIZER))
+    text = prompt_text(two.prompt(two.questions[0], TOKENIZER))
     one = r"\[\d\] Question: what shade\? Short answer: (red|blue)\n"
     assert re.fullmatch(one * 2 + r"\[2\] Question: what shade\? Short answer:", text)
     for flags, words in [
         ({"shots": "2", "demos": str(tmp_path / "test.jsonl")}, "not of the train split"),
         ({"shots": "2"}, "needs --demos FILE"),
-        ({"shots": "0", "demos": str(tmp_path / "train.jsonl")}, "--demos has no effect"),
-        ({"demos": str(tmp_path / "train.jsonl")}, "--demos has no effect"),
         ({"shots": "9", "demos": str(tmp_path / "train.jsonl")}, "has only 6 demonstrations"),
         ({"shots": "-1"}, "--shots '-1'"),
         ({"shots": "four"}, "--shots 'four'"),
-        ({"scoring": "likelihood"}, "possible answers of test are not known"),
     ]:
         with pytest.raises(UserError, match=words):
-            evaluation.open_tasks(config(tmp_path, **flags))
-    for argv, words in [
-        (["--chat", "a.png", "--shots", "4"], "no effect on --chat"),
-        (["--scoring", "best"], "--scoring 'best' is unknown"),
-        (["--tasks", "scenes_words", "--shots", "4"], "no effect on --tasks scenes_words"),
-    ]:
-        with pytest.raises(UserError, match=words):
-            evaluation.main(["--model", "none", *argv])
+            evaluation.open_tasks(config(tmp_path, **flags), evaluation.open_task)
+    with pytest.raises(UserError, match="--scoring 'best' is unknown"):
+        evaluation.main(["--model", "none", "--scoring", "best"])
+    task, cfg = evaluation.open_task(f"vqa:{tmp_path}/test.jsonl", None, config(tmp_path)), config(tmp_path)
+    cfg.scoring = "likelihood"
+    with pytest.raises(UserError, match="possible answers of test are not known"):
+        evaluation.answer_all(tiny_vlm(), TOKENIZER, task, [q.images for q in task.questions], "full", cfg)
 
 
 def test_scenes_has_the_tasks_of_always_and_words():
-    tasks = evaluation.open_tasks(evaluation.EvalConfig(n=2))
+    tasks = evaluation.open_tasks(evaluation.EvalConfig(n=2), evaluation.open_task)
     assert [task.name for task in tasks] == [*evaluation.SCENE_TASKS, "scenes_words"]
     assert all(task.shots is None for task in tasks)
-    tasks = evaluation.open_tasks(evaluation.EvalConfig(tasks="scenes_cap,scenes_words", n=2, shots="0,4,4"))
+    tasks = evaluation.open_tasks(
+        evaluation.EvalConfig(tasks="scenes_cap,scenes_words", n=2, shots="0,4,4"), evaluation.open_task
+    )
     assert [(task.name, task.shots) for task in tasks] == [
         ("scenes_cap", 0),
         ("scenes_cap", 4),
@@ -161,7 +151,7 @@ def test_an_oracle_is_perfect_and_blind_swaps_the_test_picture_alone(name, monke
     """Pictures are looked at only through load_images, answers come only from generate: both are replaced."""
     task, cfg = evaluation.few_shot_task(name, 8, 2, 0), evaluation.EvalConfig(batch_size=9)
     vlm, seen, truth = tiny_vlm(), [], {}
-    by_prompt = {told(evaluation.prompt_of(task, q, TOKENIZER)): q for q in task.questions}
+    by_prompt = {prompt_text(task.prompt(q, TOKENIZER)): q for q in task.questions}
     assert len(by_prompt) == len(task.questions)
     real = data.prompt_batch
 
@@ -171,7 +161,9 @@ def test_an_oracle_is_perfect_and_blind_swaps_the_test_picture_alone(name, monke
 
     def prompt_batch(samples, mode, cfg):
         first = len(seen) - len(samples)
-        truth["now"] = [(by_prompt[told(pieces)], seen[first + i]) for i, (pieces, *_) in enumerate(samples)]
+        truth["now"] = [
+            (by_prompt[prompt_text(pieces)], seen[first + i]) for i, (pieces, *_) in enumerate(samples)
+        ]
         return real(samples, mode, cfg)
 
     def generate(batch, end, most, stops=()):
@@ -209,7 +201,7 @@ def test_likelihood_is_the_sum_over_the_answers_tokens(mode, shots):
     samples, options, expected = [], [], []
     for question in task.questions[:6]:
         shown = [*(demo.image for demo in question.demos), *question.images]
-        samples.append((evaluation.prompt_of(task, question, TOKENIZER), data.load_images(shown, vlm.cfg)))
+        samples.append((task.prompt(question, TOKENIZER), data.load_images(shown, vlm.cfg)))
         options.append([TOKENIZER.encode(text) for text in ("red", "blue", "two words here", "0")])
         for ids in options[-1]:
             batch = data.prompt_batch([([*samples[-1][0], (ids, True)], samples[-1][1])], mode, vlm.cfg)
@@ -252,20 +244,17 @@ def test_choices_hold_every_right_answer(tmp_path):
     for name in ("scenes_vqa", "scenes_pope", "scenes_bind"):
         for question in evaluation.few_shot_task(name, 40, 0, 0).questions:
             assert question.answers[0] in question.choices
-    row = {"image": "0.png", "text": "Which?\nA. red\nB. blue", "answers": ["B"]}
-    (tmp_path / "q.jsonl").write_text(json.dumps(row))
     data.render(data.make_scene("test", 1), 32).save(tmp_path / "0.png")
-    assert evaluation.file_task("choice", tmp_path / "q.jsonl", "").questions[0].choices == ("A", "B")
-    assert evaluation.file_task("yesno", tmp_path / "q.jsonl", "").questions[0].choices == ("no", "yes")
+    for kind, answer, choices in (("choice", "B", ("A", "B")), ("yesno", "Yes", ("no", "yes"))):
+        row = {"image": "0.png", "text": "Which?\nA. red\nB. blue", "answers": [answer]}
+        (tmp_path / "q.jsonl").write_text(json.dumps(row))
+        assert evaluation.file_task(kind, tmp_path / "q.jsonl", "").questions[0].choices == choices
 
 
 @torch.no_grad()
 def test_generation_ends_behind_a_stop_and_is_cut_in_front_of_it():
     vlm, task = tiny_vlm(), evaluation.few_shot_task("scenes_vqa", 1, 0, 0)
-    samples = [
-        (evaluation.prompt_of(task, q, TOKENIZER), data.load_images(q.images, vlm.cfg))
-        for q in task.questions
-    ]
+    samples = [(task.prompt(q, TOKENIZER), data.load_images(q.images, vlm.cfg)) for q in task.questions]
     batch = data.prompt_batch(samples, "full", vlm.cfg)
     free = vlm.generate(batch, TOKENIZER.vocab_size, 8)  # an end that no arg max takes
     never = next(i for i in range(TOKENIZER.vocab_size) if i not in sum(free, []))
@@ -291,14 +280,15 @@ def test_boxes_may_hold_commas_and_files_are_told_apart(tmp_path):
         data.render(data.make_scene("test", 1), 32).save(tmp_path / folder / "0.png")
         row = {"image": "0.png", "text": "?", "answers": ["x"]}
         (tmp_path / folder / "val.jsonl").write_text(json.dumps(row))
-    for tasks, demos, words in (
-        ("vqa:a/val.jsonl,caption:b/val.jsonl", "", "two tasks named val"),
-        ("vqa:a/val.jsonl,caption:b/other.jsonl", "d.jsonl", "caption and vqa"),
-    ):
-        cfg = evaluation.EvalConfig(tasks=tasks.replace(":", f":{tmp_path}/"), demos=demos, shots="0")
-        (tmp_path / "b" / "other.jsonl").write_text((tmp_path / "b" / "val.jsonl").read_text())
-        with pytest.raises(UserError, match=words):
-            evaluation.open_tasks(cfg)
+    tasks = f"vqa:{tmp_path}/a/val.jsonl,caption:{tmp_path}/b/val.jsonl"
+    (tmp_path / "d.jsonl").write_text(json.dumps({"image": "b/0.png", "text": "?", "answers": ["x"]}))
+    with pytest.raises(UserError, match="two tasks of one name"):
+        evaluation.open_tasks(evaluation.EvalConfig(tasks=tasks), evaluation.open_task)
+    (tmp_path / "b" / "val.jsonl").rename(tmp_path / "b" / "other.jsonl")
+    tasks = tasks.replace("b/val", "b/other")
+    with pytest.raises(UserError, match="caption and vqa"):
+        cfg = evaluation.EvalConfig(tasks=tasks, demos=str(tmp_path / "d.jsonl"), shots="0")
+        evaluation.open_tasks(cfg, evaluation.open_task)
 
 
 def test_a_token_that_ends_an_answer_may_hold_some_of_it(monkeypatch):
@@ -328,14 +318,14 @@ def test_prompts_longer_than_the_decoders_context_are_refused():
             UserError, match=rf"scenes_vqa: 9 x {per_image} visual tokens.*trained for 150: use"
         ):
             evaluation.answer_all(tiny_vlm(150), TOKENIZER, task, images, mode, evaluation.EvalConfig())
-    prompts = {i: evaluation.prompt_of(task, q, TOKENIZER) for i, q in enumerate(task.questions)}
+    prompts = {i: task.prompt(q, TOKENIZER) for i, q in enumerate(task.questions)}
     shown = {i: [*(d.image for d in q.demos), *q.images] for i, q in enumerate(task.questions)}
     longest = max(8 * 9 + len(texts_of(pieces)) for pieces in prompts.values())
     cfg = tiny_vlm(longest + task.max_new_tokens).cfg
-    assert max(evaluation.check_lengths(task, prompts, shown, cfg, "full").values()) == longest  # just fits
+    assert max(evaluation.prompt_lengths(task, prompts, shown, cfg, "full").values()) == longest  # just fits
     cfg.decoder.context -= 1
     with pytest.raises(UserError, match=f"take {longest + task.max_new_tokens} positions"):
-        evaluation.check_lengths(task, prompts, shown, cfg, "full")
+        evaluation.prompt_lengths(task, prompts, shown, cfg, "full")
 
 
 # --- the loss on text
@@ -360,21 +350,17 @@ def test_text_loss_is_cross_entropy_per_token(tmp_path, capsys):
     evaluation.print_table(rows)
     printed = capsys.readouterr().out.splitlines()[-1]
     assert f"{row['score']:.3f}" in printed and printed.count("–") == 2
-    page = evaluation.html_results(rows)
-    assert (
-        f"<b>{row['score']:.3f}</b>" in page
-        and "lower is better" in page
-        and 'class="seen" style' not in page
-    )
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": q.text}) + "\n" for q in task.questions))
-    (mine,) = evaluation.open_tasks(evaluation.EvalConfig(tasks=f"text:{tmp_path}/t.jsonl"))
+    (mine,) = evaluation.open_tasks(
+        evaluation.EvalConfig(tasks=f"text:{tmp_path}/t.jsonl"), evaluation.open_task
+    )
     assert (
         evaluation.score_task(vlm, TOKENIZER, mine, "full", evaluation.EvalConfig())[0][0]["score"]
         == row["score"]
     )
     (tmp_path / "t.jsonl").write_text('{"text": 3}\n')
     with pytest.raises(UserError, match="t.jsonl line 1"):
-        evaluation.open_tasks(evaluation.EvalConfig(tasks=f"text:{tmp_path}/t.jsonl"))
+        evaluation.open_tasks(evaluation.EvalConfig(tasks=f"text:{tmp_path}/t.jsonl"), evaluation.open_task)
 
 
 # --- scenes_bind and the documents
@@ -382,7 +368,7 @@ def test_text_loss_is_cross_entropy_per_token(tmp_path, capsys):
 
 def test_who_ignores_the_binding_is_at_chance():
     task = evaluation.few_shot_task("scenes_bind", 800, 4, 0)
-    kinds = {kind: [q for q in task.questions if q.parts[0] == kind] for kind in ("name", "yes_no")}
+    kinds = {kind: [q for q in task.questions if q.subsets[0] == kind] for kind in ("name", "yes_no")}
     assert [len(each) for each in kinds.values()] == [400, 400]
 
     def score(strategy) -> dict[str, float]:
@@ -512,12 +498,9 @@ def test_held_out_pairs_are_in_no_training_document_not_even_hidden():
 
 
 def test_main_writes_shots_and_demonstrations(tmp_path):
-    run = tmp_path / "run" / "step-00000001"
-    tiny_vlm().save_pretrained(run, {"stage": "pretrain", "train": {"init": "", "seed": 0}})
-    TOKENIZER.save(run / "tokenizer")
-    out, report = tmp_path / "eval.json", tmp_path / "report.html"
+    run, out = save_tiny_run(tmp_path), tmp_path / "eval.json"
     tasks = ["--tasks", "scenes_bind,scenes_words", "--n", "4", "--shots", "0,4", "--tokens", "both"]
-    flags = ["--model", str(run), "--scoring", "likelihood", "--out", str(out), "--report", str(report)]
+    flags = ["--model", str(run), "--scoring", "likelihood", "--out", str(out)]
     evaluation.main([*flags, *tasks])
     summary = json.loads(out.read_text())
     rows = {(r["task"], r["shots"], r["tokens"]): r for r in summary["results"]}
@@ -528,4 +511,7 @@ def test_main_writes_shots_and_demonstrations(tmp_path):
     ids = summary["demos"]["scenes_bind 4-shot"]
     assert list(summary["demos"]) == ["scenes_bind 4-shot"] and len(ids) == 4
     assert all(len(each.split()) == 4 for each in ids)
-    assert "4-shot" in report.read_text() and "nll_per_token" in report.read_text()
+    assert {example["task"] for example in summary["examples"]} == {"scenes_bind"}
+    for example in summary["examples"]:
+        assert example["picture"].startswith("scene:test:") and example["tokens"] == "full"
+        assert example["answer"] and example["blind_answer"] and example["right"]

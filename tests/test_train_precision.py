@@ -1,10 +1,9 @@
 """What dtype every weight is kept in: --frozen bfloat16 and --pure_bf16, in a step and over several runs."""
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import TOKENIZER, Killed, log_of, samples_of
 from safetensors.torch import load_file
 
 import data
@@ -14,7 +13,6 @@ import train_sft
 from model import UserError
 from train_pretrain import RunConfig
 
-TOKENIZER = data.Tokenizer.from_pretrained(model.ASSETS / "scenes.tiktoken")
 SMALL = "--batch_size 8 --row_length 128 --workers 0 --log_every 1 --device cpu --compile false".split()
 HALF, FULL = torch.bfloat16, torch.float32
 
@@ -27,14 +25,12 @@ def small_vlm(train: str = "connector", kind: str = "chain", rank: int = 0, **fl
         decoder=model.DecoderConfig(TOKENIZER.vocab_size, 32, 2, 2, 1, 16, 64, qkv_bias=True, tied=False),
         lora=model.LoraConfig(rank, 4.0),
     ))  # fmt: skip
-    vlm.set_trainable(model.trainable_parts(train), isolator="isolator" in flags)
-    train_pretrain.set_precision(vlm, RunConfig(**{k: v for k, v in flags.items() if k != "isolator"}))
+    train_pretrain.freeze(vlm, RunConfig(train=train, **flags))
     return vlm
 
 
 def batch_of(vlm: model.VLM) -> data.Batch:
-    records = [data.Scenes("chat")[i] for i in range(4)]
-    samples = [(data.pieces_of(r, TOKENIZER), data.load_images(r.images, vlm.cfg)) for r in records]
+    samples = samples_of([data.Scenes("chat")[i] for i in range(4)], vlm.cfg)
     return data.make_batch(samples, ["full"] * 4, vlm.cfg, 128, 512)
 
 
@@ -91,7 +87,7 @@ def test_everything_is_whole_without_the_flag_and_half_with_pure_bf16():
     assert {p.dtype for p in small_vlm(frozen="float32").parameters()} == {FULL}
     assert {p.dtype for p in small_vlm(pure_bf16=True).parameters()} == {HALF}
     vlm = small_vlm(frozen="bfloat16")
-    train_pretrain.set_precision(vlm, RunConfig(frozen="float32"))  # and back
+    train_pretrain.freeze(vlm, RunConfig(frozen="float32"))  # and back
     assert {p.dtype for p in vlm.parameters()} == {FULL}
 
 
@@ -148,8 +144,7 @@ def weights_of(run) -> dict[str, torch.Tensor]:
 
 
 def losses_of(run) -> list[float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+    return [line["loss"] for line in log_of(run) if "loss" in line]
 
 
 def test_pure_bf16_needs_autocast(tmp_path, small_halves):
@@ -182,9 +177,6 @@ def test_a_run_with_halved_matrices_goes_on_and_hands_over(tmp_path, small_halve
     assert first["decoder.embed_tokens.weight"].dtype == HALF
     assert first["connector.proj.weight"].dtype == FULL
     real = train_pretrain.finish_step
-
-    class Killed(Exception):
-        pass
 
     def die(run, vlm, tokenizer, optimizers, step):
         real(run, vlm, tokenizer, optimizers, step)

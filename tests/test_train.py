@@ -1,0 +1,281 @@
+"""The two stages: ranks, accumulation, exact resume, which flags may change, and that the loss falls."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    SMALL, TOKENIZER, Killed, assert_ranks_equal_one_process, assert_same_step, log_of, one_step, run_stage,
+    small_batch, small_config, small_run,
+)  # fmt: skip
+from safetensors.torch import load_file
+
+import model
+import train_pretrain
+import train_sft
+from model import UserError
+
+# --- One step, however it is spread over ranks and micro-batches
+
+
+@pytest.mark.parametrize("ranks", [
+    ([("chat", "slow"), ("chat", "pruned")], [("chat", "pruned"), ("chat", "pruned")]),
+    ([("chat", "pruned"), ("chat", "slow")], [("text", "pruned"), ("text", "slow")]),
+    ([("chat", "slow")], [("chat", "slow")]),
+    ([("text", "pruned")], [("text", "pruned")]),
+], ids=["slow on one rank only", "image-free rank", "only slow", "no image at all"])  # fmt: skip
+def test_two_ranks_equal_one_process(ranks, tmp_path):
+    """Losses and gradients, with pruned, slow and image-free batches on one rank or on both."""
+    assert_ranks_equal_one_process(ranks, small_config(), tmp_path)
+
+
+KINDS = [(kind, "full") for kind in ("caption", "text", "interleaved", "chat")] * 2
+
+
+@pytest.mark.parametrize("picks, sizes", [
+    ([("chat", "pruned"), ("chat", "slow"), ("text", "pruned")], (1, 2)),
+    (KINDS, (1,) * 8),
+])  # fmt: skip
+def test_micro_steps_equal_one_batch(picks, sizes):
+    cfg, micro, first = small_config(), [], 0
+    for size in sizes:
+        micro.append(small_batch(picks[first : first + size], cfg, first))
+        first += size
+    targets = {len(batch.student.targets) for batch in micro}
+    assert len(targets) > min(3, len(sizes) - 1)  # a mean of means would differ
+    assert_same_step(one_step(0, 1, [small_batch(picks, cfg)], cfg), one_step(0, 1, micro, cfg))
+
+
+# --- Going on
+
+
+def weights_of(run) -> dict[str, torch.Tensor]:
+    return load_file(model.find_step(run) / "model.safetensors")
+
+
+def assert_same_weights(run, expected) -> None:
+    weights = weights_of(run)
+    assert all(torch.equal(weights[name], value) for name, value in weights_of(expected).items())
+
+
+@pytest.mark.parametrize("stage", [train_pretrain, train_sft])
+def test_resume_is_exact(stage, tmp_path, monkeypatch, small_halves):
+    """Five steps, a kill at the eighth, and on from the checkpoint: the same bits as ten in one go."""
+    flags = "--steps 10 --save_every 5 --muon_lr 0.01 --train vit,connector,decoder".split()
+    flags = [*SMALL, *small_halves, *flags, *(["--slow_share", "0.5"] if stage is train_sft else [])]
+    run_stage(stage, [*flags, "--out", str(tmp_path / "whole")], None, monkeypatch)
+    with pytest.raises(Killed):
+        run_stage(stage, [*flags, "--out", str(tmp_path / "cut")], 7, monkeypatch)
+    assert (tmp_path / "cut" / "latest").read_text().strip() == "step-00000005"
+    run_stage(stage, ["--out", str(tmp_path / "cut"), "--resume", "auto", *flags], None, monkeypatch)
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+    losses = [[(line["step"], line["loss"]) for line in log_of(tmp_path / run)] for run in ("whole", "cut")]
+    assert losses[0] == losses[1] and len(losses[0]) == 10  # every step is logged once
+
+
+def test_another_rate_on_resume_keeps_the_momenta(tmp_path, monkeypatch, small_halves):
+    """The bits of a run whose rate of AdamW changes on the way, of whose optimizers nothing else does."""
+    flags = [*SMALL, *small_halves, *"--steps 4 --save_every 2 --lr 1e-3 --muon_lr 0.01".split()]
+    with pytest.raises(Killed):
+        run_stage(train_pretrain, [*flags, "--out", str(tmp_path / "cut")], 3, monkeypatch)
+    train_pretrain.main([*flags, "--out", str(tmp_path / "cut"), "--resume", "auto", "--lr", "3e-3"])
+    real = train_pretrain.optimizer_step
+
+    def step_at_another_rate(run, ddp, micro, optimizers, step, loss_of):
+        for group in optimizers[0].param_groups if step == 2 else ():
+            assert group["peak"] == 1e-3
+            group["peak"] = 3e-3
+        return real(run, ddp, micro, optimizers, step, loss_of)
+
+    monkeypatch.setattr(train_pretrain, "optimizer_step", step_at_another_rate)
+    train_pretrain.main([*flags, "--out", str(tmp_path / "whole")])
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_the_log_is_cut_behind_the_checkpoint(tmp_path, monkeypatch, small_halves):
+    flags = [*SMALL, *small_halves, *"--steps 4 --save_every 2".split(), "--out", str(tmp_path)]
+    with pytest.raises(Killed):
+        run_stage(train_pretrain, flags, 3, monkeypatch)
+    log = tmp_path / "metrics.jsonl"
+    lines = [*log_of(tmp_path), {"step": 2, "val_loss": 0.5, "skipped": 3}, {"step": 4, "val_loss": 0.1}]
+    assert [line["step"] for line in lines] == [1, 2, 3, 2, 4]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    argv = [*flags, "--resume", "auto"]
+    run, vlm, _, cfg = train_pretrain.start("pretrain", train_pretrain.PretrainConfig, argv, "")
+    assert log_of(tmp_path) == lines  # nothing is written before all checks have passed
+    assert train_pretrain.begin(run, vlm, train_pretrain.make_optimizers(vlm, cfg)) == 2
+    assert log_of(tmp_path) == [lines[0], lines[1], lines[3]]
+    assert (run.best, run.skipped.total()) == (0.5, 3)
+
+
+def test_resume_keeps_the_best_and_refuses_another_stage(tmp_path, small_halves):
+    flags = [*SMALL, *small_halves, "--muon_lr", "0", "--out", str(tmp_path / "a")]
+    train_pretrain.main([*flags, *"--steps 4 --eval_every 2".split()])
+    best = min(line["val_loss"] for line in log_of(tmp_path / "a") if "val_loss" in line)
+    weights = weights_of(tmp_path / "a")
+    train_pretrain.main([*flags, *"--resume auto --steps 6 --lr 0 --eval_every 2".split()])
+    after = weights_of(tmp_path / "a")
+    assert all(torch.equal(weights[name], after[name]) for name in weights)  # a rate of 0 changes nothing
+    state = (tmp_path / "a" / "best").read_text().strip()
+    assert (tmp_path / "a" / state).is_dir() and best > 0
+    config = (tmp_path / "a" / "config.json").read_text()
+    with pytest.raises(UserError, match="holds a run of stage pretrain"):
+        train_sft.main([*SMALL, "--out", str(tmp_path / "a"), "--resume", "auto"])
+    assert (tmp_path / "a" / "config.json").read_text() == config  # nothing was overwritten
+
+
+# --- What may change
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, small_halves) -> str:
+    folder = tmp_path_factory.mktemp("begun") / "a"
+    train_pretrain.main([*SMALL, *small_halves, "--steps", "1", "--out", str(folder)])
+    return str(folder)
+
+
+RUN_FLAGS = {  # flag -> another value
+    "steps": 9, "val_data": "scenes", "workers": 3, "lr": 0.5, "vit_lr": 0.5, "warmup": 0.5, "final_lr": 0.5,
+    "weight_decay": 0.5, "clip": 2.0, "z_loss": 0.5, "balance": 0.5, "router_z": 0.5, "device": "auto",
+    "dtype": "auto", "frozen": "bfloat16", "compile": "true", "log_every": 3, "save_every": 3,
+    "eval_every": 3,
+}  # fmt: skip
+DATA_AND_OPTIMIZERS = {
+    "seed": 3, "rows": 32, "batch_size": 4, "micro_steps": 2, "row_length": 64, "row_images": 3,
+    "row_limit": 500, "data": "caption.json", "train": "connector", "muon_lr": 0.5, "decay": "all",
+    "pure_bf16": "true", "pruner": "grid", "scale_init": "random", "resolution": "128",
+}  # fmt: skip
+PRUNING = {"prune.keep": 0.3, "prune.isolator": 7, "prune.name": "grid", "lora.rank": 2, "lora.alpha": 3.0}
+EXPERTS = {"decoder.experts": 4}
+GEOMETRY = {"vit.width": 48, "image.resample": 2, "decoder.layers": 3}
+CONNECTOR = {"connector.kind": "linear", "connector.windows": "4,2", "connector.levels": "1,2"}
+HALVES = {"vit.image_size": 128, "vit.align_corners": "true"}
+
+
+def resolve(words: list[str], flag: str, value) -> tuple:
+    words = [*words, f"--{flag}", str(value)]
+    return train_pretrain.resolve_flags(train_pretrain.PretrainConfig, "pretrain", words, "")
+
+
+def value_of(resolved: tuple, flag: str):
+    flags = {**model.flags_of(resolved[0]), **model.flags_of(resolved[1])}
+    return getattr(flags[flag].config, flags[flag].attribute)
+
+
+ACCEPTED = {
+    "resume": [RUN_FLAGS],
+    "init": [RUN_FLAGS, DATA_AND_OPTIMIZERS, PRUNING, EXPERTS, {"scale": "32to144"}],
+    "preset": [RUN_FLAGS, DATA_AND_OPTIMIZERS, PRUNING, EXPERTS, CONNECTOR, HALVES],
+}
+REFUSED = {
+    "resume": [DATA_AND_OPTIMIZERS, PRUNING, EXPERTS, CONNECTOR, HALVES, GEOMETRY, {"preset": "tiny-moe"}],
+    "init": [CONNECTOR, HALVES, GEOMETRY, {"preset": "tiny-moe"}],
+    "preset": [GEOMETRY],
+}
+
+
+@pytest.mark.parametrize("origin", ACCEPTED)
+def test_what_may_change(origin, begun, small_halves, tmp_path):
+    """When a run goes on, when one starts from another, and when its halves come from folders."""
+    words = {
+        "resume": [*SMALL, "--out", begun, "--resume", "auto"],
+        "init": ["--init", begun, "--out", str(tmp_path)],
+        "preset": [*small_halves, "--out", str(tmp_path)],
+    }[origin]
+    for group in ACCEPTED[origin]:
+        for flag, value in group.items():
+            resolved = resolve(words, flag, value)
+            assert resolved[3] == origin and (resolved[2] is None) == (origin == "preset")
+            got = value_of(resolved, flag)
+            assert (",".join(map(str, got)) if isinstance(got, list) else str(got).lower()) == str(value), (
+                flag
+            )
+    for group in REFUSED[origin]:
+        for flag, value in group.items():
+            with pytest.raises(UserError, match=f"--{flag} cannot change: .* has its own"):
+                resolve(words, flag, value)
+
+
+def test_everything_may_change_where_nothing_is_loaded():
+    words = ["--out", "nowhere", "--encoder_from", "", "--decoder_from", ""]
+    for flag, value in {**GEOMETRY, **CONNECTOR, **HALVES, **PRUNING, **EXPERTS}.items():
+        assert resolve(words, flag, value)[2] is None
+
+
+def test_every_flag_is_in_one_list():
+    """Of those that may change when a run goes on, or of those that may not."""
+    names = {*model.flags_of(train_pretrain.PretrainConfig())}
+    assert names == RUN_FLAGS.keys() | DATA_AND_OPTIMIZERS.keys() | {
+        "out",
+        "init",
+        "resume",
+        "scale",
+        "preset",
+    }
+    assert train_pretrain.MAY_CHANGE["resume"] == {"out", "init", "resume"} | RUN_FLAGS.keys()
+
+
+@pytest.mark.parametrize("flags, world, fix", [
+    ({"rows": 32, "micro_steps": 8}, 8, "--rows 32 is .* 8 micro-steps x 8 ranks: take --micro_steps 1 or 2 or 4$"),
+    ({"batch_size": 6, "micro_steps": 4}, 1, "--batch_size 6 is .* take --micro_steps 1 or 2 or 3 or 6$"),
+    ({"rows": 12}, 8, "--rows 12 is .* 1 micro-steps x 8 ranks: take a multiple of 8$"),
+])  # fmt: skip
+def test_a_step_that_does_not_divide_names_what_does(flags, world, fix):
+    with pytest.raises(UserError, match=fix):
+        train_pretrain.resolve_device(train_pretrain.RunConfig(**flags), torch.device("cpu"), world)
+
+
+# --- Whole runs
+
+
+def test_training_lowers_the_loss_end_to_end(tmp_path, small_halves, capsys):
+    """Both stages with scaling between them, from random halves: the loss falls by a third."""
+    flags = [*SMALL, "--lr", "3e-3", "--log_every", "5"]
+    train_pretrain.main([*flags, *small_halves, "--steps", "60", "--out", str(tmp_path / "a")])
+    log = log_of(tmp_path / "a")
+    assert log[-1]["loss"] < 0.66 * log[0]["loss"]
+    capsys.readouterr()
+    sft = [*flags, "--init", str(tmp_path / "a"), "--scale", "32to144", "--steps", "20", "--eval_every", "20"]
+    train_sft.main([*sft, "--out", str(tmp_path / "b")])
+    vlm = model.VLM.from_pretrained(tmp_path / "b")
+    assert vlm.cfg.visual_tokens() == 144 and vlm.cfg.side == 16
+    assert (tmp_path / "b" / "best").read_text() == (tmp_path / "b" / "latest").read_text()
+    assert np.isfinite([line["loss"] for line in log_of(tmp_path / "b") if "loss" in line]).all()
+    lines = capsys.readouterr().out.splitlines()
+    parameters = sum(p.numel() for p in vlm.parameters()) / 1e6
+    start = f"model   {model.find_step(tmp_path / 'a')}: {parameters:,.2f}M parameters"
+    assert lines[0].startswith(start) and lines[0].endswith("144 tokens for a picture of 128 px")
+    assert lines[1].startswith("data    scenes") and lines[1].endswith("; a step takes 8 samples")
+    assert lines[2].startswith("run     20 steps, rate 0.003, float32, 1 x cpu (")
+
+
+def test_stage_1_on_pruned_tokens_learns_the_isolator(tmp_path, small_halves):
+    flags = [*SMALL, *small_halves, "--steps", "2", "--pruner", "grid", "--out", str(tmp_path / "a")]
+    train_pretrain.main(flags)
+    vlm = model.VLM.from_pretrained(tmp_path / "a")
+    torch.manual_seed(0)  # the run's seed: where its isolator started
+    start = model.VLM.build(model.copy_config(vlm.cfg))
+    assert vlm.cfg.prune.name == "grid" and not torch.equal(vlm.isolator.weight, start.isolator.weight)
+    assert log_of(tmp_path / "a")[-1]["visual_tokens"] == vlm.cfg.visual_tokens("pruned")
+
+
+def test_validation_weighs_sources_as_the_data_does(tmp_path):
+    mixture = tmp_path / "mix.json"
+    caption, text = ({"kind": kind, "path": "scenes"} for kind in ("caption", "text"))
+    model.write_json(mixture, [{**caption, "weight": 3}, {**text, "weight": 1}])
+    torch.manual_seed(0)
+    vlm, run = model.VLM(small_config()), small_run(row_length=128)
+    losses = train_pretrain.validation_loss(run, vlm, TOKENIZER, str(mixture), "pretrain")
+    assert losses.keys() == {"all", "caption", "text"} and abs(losses["caption"] - losses["text"]) > 1e-3
+    assert losses["all"] == pytest.approx(0.75 * losses["caption"] + 0.25 * losses["text"])
+
+
+@pytest.mark.slow
+def test_compiled_blocks_have_no_graph_break(tmp_path, small_halves):
+    """--compile true uses fullgraph=True, which raises on a break or on too many recompilations: training in
+    both modes with a changing number of rows, validation, and generation between steps.
+    """
+    flags = [*SMALL, *small_halves, *"--compile true --steps 4 --slow_share 0.3 --eval_every 2".split()]
+    train_sft.main([*flags, "--out", str(tmp_path / "a")])
+    assert (tmp_path / "a" / "best").is_file()

@@ -13,6 +13,7 @@ N vocabulary, R supervised positions.
 """
 
 import argparse
+import ast
 import copy
 import dataclasses
 import difflib
@@ -24,6 +25,7 @@ import os
 import pickle
 import re
 import sys
+import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,6 +33,8 @@ from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE / "assets"
@@ -320,28 +324,20 @@ def preset(name: str) -> dict:
 # The command line: every script has a dataclass of flags; nested fields get dotted names.
 
 
-class Flag(NamedTuple):
-    config: object
-    attribute: str
-    kind: type
-    help: str
-    group: str
-
-
-def flags_of(config, prefix: str = "", group: str = "") -> dict[str, Flag]:
-    """Flag name -> where its value is, its type, its help and its group."""
-    flags, helps = {}, {}
+def flags_of(config, prefix: str = "") -> dict[str, tuple]:
+    """Flag name -> (object, field, type, help, group), those of nested configs with dotted names."""
+    flags, comments, group = {}, {}, "flags"
     for cls in reversed(type(config).__mro__[:-1]):
         source = Path(inspect.getfile(cls)).read_text()
         body = re.search(rf"^class {cls.__name__}\b.*?(?=^\S|\Z)", source, re.M | re.S)[0]
-        for opened, name, comment in re.findall(r"^    (?:# -- (.+)|(\w+):[^#\n]*(?:# *(.*))?)$", body, re.M):
-            group = opened or group
-            helps[name] = (comment, group)
+        for title, name, comment in re.findall(r"^    (?:# -- (.+)|(\w+):[^#\n]*(?:# *(.*))?)$", body, re.M):
+            group = title or group
+            comments[name] = (comment, group)
     for name, kind in typing.get_type_hints(type(config)).items():
         if dataclasses.is_dataclass(kind):
             flags.update(flags_of(getattr(config, name), f"{prefix}{name}."))
         else:
-            flags[prefix + name] = Flag(config, name, kind, *helps[name])
+            flags[prefix + name] = (config, name, kind, *comments[name])
     return flags
 
 
@@ -380,25 +376,23 @@ def parse_cli(argv: list[str], doc: str | None, *configs) -> None:
     flags, groups = {}, {}
     for config in configs:
         flags.update(flags_of(config))
-    for name, flag in flags.items():
-        if flag.group not in groups:
-            groups[flag.group] = parser.add_argument_group(flag.group or "flags")
-        value = getattr(flag.config, flag.attribute)
+    for name, (config, attribute, kind, comment, title) in flags.items():
+        value = getattr(config, attribute)
         default = f"[{','.join(map(str, value)) if isinstance(value, list) else value}]"
-        options = {"type": functools.partial(read_value, flag.kind), "metavar": default.replace("%", "%%")}
-        if flag.kind is bool:  # --compile is --compile true; argparse adds the brackets
+        options = {"type": functools.partial(read_value, kind), "metavar": default}
+        if kind is bool:  # --compile is --compile true; argparse adds the brackets
             options |= {"nargs": "?", "const": True, "metavar": str(value).lower()}
-        group, text = groups[flag.group], flag.help.replace("%", "%%")
-        group.add_argument(f"--{name}", dest=name, default=argparse.SUPPRESS, help=text, **options)
+        groups[title] = groups.get(title) or parser.add_argument_group(title)
+        text = comment.replace("%", "%%")
+        groups[title].add_argument(f"--{name}", dest=name, default=argparse.SUPPRESS, help=text, **options)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
         close = difflib.get_close_matches(name.lstrip("-"), flags, 1)
-        raise UserError(
-            f"unknown flag '{name}'{f', did you mean --{close[0]}?' if close else '; see --help'}"
-        )
+        hint = f", did you mean --{close[0]}?" if close else "; see --help"
+        raise UserError(f"unknown flag '{name}'{hint}")
     for name, value in vars(given).items():
-        setattr(flags[name].config, flags[name].attribute, value)
+        setattr(*flags[name][:2], value)
 
 
 def run_cli(main) -> None:
@@ -410,11 +404,41 @@ def run_cli(main) -> None:
         raise SystemExit(2) from None
 
 
-# The head of this file knows nothing of torch.
+SCRIPTS = {"train_pretrain": "pretrain", "train_sft": "sft", "eval": ""}  # and their recipe in a preset
+
+
+def answer_early(argv: list[str]) -> None:
+    """Answer --help and mistyped flags of a script before torch is imported, which takes seconds.
+
+    A script imports this file first, so its dataclass of flags does not exist yet. That class and those it
+    extends, all classes named …Config, are executed here from the source: they need nothing but each other.
+    """
+    script = Path(sys.argv[0]).resolve()
+    if script.parent != HERE or script.stem not in SCRIPTS:
+        return
+    names = dict(globals())
+    for stem in ("data", "train_pretrain", script.stem):
+        module = types.ModuleType(f"flags of {stem}")
+        names |= {"__name__": module.__name__, "__file__": str(HERE / f"{stem}.py")}
+        module.__dict__.update(names)
+        sys.modules[module.__name__] = module  # where the dataclasses look for themselves
+        tree = ast.parse((HERE / f"{stem}.py").read_text())
+        classes = [node for node in tree.body if getattr(node, "name", "").endswith("Config")]
+        exec(compile(ast.Module(classes, []), str(HERE / f"{stem}.py"), "exec"), module.__dict__)
+        names |= {**module.__dict__, stem: module}
+    flags, recipe, cfg = names[classes[-1].name](), SCRIPTS[script.stem], ModelConfig()
+    parse_cli(argv, None, flags, *([cfg] if recipe else []))
+    if {"-h", "--help"} & {*argv}:
+        if recipe:
+            values = preset(flags.preset)
+            flags, cfg = dataclasses.replace(flags, **values[recipe]), values["model"]
+        parse_cli(argv, ast.get_docstring(tree), flags, *([cfg] if recipe else []))
+
+
+run_cli(answer_early)
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from safetensors import SafetensorError, safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 

@@ -138,17 +138,47 @@ def test_eval_refuses_with_a_sentence(tmp_path):
         evaluation.open_tasks(cfg)
 
 
-def test_help_shows_defaults_and_comments(capsys):
+HELP = {  # a group, and a flag with its value in the preset
+    "train_pretrain.py": ("--preset cos-7b", ["model: connector:", "--lora.rank [64]", "--lr [0.0002]"]),
+    "train_sft.py": ("--preset tiny", ["model: decoder:", "--connector.windows [8,2]", "--lr [0.001]"]),
+    "eval.py": ("", ["--tasks"]),
+}
+
+
+@pytest.mark.parametrize("script", HELP)
+def test_help_comes_before_torch_with_the_presets_values(script):
+    """-X importtime names every module that is imported: torch is not among them."""
+    flags, words = HELP[script]
+    command = [sys.executable, "-X", "importtime", script, *flags.split(), "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "argparse" in done.stderr and "torch" not in done.stderr
+    assert all(word in done.stdout for word in words)
+
+
+@pytest.mark.parametrize("config", [model.ModelConfig, evaluation.EvalConfig, train_sft.SftConfig])
+def test_every_flag_has_a_line_of_help(config):
+    flags = model.flags_of(config())
+    assert [name for name, (*_, text, _) in flags.items() if not text] == []
+
+
+def test_groups_come_from_comments_and_values_from_the_config(capsys):
+    cfg = train_pretrain.PretrainConfig(lr=0.5, steps=7)
     with pytest.raises(SystemExit) as stop:
-        train_sft.main(["--help"])
-    told = capsys.readouterr().out
-    assert stop.value.code == 0
-    assert "--slow_share [0.1]" in told and "share of samples" in told
-    assert "--connector.windows [8,2]" in told and "coarse to fine" in told
+        model.parse_cli(["--help"], "The manual: 100% of it.", cfg, model.ModelConfig())
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and out.startswith("The manual: 100% of it.")
+    assert "--lr [0.5]" in out and "--steps [7]" in out and "--decoder.tied [true]" in out
+    assert "\nmodel: pruned tokens:\n  --prune.name [divprune]" in out
+    assert "the first look ignores it" and model.parse_cli(["-h"], None, cfg) is None
 
 
 def test_flags_set_nested_fields_and_lists():
     cfg = model.ModelConfig()
-    model.parse_cli(["--connector.windows=16,4", "--decoder.qk_norm", "true"], "", cfg)
-    assert cfg.connector.windows == [16, 4] and cfg.decoder.qk_norm is True
-    assert model.changed_flags(model.ModelConfig(), cfg) == ["connector.windows", "decoder.qk_norm"]
+    model.parse_cli("--connector.windows=16,4 --decoder.qk_norm --decoder.tied false".split(), "", cfg)
+    assert cfg.connector.windows == [16, 4] and cfg.decoder.qk_norm is True and cfg.decoder.tied is False
+    model.parse_cli(["--encoder_from=", "--connector.queries", "3,4", "--lora.alpha", "-1"], "", cfg)
+    assert (cfg.encoder_from, cfg.connector.queries, cfg.lora.alpha) == ("", [3, 4], -1.0)
+    assert model.changed_flags(model.ModelConfig(), cfg) == [
+        "connector.windows", "connector.queries", "decoder.qk_norm", "decoder.tied", "lora.alpha",
+    ]  # fmt: skip

@@ -18,6 +18,10 @@ text is a loss. Without --shots a question comes in the chat template; with it, 
 base model, behind demonstrations of the train split whose pictures are never swapped.
 """
 
+import model  # first of all: it answers --help before torch is loaded
+
+# isort: split
+
 import ast
 import base64
 import collections
@@ -47,7 +51,6 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-import model
 import prune
 from model import UserError
 
@@ -72,7 +75,7 @@ class EvalConfig:
     chat: str = ""  # a picture to ask about in the terminal, instead of tasks
     n: int = 200  # questions of each Scenes task and of each type of scenes_vqa
     seed: int = 0  # of the questions, the demonstrations, and the swapped images of the blind score
-    batch_size: int = 64
+    batch_size: int = 64  # questions answered at once
     temperature: float = 0.0  # of --chat; tasks are always greedy
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "auto"  # of the whole model: float32 or bfloat16; auto: bfloat16 on cuda

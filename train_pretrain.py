@@ -11,6 +11,10 @@
 optimizers, schedule, step, checkpoint, log.
 """
 
+import model  # first of all: it answers --help before torch is loaded
+
+# isort: split
+
 import dataclasses
 import functools
 import json
@@ -32,7 +36,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-import model
 import prune
 from model import UserError
 

@@ -219,25 +219,21 @@ class ModelConfig:
         """Reject geometry that cannot work, before anything is built."""
         v, c, d = self.vit, self.connector, self.decoder
         require(v.image_size > 0, f"vit.image_size {v.image_size} must be above 0")
-        fit = f"vit.image_size {v.image_size} is no multiple of vit.patch_size {v.patch_size}"
-        require(v.image_size % v.patch_size == 0, fit)
+        whole = v.image_size % v.patch_size == 0
+        require(whole, f"vit.image_size {v.image_size} is no multiple of vit.patch_size {v.patch_size}")
         require_one_of("vit.activation", v.activation, ACTIVATIONS)
         require_one_of("vit.pre_norm", v.pre_norm, ("before", "after", ""))
-        levels = (
-            f"connector.levels {c.levels} must lie in 0..{v.layers}, the ViT's hidden states, low to high"
-        )
-        require(bool(c.levels) and c.levels == sorted(c.levels), levels)
-        require(0 <= c.levels[0] and c.levels[-1] <= v.layers, levels)
-        heads = f"connector.width {c.width} is not a multiple of connector.heads {c.heads}"
-        require(c.width % c.heads == 0, heads)
+        ordered = c.levels and c.levels == sorted(c.levels) and c.levels[0] >= 0 and c.levels[-1] <= v.layers
+        states = f"in 0..{v.layers}, the ViT's hidden states, low to high"
+        require(ordered, f"connector.levels {c.levels} must lie {states}")
+        split = c.width % c.heads == 0
+        require(split, f"connector.width {c.width} is not a multiple of connector.heads {c.heads}")
         require(c.tokens > 0, f"connector.tokens {c.tokens}: must be at least 1")
         require_one_of("connector.kind", c.kind, CONNECTORS)
         CONNECTORS[c.kind].check(self)
         require_one_of("image.cut", self.image.cut, CUTS)
-        cut = (
-            f"image.cut unpad needs a grid of tokens (as of linear, mlp, avgpool, cabstractor), not {c.kind}"
-        )
-        require(self.image.cut != "unpad" or self.grid() > 0, cut)
+        flat = self.image.cut == "unpad" and not self.grid()
+        require(not flat, f"image.cut unpad needs a grid of tokens (mlp, avgpool, cabstractor), not {c.kind}")
         self.check_pruner()
         require(self.lora.rank >= 0, f"lora.rank {self.lora.rank} must be at least 0")
         if d.experts:
@@ -270,14 +266,17 @@ class ModelConfig:
 # Presets and JSON files
 
 
-def read_json(path: Path):
+def read_json(path: Path, kind: type = object):
+    """The value in a JSON file, which must be of that kind: dict for a config."""
     require(path.is_file(), f"{path} does not exist")
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 text ({e})") from None
     except json.JSONDecodeError as e:
         raise UserError(f"{path} line {e.lineno} column {e.colno}: not valid JSON ({e.msg})") from None
+    require(isinstance(value, kind), f"{path} is no JSON object, as a Hugging Face config.json is")
+    return value
 
 
 def write_json(path: Path, value) -> None:
@@ -288,8 +287,7 @@ def write_json(path: Path, value) -> None:
     os.replace(temporary, path)
 
 
-def copy_config(config):
-    return copy.deepcopy(config)
+copy_config = copy.deepcopy
 
 
 def from_dict(cls, values: dict):
@@ -699,7 +697,7 @@ ENCODERS = KEY_MAPS["encoders"]
 
 def read_vit_config(file: Path) -> ViTConfig:
     """config.json of a vision model, or the vision half of a full one."""
-    config = read_config(file)
+    config = read_json(file, dict)
     kind = str(config.get("model_type"))
     family = kind.removesuffix("_vision_model")
     if family not in ENCODERS:
@@ -1017,7 +1015,7 @@ DECODERS = ("llama", "qwen2", "qwen3")
 
 def read_decoder_config(file: Path) -> DecoderConfig:
     """config.json of a decoder, in today's form (rope_parameters) or the older (rope_theta, rope_scaling)."""
-    config = read_config(file)
+    config = read_json(file, dict)
     family = config.get("model_type")
     known = f"is not one of {', '.join(DECODERS)} (SmolLM2 is a llama)"
     require(family in DECODERS, f"{file}: model_type '{family}' {known}")
@@ -1093,28 +1091,38 @@ def merged(decoder: Decoder) -> dict[str, Tensor]:
 
 class Connector(nn.Module):
     """A new connector is a subclass and a line in CONNECTORS. `forward` takes the patches at
-    cfg.connector.levels, low to high, each (I, P, C), and returns (I, V, D). What else the model has to know
-    of it, how many tokens it gives, whether they form a grid and which pruners fit, the class tells.
+    cfg.connector.levels, low to high, each (I, P, C), and returns (I, V, D). The class tells all else that
+    the model has to know: how many tokens it gives, whether they form a grid, which pruners fit.
     """
+
+    per_patch = False  # a token for every patch; else cfg.connector.tokens of them
+    on_grid = False  # those form a square raster
 
     @classmethod
     def scales_of(cls, cfg: ModelConfig) -> list[tuple[int, int]]:
         """(window side in patches, tokens a window), coarse to fine; here one window over all patches."""
-        return [(cfg.side, cfg.connector.tokens)]
+        return [(1, 1)] if cls.per_patch else [(cfg.side, cfg.connector.tokens)]
 
     @classmethod
     def grid(cls, cfg: ModelConfig) -> int:
         """Side of the square raster that the tokens form, 0 if they form none."""
-        return 0
+        if cls.per_patch:
+            return cfg.side
+        return math.isqrt(cfg.connector.tokens) if cls.on_grid else 0
 
     @classmethod
     def pruner_places(cls, cfg: ModelConfig) -> set[str]:
         """The values of prune.Pruner.where that fit."""
-        return {"tokens", "grid"} if cls.grid(cfg) else {"tokens"}
+        has_block = max(cfg.connector.levels) > 0  # whose attention and keys such pruners read
+        fits = {"tokens": True, "grid": cls.grid(cfg) > 0, "patches": cls.per_patch and has_block}
+        return {place for place in fits if fits[place]}
 
     @classmethod
     def check(cls, cfg: ModelConfig) -> None:
         """Raise UserError for a config that cannot work."""
+        c = cfg.connector
+        square = f"connector.tokens {c.tokens}: {c.kind} needs a square number, such as 64 or 144"
+        require(not cls.on_grid or math.isqrt(c.tokens) ** 2 == c.tokens, square)
 
 
 class WindowBlock(nn.Module):
@@ -1274,29 +1282,13 @@ def window_side(cfg: ModelConfig, per_side: int) -> int:
 class Resampler(ChainOfSight):
     """One window over all patches: the baseline of the same levels and depth."""
 
-    scales_of, check = Connector.scales_of, Connector.check
-    pruner_places = Connector.pruner_places
+    scales_of, pruner_places, check = Connector.scales_of, Connector.pruner_places, Connector.check
 
 
-class PerPatch(Connector):
-    """A token for every patch of the highest level: the baselines with all tokens."""
+class Linear(Connector):
+    """Every patch of the highest level by itself: the baseline with all tokens (the LayerNorm is ours)."""
 
-    @classmethod
-    def scales_of(cls, cfg: ModelConfig) -> list[tuple[int, int]]:
-        return [(1, 1)]
-
-    @classmethod
-    def grid(cls, cfg: ModelConfig) -> int:
-        return cfg.side
-
-    @classmethod
-    def pruner_places(cls, cfg: ModelConfig) -> set[str]:
-        has_block = max(cfg.connector.levels) > 0  # whose attention and keys such pruners read
-        return {"tokens", "grid", "patches"} if has_block else {"tokens", "grid"}
-
-
-class Linear(PerPatch):
-    """The LayerNorm is ours."""
+    per_patch = True
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -1308,8 +1300,10 @@ class Linear(PerPatch):
         return self.proj(self.norm(levels[-1]))  # (I, P, C) -> (I, P, D)
 
 
-class TwoLayers(PerPatch, MLP):
-    """LLaVA-1.5's mlp2x_gelu."""
+class TwoLayers(Connector, MLP):
+    """LLaVA-1.5's mlp2x_gelu on every patch of the highest level."""
+
+    per_patch = True
 
     def __init__(self, cfg: ModelConfig):
         super().__init__(cfg.vit.width, cfg.decoder.width, out=cfg.decoder.width)
@@ -1318,40 +1312,25 @@ class TwoLayers(PerPatch, MLP):
         return MLP.forward(self, levels[-1])  # (I, P, C) -> (I, P, D)
 
 
-class OnGrid(Connector):
-    """connector.tokens in a square raster, pooled from the patches of the highest level."""
-
-    @classmethod
-    def grid(cls, cfg: ModelConfig) -> int:
-        return math.isqrt(cfg.connector.tokens)
-
-    @classmethod
-    def check(cls, cfg: ModelConfig) -> None:
-        c = cfg.connector
-        square = f"connector.tokens {c.tokens}: {c.kind} needs a square number, such as 64 or 144"
-        require(cls.grid(cfg) ** 2 == c.tokens, square)
-
-
 def as_grid(patches: Tensor) -> Tensor:
     """(I, P, C) -> (I, C, S, S)"""
     side = math.isqrt(patches.shape[1])
     return patches.transpose(1, 2).unflatten(2, (side, side))
 
 
-class AvgPool(OnGrid):
+class AvgPool(Linear):
     """MM1's average pooling: means over the patch grid, then one linear (the LayerNorm between is ours)."""
 
+    per_patch, on_grid = False, True
+
     def __init__(self, cfg: ModelConfig):
-        super().__init__()
+        super().__init__(cfg)
         self.new_side = self.grid(cfg)
-        self.norm = nn.LayerNorm(cfg.vit.width)
-        self.proj = nn.Linear(cfg.vit.width, cfg.decoder.width)
-        init_linear(self.proj)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
         # Windows overlap where the sides do not divide.
         pooled = F.adaptive_avg_pool2d(as_grid(levels[-1]), self.new_side)  # (I, C, new, new)
-        return self.proj(self.norm(pooled.flatten(2).transpose(1, 2)))  # (I, tokens, D)
+        return super().forward([pooled.flatten(2).transpose(1, 2)])  # (I, tokens, D)
 
 
 class AttnPool(Connector):
@@ -1407,8 +1386,10 @@ class ConvBlock(nn.Module):
         return F.silu(y + self.shortcut(x))
 
 
-class CAbstractor(OnGrid):
+class CAbstractor(Connector):
     """Honeybee's C-Abstractor (arXiv 2312.06742), MM1's connector: convolutions, pooling, convolutions."""
+
+    on_grid = True
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -1747,13 +1728,10 @@ class VLM(nn.Module):
         """
         self.requires_grad_(False)
         for name in parts:
-            lora = name == "lora"
-            require(
-                not lora or self.cfg.lora.rank > 0,
-                "--train lora: the model has no adapters, add --lora.rank 64",
-            )
-            for key, p in getattr(self, "decoder" if lora else name).named_parameters():
-                if not lora or ".lora_" in key:
+            if name == "lora" and not self.cfg.lora.rank:
+                raise UserError("--train lora: the model has no adapters, add --lora.rank 64")
+            for key, p in getattr(self, "decoder" if name == "lora" else name).named_parameters():
+                if name != "lora" or ".lora_" in key:
                     p.requires_grad_(True)
         self.isolator.requires_grad_(isolator)
         if self.newline is not None:
@@ -1893,19 +1871,14 @@ def find_half(half: str | Path) -> Path:
         fetch = f"python tools/download.py {half}, or give a folder in Hugging Face layout"
         require(folder.is_dir(), f"{half} is no folder and not downloaded: fetch it with {fetch}")
         source = read_json(folder / "source.json") if (folder / "source.json").is_file() else {}
-        if repo[2] and source and repo[2] not in (source["revision"], source["commit"]):
-            raise UserError(f"{folder} holds revision {source['revision']} of {repo[1]}, not {repo[2]}")
+        known = (None, source.get("revision"), source.get("commit"))
+        holds = f"{folder} holds revision {source.get('revision')} of {repo[1]}, not {repo[2]}"
+        require(not source or repo[2] in known, holds)
     kinds = "neither a folder in Hugging Face layout nor a repository (owner/name)"
     require(folder.is_dir(), f"{half} is {kinds}")
     complete = (folder / "source.json").is_file() or not any(folder.glob(UNFINISHED))
     require(complete, f"{folder} is an unfinished download: repeat its python tools/download.py")
     return folder
-
-
-def read_config(path: Path) -> dict:
-    config = read_json(path)
-    require(isinstance(config, dict), f"{path} is no JSON object, as a Hugging Face config.json is")
-    return config
 
 
 def read_preprocessor(folder: Path) -> tuple[ImageConfig, int]:

@@ -402,11 +402,3 @@ def test_the_sizes_of_mm1s_experts(name, total, active, dense):
     assert model.backbone_size(decoder) == pytest.approx(dense, rel=1e-3)
     told = plan.expert_sizes(cfg).replace(",", "")
     assert f"{active / 1e6:.0f}"[:3] in told
-
-
-def test_the_formula_gives_mm1s_64_billion():
-    def formula(n, share, experts):
-        return n + n * 2 / 3 * share * (experts - 1)
-
-    assert formula(2.9e9, 1 / 2, 64) == pytest.approx(63.8e9, rel=1e-3)
-    assert formula(6.4e9, 1 / 4, 32) == pytest.approx(39.5e9, rel=1e-3)

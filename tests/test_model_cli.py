@@ -114,9 +114,9 @@ def test_an_image_that_does_not_decode_is_named(tmp_path, small_halves, capsys):
     (tmp_path / "train.json").write_text(json.dumps(records))
     flags = [*small_halves, *"--steps 2 --batch_size 2 --workers 1 --dtype float32".split()]
     train_pretrain.main([*flags, "--data", str(tmp_path / "train.json"), "--out", str(tmp_path / "a")])
-    told = capsys.readouterr().out
-    assert "skipped, image broken: " in told and "train.json record 1: image" in told
-    assert "bad.png does not decode" in told and "skipped 2 records: 2 image broken" in told
+    output = capsys.readouterr().out
+    assert "skipped, image broken: " in output and "train.json record 1: image" in output
+    assert "bad.png does not decode" in output and "skipped 2 records: 2 image broken" in output
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,9 @@ def config(kind: str, side: int = 16, tokens: int = 64, width: int = 8, inner: i
     )
 
 
-def shaken(kind: str, *args, **more) -> torch.nn.Module:
+def shaken(kind: str, *args, **changes) -> torch.nn.Module:
     """A connector with parameters of a size that counts: at init queries are small, biases zero."""
-    connector = CONNECTORS[kind](config(kind, *args, **more))
+    connector = CONNECTORS[kind](config(kind, *args, **changes))
     with torch.no_grad():
         for p in connector.parameters():
             p.add_(torch.randn_like(p) * 0.3)

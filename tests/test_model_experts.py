@@ -76,15 +76,15 @@ def test_the_layer_equals_a_loop_over_tokens(capacity, padded, dtype):
         torch.testing.assert_close(losses.double(), right_losses, rtol=1e-5, atol=1e-6)
     weight = torch.randn(2, 20, 16) * real[..., None]
     gradients = []
-    for out, told in ((y, losses), (right, right_losses)):
+    for out, words in ((y, losses), (right, right_losses)):
         x.grad = None
         experts.zero_grad()
-        ((out * weight).sum() + told.sum()).backward()
+        ((out * weight).sum() + words.sum()).backward()
         gradients.append([x.grad, *(p.grad for p in experts.parameters())])
-    for ours, theirs in zip((y * weight, *gradients[0]), ((right * weight).float(), *gradients[1])):
-        scale = theirs.detach().abs().max().item()
+    for actual, expected in zip((y * weight, *gradients[0]), ((right * weight).float(), *gradients[1])):
+        scale = expected.detach().abs().max().item()
         torch.testing.assert_close(
-            ours, theirs, rtol=0, atol=scale * (1e-5 if dtype == torch.float32 else 0.03)
+            actual, expected, rtol=0, atol=scale * (1e-5 if dtype == torch.float32 else 0.03)
         )
 
 
@@ -299,8 +299,10 @@ def test_a_sparse_block_compiles_as_one_graph():
                 y, losses = b(x, rope, mask, real=real)
             (y.square().sum() + losses.sum()).backward()
             results.append([y, losses, *(p.grad for p in b.parameters())])
-        for ours, theirs in zip(*results):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=0.03 * theirs.detach().abs().max().item())
+        for actual, expected in zip(*results):
+            torch.testing.assert_close(
+                actual, expected, rtol=0, atol=0.03 * expected.detach().abs().max().item()
+            )
 
 
 def test_decay_and_muon():
@@ -357,14 +359,14 @@ def test_a_dense_run_can_be_upcycled(tmp_path, small_halves):
     vlms = [model.VLM.from_pretrained(folder).eval() for folder in (dense, tmp_path / "moe")]
     batch = small_batch([("chat", "full"), ("text", "full")], vlms[0].cfg)
     torch.testing.assert_close(vlms[1](batch)[0], vlms[0](batch)[0], rtol=1e-4, atol=1e-5)
-    for flags, told in (
+    for flags, words in (
         ("--decoder.width 64", "--decoder.width: the model comes from"),
         ("--decoder.experts 4 --lora.rank 2", "adapters stand beside a dense"),
         ("--decoder.experts 1", "must be 0 or above 1"),
         ("--decoder.experts 4 --decoder.expert_every 3", "lie in 1..2"),
         ("--decoder.experts 4 --compile true", "experts compile in bfloat16 only"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=words):
             train_pretrain.main([*begin, str(tmp_path / "no"), *flags.split()])
     assert not (tmp_path / "no").exists()
 
@@ -385,8 +387,8 @@ def test_the_plan_counts_the_experts_that_a_token_meets(mode):
     dense, _ = plan.sample_cost(wide, ["decoder"], 50, mode, 1)
     T = 50 + cfg.visual_tokens("pruned" if mode == "pruned" else "full")
     c = cfg.decoder
-    more = 6 * T * (3 * c.width * c.mlp_width + c.experts * c.width)
-    assert parts["decoder"] - dense["decoder"] == pytest.approx(more, rel=1e-3)  # the losses' few products
+    extra = 6 * T * (3 * c.width * c.mlp_width + c.experts * c.width)
+    assert parts["decoder"] - dense["decoder"] == pytest.approx(extra, rel=1e-3)  # the losses' few products
 
 
 @pytest.mark.parametrize(
@@ -400,5 +402,5 @@ def test_the_sizes_of_mm1s_experts(name, total, active, dense):
     counted = sum(p.numel() for p in decoder.layers.parameters())
     assert counted == pytest.approx(total, rel=1e-3)
     assert model.backbone_size(decoder) == pytest.approx(dense, rel=1e-3)
-    told = plan.expert_sizes(cfg).replace(",", "")
-    assert f"{active / 1e6:.0f}"[:3] in told
+    words = plan.expert_sizes(cfg).replace(",", "")
+    assert f"{active / 1e6:.0f}"[:3] in words

@@ -22,8 +22,8 @@ def decoder_size(c: DecoderConfig, embeddings: bool = True) -> int:
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     block = 2 * c.width * q + 2 * c.width * kv + 3 * c.width * c.mlp_width + 2 * c.width
     block += c.qkv_bias * (q + 2 * kv) + c.qk_norm * 2 * c.head_dim
-    more = (c.experts - 1) * 3 * c.width * c.mlp_width + c.experts * c.width  # experts and router
-    sparse = c.layers // c.expert_every * more if c.experts else 0
+    extra = (c.experts - 1) * 3 * c.width * c.mlp_width + c.experts * c.width  # experts and router
+    sparse = c.layers // c.expert_every * extra if c.experts else 0
     return c.layers * block + sparse + c.width + embeddings * (2 - c.tied) * c.vocab_size * c.width
 
 
@@ -142,8 +142,8 @@ def test_recipes_are_flags_of_their_stage(name):
             kind = type(getattr(stages[stage](), key))
             assert type(value) is kind or (kind, type(value)) == (float, int), (stage, key)
         vlm.set_trainable(model.trainable_parts(cfg.train), isolator=True)
-        seen = model.at_resolution(vlm.cfg, cfg.resolution).check()
-        assert data.square_tokens(seen) < cfg.row_limit
+        seen_cfg = model.at_resolution(vlm.cfg, cfg.resolution).check()
+        assert data.square_tokens(seen_cfg) < cfg.row_limit
 
 
 @pytest.mark.parametrize("name", NAMES)

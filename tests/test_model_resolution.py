@@ -234,8 +234,8 @@ def test_every_sample_finds_its_own_views_in_every_mode(cut):
     cfg = config(cut)
     vlm, sizes = with_pixels(cfg), [[(32, 32), (40, 13)], [], [(20, 64)], [(33, 31)]]
     samples = [
-        sample([noise(*size, seed=10 * n + i) for i, size in enumerate(own)], cfg)
-        for n, own in enumerate(sizes)
+        sample([noise(*size, seed=10 * n + i) for i, size in enumerate(sizes_of_one)], cfg)
+        for n, sizes_of_one in enumerate(sizes)
     ]
     modes = ["slow", "full", "fast", "full"]
     batch = data.make_batch(samples, modes, cfg, 4096, 4096)
@@ -247,14 +247,14 @@ def test_every_sample_finds_its_own_views_in_every_mode(cut):
         parts, first = [], 0
         for size in sizes[n]:
             count = data.tile_count(cfg, size)
-            own, first = views[first : first + count], first + count
+            tiles, first = views[first : first + count], first + count
             if mode == "fast":  # tile by tile, each behind the isolator
-                kept = prune.select("divprune", own, 3, grid=4)
-                parts.append(vlm.isolator(prune.gather(own, kept)).flatten(0, 1))
+                kept = prune.select("divprune", tiles, 3, grid=4)
+                parts.append(vlm.isolator(prune.gather(tiles, kept)).flatten(0, 1))
             elif cut == "unpad":
-                parts.append(reference_unpad(own, data.tiling_of(cfg, size), size, vlm.newline))
+                parts.append(reference_unpad(tiles, data.tiling_of(cfg, size), size, vlm.newline))
             else:
-                parts.append(own.flatten(0, 1))
+                parts.append(tiles.flatten(0, 1))
         return torch.cat(parts)
 
     rows, bank = batch.student, vlm.bank(batch)
@@ -341,8 +341,8 @@ def test_position_tables_are_resized_once_and_for_all(tmp_path):
     one = sample([noise(96, 60)], vlm.cfg)
     batch = data.make_batch([one], ["slow"], vlm.cfg, 256, 512)
     with torch.no_grad():
-        for ours, theirs in zip(vlm(batch)[:2], again(batch)[:2]):
-            assert torch.equal(ours, theirs)
+        for actual, expected in zip(vlm(batch)[:2], again(batch)[:2]):
+            assert torch.equal(actual, expected)
     model.set_resolution(vlm, "48+split")
     assert vlm.newline is None and "newline" not in vlm.state_dict()
     unchanged = vlm.vit.embeddings.position_embedding
@@ -380,12 +380,8 @@ def test_a_run_is_cut_by_one_flag_and_stays_so(tmp_path, small_halves, capsys):
     flags = [*SMALL, "--init", str(a), "--slow_share", "0.5", "--resolution", "64+split", "--out", str(b)]
     with pytest.raises(UserError, match="this chain connector sees 64 px"):
         train_sft.main([*flags, "--resolution", "128+split"])
-    for wrong, words in (
-        ("+unpad", "needs a grid"),
-        ("+four", "use SIDE"),
-        ("split", "use SIDE"),
-        ("0", "use SIDE"),
-    ):
+    refused = {"+unpad": "needs a grid", "+four": "use SIDE", "split": "use SIDE", "0": "use SIDE"}
+    for wrong, words in refused.items():
         with pytest.raises(UserError, match=words):
             train_sft.main([*flags, "--resolution", wrong])
     assert not b.exists()
@@ -403,17 +399,8 @@ def test_a_run_is_cut_by_one_flag_and_stays_so(tmp_path, small_halves, capsys):
     noise(90, 60).save(tmp_path / "a.png")
     line = {"question_id": 0, "image": "a.png", "text": "What?", "answers": ["red"]}
     (tmp_path / "vqa.jsonl").write_text(json.dumps(line) + "\n")
-    told = [
-        "--model",
-        str(b),
-        "--tasks",
-        f"vqa:{tmp_path}/vqa.jsonl",
-        "--tokens",
-        "both",
-        "--out",
-        str(b / "e"),
-    ]
-    evaluation.main([*told, "--report", str(tmp_path / "report.html")])
+    tasks = ["--tasks", f"vqa:{tmp_path}/vqa.jsonl", "--tokens", "both", "--out", str(b / "e")]
+    evaluation.main(["--model", str(b), *tasks, "--report", str(tmp_path / "report.html")])
     assert "160 full" in (tmp_path / "report.html").read_text()
 
 
@@ -438,11 +425,11 @@ def test_unpad_trains_its_newline_from_pictures_of_all_shapes(tmp_path, small_ha
         talk = [{"from": who, "value": said} for who, said in talk]
         records.append({"image": f"{n}.png", "conversations": talk})
     (tmp_path / "train.json").write_text(json.dumps(records))
-    own = ["--data", str(tmp_path / "train.json")]
+    records_flags = ["--data", str(tmp_path / "train.json")]
     a, b = tmp_path / "a", tmp_path / "b"
     kind = ["--connector.kind", "cabstractor", "--connector.tokens", "16"]
-    train_pretrain.main([*SMALL, *own, *small_halves, *kind, "--out", str(a)])
-    flags = [*SMALL, *own, "--init", str(a), "--resolution", "96+unpad", "--slow_share", "0.5"]
+    train_pretrain.main([*SMALL, *records_flags, *small_halves, *kind, "--out", str(a)])
+    flags = [*SMALL, *records_flags, "--init", str(a), "--resolution", "96+unpad", "--slow_share", "0.5"]
     train_sft.main([*flags, "--eval_every", "3", "--out", str(b)])
     vlm = model.VLM.from_pretrained(b)
     assert (vlm.cfg.vit.image_size, vlm.cfg.image.cut) == (96, "unpad")

@@ -28,14 +28,14 @@ def tiny_vlm(tied: bool = False, seed: int = 0, context: int = 2048) -> model.VL
 
 def prompts() -> list[tuple[list, torch.Tensor]]:
     """Two pictures in a dialogue, one and a long question, no picture, one and a short question."""
-    asked = [
+    questions = [
         ("how many?", 2, [("hello", "there it is")]),
         ("is there any red star to the left of the word?", 1, []),
         ("no picture at all", 0, []),
         ("what is this?", 1, []),
     ]
     samples = []
-    for n, (text, images, history) in enumerate(asked):
+    for n, (text, images, history) in enumerate(questions):
         scenes = [data.make_scene("train", 10 * n + i) for i in range(images)]
         pieces = data.prompt_pieces(text, images, TOKENIZER, history)
         samples.append((pieces, data.load_images(scenes, tiny_vlm().cfg)))
@@ -89,8 +89,8 @@ def test_a_saved_model_gives_the_same_logits(tied, tmp_path):
     for path in (tmp_path, tmp_path / "step-00000005"):  # a run folder, a step folder
         again = model.VLM.from_pretrained(path)
         assert again.cfg == vlm.cfg
-        for ours, theirs in zip(again(batch)[:2], expected[:2]):
-            assert torch.equal(ours, theirs)
+        for actual, desired in zip(again(batch)[:2], expected[:2]):
+            assert torch.equal(actual, desired)
     with pytest.raises(UserError, match=f"{tmp_path}/nothing is neither a run folder"):
         model.VLM.from_pretrained(tmp_path / "nothing")
 

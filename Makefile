@@ -25,10 +25,11 @@ demo: .venv/demo.ok
 	rm -rf runs/demo
 	$(BIN)/python train_pretrain.py --preset tiny --data scenes --seed $(SEED) --out runs/demo/pretrain
 	$(BIN)/python train_sft.py --init runs/demo/pretrain --scale 32to144 --data scenes --seed $(SEED) --out runs/demo/sft
-	$(BIN)/python eval.py --model runs/demo/sft --tasks scenes --tokens both --seed $(SEED) --out runs/demo/eval.json --report runs/demo/report.html
+	$(BIN)/python eval.py --model runs/demo/sft --tasks scenes --tokens both --seed $(SEED) --out runs/demo/eval.json
+	test ! -d tools || $(BIN)/python tools/report.py runs/demo/eval.json
 
 bench: .venv/demo.ok
-	$(BIN)/python tests/benchmark.py
+	$(BIN)/python tools/bench.py
 
 test: .venv/test.ok lint
 	$(BIN)/python -m pytest -q -m "not slow"
@@ -41,12 +42,12 @@ lint: .venv/test.ok
 	$(BIN)/ruff format --check .
 
 claims: .venv/demo.ok
-	$(BIN)/python tests/claims.py --only $(ONLY) --seeds $(SEEDS)
+	$(BIN)/python tools/claims.py --only $(ONLY) --seeds $(SEEDS)
 
 assets: .venv/demo.ok
-	$(BIN)/python assets/make.py tokenizer
-	$(BIN)/python assets/make.py vit
-	$(BIN)/python assets/make.py lm --minutes 18
+	$(BIN)/python tools/make_assets.py tokenizer
+	$(BIN)/python tools/make_assets.py vit
+	$(BIN)/python tools/make_assets.py lm --minutes 18
 
 clean:
 	rm -rf .venv runs

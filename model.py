@@ -25,6 +25,7 @@ import os
 import pickle
 import re
 import sys
+import timeit
 import types
 import typing
 from collections.abc import Callable
@@ -279,12 +280,16 @@ def read_json(path: Path, kind: type = object):
     return value
 
 
-def write_json(path: Path, value) -> None:
+def write_text(path: Path, text: str) -> None:
     """To a temporary name, then os.replace, as every write here: a reader never meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 copy_config = copy.deepcopy
@@ -898,6 +903,7 @@ def router_losses(logits: Tensor, probabilities: Tensor, first: Tensor, real: Te
 
 
 EXPERT_FIELDS = ("experts", "expert_every", "capacity")
+EXPERT_FLAGS = tuple(f"decoder.{name}" for name in EXPERT_FIELDS)
 
 
 @torch.no_grad()
@@ -1774,6 +1780,16 @@ class VLM(nn.Module):
             hidden, _ = self.decoder.hidden(x, position, mask, cache)
         return [row[: row.index(end)] if end in row else row for row in new.tolist()]
 
+    def adapt(self, cfg: ModelConfig) -> None:
+        """Take over what may change although the weights exist: pruner and isolator, adapters, experts."""
+        cfg.check()
+        if cfg.prune.isolator != self.cfg.prune.isolator:
+            self.isolator = prune.ModeIsolator(cfg.prune.isolator, cfg.decoder.width)
+        self.set_lora(cfg.lora)
+        if cfg.decoder.experts != self.cfg.decoder.experts:
+            upcycle(self.decoder, cfg.decoder)
+        self.cfg.prune, self.cfg.decoder = cfg.prune, cfg.decoder
+
     def set_lora(self, cfg: LoraConfig) -> None:
         """Adapters of another shape: those at hand are merged into the decoder, new ones start at 0."""
         if cfg == self.cfg.lora:
@@ -1825,6 +1841,18 @@ def find_device(name: str) -> str:
     cuda = torch.cuda.is_available()
     require(name != "cuda" or cuda, "--device cuda: torch sees no GPU here; use --device cpu")
     return "cuda" if name != "cpu" and cuda else "cpu"
+
+
+@functools.cache
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on CUDA and on CPUs that multiply it about as fast as float32: many only emulate it."""
+    if device.type == "cuda":
+        return torch.bfloat16
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(256, 256, device=device, dtype=dtype)
+        seconds[dtype] = min(timeit.repeat(lambda x=x: x @ x, number=1, repeat=3))
+    return torch.bfloat16 if seconds[torch.bfloat16] < 2 * seconds[torch.float32] else torch.float32
 
 
 def find_ranks(device: str, hours: float = 0.5) -> tuple[int, int, torch.device]:

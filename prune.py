@@ -1,12 +1,13 @@
-"""Visual token pruning as a training tool: pruners, the mode isolator, fast or slow, self-distillation.
+"""Visual token pruning as a training tool: mode isolator, fast or slow, self-distillation, and the pruners.
 
-DualSpeed (arXiv 2602.03815) trains most samples on pruned visual tokens (fast mode) and a few on all of them
-(slow mode), where the model's own fast mode is the teacher. What that paper adds is in this file; where it is
-used: data.make_batch lays slow samples out twice, VLM.bank and VLM.forward make both views, train_sft.py
-adds the losses up.
+DualSpeed (arXiv 2602.03815) trains most samples on pruned visual tokens (fast mode), and a few on all of them
+(slow mode) with the model in its fast mode as teacher: see data.make_batch, VLM.bank, VLM.forward, train_sft.
 
-    fast:  text | isolator (l) | kept tokens (K) | text      loss = CE
-    slow:  text | all tokens (V)                 | text      loss = CE + weight * T^2 * KL(fast || slow)
+    mode    the student reads                            loss
+    pruned  text | isolator (l) | kept tokens (K) | text   CE             (the paper's fast mode)
+    slow    text | all tokens (V)                 | text   CE + weight * T^2 * KL(teacher || student)
+
+The teacher of a slow sample reads what a pruned one would, without gradient. Mode "full" is slow without it.
 """
 
 import hashlib
@@ -21,9 +22,51 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # ---------------------------------------------------------------------------------------------------------
-# Pruners: which tokens of an image the fast mode keeps, a function each and one dict (PRUNERS, below them).
-# Choices are made without gradient, in fp32, on the device, for all images at once and for each by itself;
-# equal scores go to the lowest index. So equal features give equal choices, on every device, in every batch.
+# DualSpeed: the mode isolator, which samples are slow, self-distillation
+
+
+class ModeIsolator(nn.Module):
+    """l learned vectors in front of every image's pruned tokens tell the decoder that it is in fast mode.
+    They start uniform within 1/sqrt(D), as in DualSpeed's code.
+    """
+
+    def __init__(self, length: int, width: int):
+        super().__init__()
+        bound = 1 / math.sqrt(width)
+        self.weight = nn.Parameter(torch.empty(length, width).uniform_(-bound, bound))
+
+    def forward(self, kept: Tensor) -> Tensor:
+        """(I, K, D) -> (I, l + K, D)"""
+        return torch.cat([self.weight.to(kept.dtype).expand(len(kept), -1, -1), kept], 1)
+
+
+def draw_mode(seed: int, number: int, slow_share: float) -> str:
+    """The mode of a sample (in the paper of a batch): "slow" with probability slow_share, else "pruned".
+    A pure function of (seed, number), so that every rank, worker and restart draws the same.
+    """
+    digest = hashlib.blake2b(f"mode-{seed}-{number}".encode(), digest_size=8).digest()
+    return "slow" if int.from_bytes(digest, "big") / 2**64 < slow_share else "pruned"
+
+
+def distillation_sum(student: Tensor, teacher: Tensor, temperature: float, chunk: int = 2048) -> Tensor:
+    """Sum over rows of KL(teacher || student) * T^2, logits (R, N), in chunks of rows to save memory."""
+    total = student.new_zeros(())
+    for s, t in zip(student.split(chunk), teacher.detach().split(chunk)):
+        log_s = F.log_softmax(s.float() / temperature, -1)
+        log_t = F.log_softmax(t.float() / temperature, -1)
+        total = total + F.kl_div(log_s, log_t, log_target=True, reduction="sum")
+    return total * temperature**2
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """DualSpeed's loss: KL(teacher || student), mean over the rows (answer positions of all slow samples)."""
+    return distillation_sum(student, teacher, temperature) / len(student)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pruners: which tokens of an image are kept, a function each and one dict (PRUNERS). Choices are made without
+# gradient, in fp32, for all images at once but each image by itself; equal scores go to the lowest index. So
+# equal features give equal choices, on every device and in every batch.
 
 
 class Pruner(NamedTuple):
@@ -31,7 +74,6 @@ class Pruner(NamedTuple):
 
     where: "tokens" behind any connector; "grid" behind one whose tokens form a square raster; "patches" in
     front of a per-patch connector (linear, mlp), which then runs on what is kept; "scales" Chain-of-Sight's.
-    Who reads it: ModelConfig.fits, VLM.bank and VLM.pruned_tokens, sample_cost.
     needs: what `run` gets besides features and keep. seeds (I,) int64; grid, tokens a side, 0 if none; cls
     (I, 1, C), the encoder's CLS state or None; cls_attention (I, P), mean over heads; keys (I, H, P, d);
     text (I, M, C), the embedded words of the question, zeros at padding.
@@ -56,14 +98,14 @@ def ranked(scores: Tensor) -> Tensor:
 
 def marked(index: Tensor, tokens: int) -> Tensor:
     """(..., K) indices -> (..., V) true at those"""
-    return torch.zeros(*index.shape[:-1], tokens, dtype=torch.bool, device=index.device).scatter(
-        -1, index, True
-    )
+    marks = torch.zeros(*index.shape[:-1], tokens, dtype=torch.bool, device=index.device)
+    return marks.scatter(-1, index, True)
 
 
 def others(index: Tensor, tokens: int) -> Tensor:
     """(I, K) indices -> the (I, V-K) that are not among them, in raster order"""
-    return marked(index, tokens).int().argsort(dim=1, stable=True)[:, : tokens - index.shape[1]]
+    order = marked(index, tokens).int().argsort(dim=1, stable=True)  # the unmarked come first
+    return order[:, : tokens - index.shape[1]]
 
 
 def centres(parts: int, length: int, device) -> Tensor:
@@ -79,34 +121,33 @@ def mix(x: Tensor) -> Tensor:
 
 
 def random_tokens(features: Tensor, keep: int, seeds: Tensor, **_) -> Tensor:
-    """A random subset of every image: the baseline that many pruners do not beat.
-
-    The score of a token is a hash of its number and its image's seed, so it needs no generator's state.
-    """
+    """A random subset of every image, by a hash of its seed: the baseline that many pruners do not beat."""
     image = mix(mix(seeds & 0xFFFFFFFF) ^ ((seeds >> 32) & 0xFFFFFFFF))  # (I,)
     token = 0x9E3779B9 * torch.arange(1, features.shape[1] + 1, device=features.device)  # 2^32 / golden ratio
     return mix((image[:, None] + token) & 0xFFFFFFFF).argsort(dim=1, stable=True)[:, :keep]
 
 
 def grid_tokens(features: Tensor, keep: int, grid: int, **_) -> Tensor:
-    """The same tokens for every image. A square grid of patches: the centres of r x c cells with r*c <= K,
-    the rest evenly strided over what is left. Tokens of several scales have no one grid: an even stride.
+    """The same tokens for every image: on a square grid of patches the centres of r x c cells with r*c <= K,
+    and K - r*c tokens evenly strided over the others; where tokens form no one grid, an even stride.
     """
-    tokens, device = features.shape[1], features.device
+    tokens = features.shape[1]
+    device = features.device
     rows = min(grid, math.isqrt(keep)) if grid * grid == tokens else 0
     columns = min(grid, keep // rows) if rows else 0
     cells = centres(rows, grid, device)[:, None] * grid + centres(columns, grid, device)
     chosen = cells.reshape(1, -1)  # (1, r*c)
     left = others(chosen, tokens)
-    chosen = torch.cat([chosen, left[:, centres(keep - chosen.shape[1], left.shape[1], device)]], 1)  # (1, K)
+    strided = left[:, centres(keep - chosen.shape[1], left.shape[1], device)]
+    chosen = torch.cat([chosen, strided], 1)  # (1, K)
     return chosen.expand(len(features), -1)
 
 
 def divprune(features: Tensor, keep: int, **_) -> Tensor:
     """Greedy max-min diversity under cosine distance (DivPrune; DualSpeed's default), all images at once.
 
-    First the token farthest from its nearest neighbour, then always the one farthest from all that are
-    picked. K rounds of O(I*V) after one I*V*V*D product; only the K rounds are sequential.
+    The first token is the one farthest from its nearest neighbour; each next one is farthest from all that
+    are picked. K sequential rounds of O(I*V) after one product of I*V*V*D.
     """
     x = unit(features)  # a zero feature stays zero: distance 1 to all
     distance = 1 - x @ x.transpose(1, 2)  # (I, V, V)
@@ -125,8 +166,8 @@ def divprune(features: Tensor, keep: int, **_) -> Tensor:
 
 
 def stretch(x: Tensor) -> Tensor:
-    """Scores (I, V) of each image to (x - min + 1e-6) / (max - min), as CDPruner's code does, though over the
-    whole batch, which would choose by batch mates. Flat ones (nothing is asked) are 1 throughout.
+    """Scores (I, V) of each image to (x - min + 1e-6) / (max - min); equal scores (no question) become 1.
+    CDPruner's code normalises over the whole batch, which makes the choice depend on the other images.
     """
     low, high = x.aminmax(dim=1, keepdim=True)
     return torch.where(high - low > 1e-6, (x - low + 1e-6) / (high - low).clamp_min(1e-6), 1.0)
@@ -135,8 +176,8 @@ def stretch(x: Tensor) -> Tensor:
 def relevance(features: Tensor, text: Tensor) -> Tensor:
     """In the decoder's own space: how near a token (I, V, D) is to the nearest word of the question (I, V).
 
-    Ours. CDPruner's mean over the text, of either sign, misses what is asked about: all words have much in
-    common, and paper white is nearest to that. The nearest word finds it (LOG.md), so near is relevant.
+    Ours. The mean over the text, as CDPruner takes it, misses what the question is about, with either sign:
+    all words have much in common, and blank paper is nearest to that. The nearest word does not (LOG.md).
     """
     words = unit(text)  # (I, M, D)
     cosine = unit(features) @ words.transpose(1, 2)  # (I, V, M)
@@ -147,21 +188,21 @@ def relevance(features: Tensor, text: Tensor) -> Tensor:
 def cdpruner(features: Tensor, keep: int, text: Tensor, patch_embeds: Tensor | None = None, **_) -> Tensor:
     """CDPruner: a subset that is diverse and fits the question, by greedy MAP of a conditional DPP.
 
-    Always the token that raises det of L = diag(rel) S diag(rel) most, S the cosine similarity; incremental
-    Cholesky keeps each token's d^2, what is new about it. patch_embeds (I, V, C): the patches in CLIP's space
-    shared with `text`, where the official code finds a LOW mean similarity relevant; else `relevance` of the
-    features themselves. Once K passes the rank of L, nothing is new.
+    Each round picks the token that raises the determinant of L = diag(rel) S diag(rel) most, where S is the
+    cosine similarity; incremental Cholesky keeps each token's d^2, what is new about it. Once K passes the
+    rank of L, nothing is new. patch_embeds (I, V, C): the patches in CLIP's space shared with `text`, where
+    the official code finds a LOW mean similarity relevant; without them, `relevance` of the features.
     """
     if patch_embeds is None:
-        wanted = stretch(relevance(features, text))  # (I, V)
+        relevant = stretch(relevance(features, text))  # (I, V)
     else:
-        wanted = stretch(-(unit(patch_embeds) @ unit(text).transpose(1, 2)).mean(2))
-    x = wanted[..., None] * unit(features)
+        relevant = stretch(-(unit(patch_embeds) @ unit(text).transpose(1, 2)).mean(2))
+    x = relevant[..., None] * unit(features)
     kernel = x @ x.transpose(1, 2)  # (I, V, V)
     images, tokens, _ = kernel.shape
     here = torch.arange(images, device=x.device)
     new = kernel.diagonal(dim1=1, dim2=2)  # (I, V), d^2
-    noise = 1e-5 * new  # what rounding leaves of a token that the picked ones span: no reason to pick it
+    noise = 1e-5 * new  # rounding residue of tokens already spanned by the picked ones; not novelty
     factor = kernel.new_zeros(images, keep, tokens)
     picked = torch.zeros_like(new, dtype=torch.bool)
     kept = []
@@ -185,10 +226,10 @@ def fastervlm(features: Tensor, keep: int, cls_attention: Tensor, **_) -> Tensor
 def vispruner(features: Tensor, keep: int, cls_attention: Tensor, important: float = 0.5, **_) -> Tensor:
     """VisPruner: a share `important` by CLS attention, the others by removing duplicates.
 
-    The rest, in order of attention, is split into even and odd positions; of the even ones the 8 (fewer in
-    the last round) most similar to an odd one go; what stays comes before the odd ones in the next round. An
-    odd rest, where the official code fails, has one more even position. Pairs follow the ranks of attention,
-    so that features in bf16 keep other patches than those in fp32 (of 16, 11 the same; LOG.md).
+    The patches that are not important, in order of attention, are split into even and odd positions. Of the
+    even ones the 8 (fewer in the last round) most similar to an odd one are dropped; those that stay come
+    before the odd ones in the next round. With an odd number, where the official code fails, there is one
+    more even position. Pairs depend on ranks, so bf16 features keep other patches than fp32 (11 of 16 agree).
     """
     order = ranked(cls_attention)  # (I, V)
     first = int(keep * important)
@@ -205,8 +246,8 @@ def vispruner(features: Tensor, keep: int, cls_attention: Tensor, important: flo
 
 
 def pool_shape(keep: int, grid: int, scales=()) -> tuple[int, int]:
-    """Rows and columns of the pooled grid: as many cells as fit into `keep` among those at most twice as wide
-    as tall (1 x 57 would be no picture), the squarest of equals: 144 -> 12 x 12, 58 -> 7 x 8, 3 -> 1 x 2.
+    """Rows and columns of the pooled grid: the most cells that fit into `keep`, at most twice as wide as tall
+    (1 x 57 would be no picture), the squarest of equals: 144 -> 12 x 12, 58 -> 7 x 8, 3 -> 1 x 2.
     """
     if grid < 1:
         raise ValueError("pruner 'pool' needs tokens that form a square grid")
@@ -215,13 +256,9 @@ def pool_shape(keep: int, grid: int, scales=()) -> tuple[int, int]:
 
 
 def pool(features: Tensor, keep: int, grid: int, **_) -> Tensor:
-    """Means over an h x w partition of the grid (pool_shape); cells overlap where it does not divide, and
-    their gradients on CUDA are then not added up in a fixed order.
-    """
+    """Means over an h x w partition of the grid (pool_shape); cells overlap where it does not divide."""
     if grid * grid != features.shape[1]:
-        raise ValueError(
-            f"pruner 'pool' needs a square grid: {features.shape[1]} tokens are not {grid} x {grid}"
-        )
+        raise ValueError(f"pruner 'pool' needs a square grid: {features.shape[1]} tokens are not {grid}^2")
     x = features.transpose(1, 2).unflatten(2, (grid, grid))  # (I, D, S, S)
     return F.adaptive_avg_pool2d(x, pool_shape(keep, grid)).flatten(2).transpose(1, 2)  # (I, h*w, D)
 
@@ -232,11 +269,14 @@ def visionzip(
     """VisionZip: CLS if there is one, the patches it attends to most in raster order, and `contextual` merged
     tokens: every stride-th of the others plus the mean of those whose keys (mean over heads) are nearest.
 
-    K in all. contextual: by default the paper's share, 10 of 64, 20 of 128, 30 of 192. A sum as in the
-    official code, so about twice as long as a patch.
+    K in all; contextual is 10 of 64, 20 of 128, 30 of 192 as in the paper. Merging is a sum, as in the
+    official code, so that a merged token is about twice as long as a patch.
     """
-    tokens, first = features.shape[1], [] if cls is None else [cls.to(features.dtype)]
-    contextual = min(round(keep * 5 / 32) if contextual is None else contextual, keep - len(first))
+    tokens = features.shape[1]
+    first = [] if cls is None else [cls.to(features.dtype)]
+    if contextual is None:
+        contextual = round(keep * 5 / 32)
+    contextual = min(contextual, keep - len(first))
     dominant = ranked(cls_attention)[:, : keep - contextual - len(first)].sort(1).values
     if not contextual:
         return torch.cat([*first, gather(features, dominant)], 1)
@@ -258,19 +298,18 @@ def prumerge(
     """PruMerge at a fixed count: the K-1 patches that CLS attends to most, each plus the attention-weighted
     sum of the 32 patches with the most similar keys (kept ones too); last the weighted sum of all not kept.
 
-    strided: the share (PruMerge+: half) that is instead evenly strided over the others, none twice. The
-    original reads undivided q and k of the encoder's last layer, keeps a count that varies with the attention
-    and emits in order of attention; here attention and keys are those of the level that the connector reads,
-    the count is fixed, so that batches are dense, and the order is the raster's.
+    strided: the share (PruMerge+: half) that is evenly strided over the others instead. The original reads q
+    and k of the encoder's last layer, keeps a count that varies and emits in order of attention; here they
+    are those of the connector's level, the count is fixed, so that batches are dense, and the order raster.
     """
-    tokens, device = features.shape[1], features.device
+    tokens = features.shape[1]
     with torch.no_grad():
         spread = int((keep - 1) * strided)
         kept = ranked(cls_attention)[:, : keep - 1 - spread]
         left = others(kept, tokens)
-        kept = (
-            torch.cat([kept, left[:, centres(spread, left.shape[1], device)]], 1).sort(1).values
-        )  # (I, K-1)
+        left = left[:, centres(spread, left.shape[1], features.device)]
+        kept = torch.cat([kept, left], 1)
+        kept = kept.sort(1).values  # (I, K-1)
         key = unit(keys.transpose(1, 2).flatten(2))  # (I, P, H*d)
         similarity = gather(key, kept) @ key.transpose(1, 2)  # (I, K-1, P)
         near = ranked(similarity.scatter(2, kept[..., None], -math.inf))[..., : min(32, tokens - 1)]
@@ -292,7 +331,6 @@ def coarse_count(keep: int, grid: int, scales) -> int:
     return max([n for n in accumulate(scales) if n <= keep], default=scales[0])
 
 
-CLS_KEYS = ("cls_attention", "keys")
 PRUNERS = {
     "random": Pruner(random_tokens, needs=("seeds",)),
     "grid": Pruner(grid_tokens, needs=("grid",)),
@@ -301,9 +339,9 @@ PRUNERS = {
     "fastervlm": Pruner(fastervlm, "patches", ("cls_attention",)),
     "vispruner": Pruner(vispruner, "patches", ("cls_attention",)),
     "pool": Pruner(pool, "grid", ("grid",), True, lambda *sizes: math.prod(pool_shape(*sizes))),
-    "visionzip": Pruner(visionzip, "patches", ("cls", *CLS_KEYS), True),
-    "prumerge": Pruner(prumerge, "patches", CLS_KEYS, True),
-    "prumerge+": Pruner(partial(prumerge, strided=0.5), "patches", CLS_KEYS, True),
+    "visionzip": Pruner(visionzip, "patches", ("cls", "cls_attention", "keys"), True),
+    "prumerge": Pruner(prumerge, "patches", ("cls_attention", "keys"), True),
+    "prumerge+": Pruner(partial(prumerge, strided=0.5), "patches", ("cls_attention", "keys"), True),
     "coarse": Pruner(coarse_tokens, "scales", count=coarse_count),
 }
 
@@ -315,14 +353,15 @@ def find(name: str) -> Pruner:
 
 
 def kept_tokens(name: str, keep: float, tokens: int, grid: int = 0, scales: Sequence[int] = ()) -> int:
-    """How many tokens pruner `name` makes of `tokens`. keep: a count if > 1, else round(keep * tokens), at
-    least one; pool and coarse take the nearest number below that they can give (coarse: at least a scale).
+    """How many tokens pruner `name` makes of `tokens`. keep: a count if above 1, else a share.
 
-    grid: patches a side, 0 if none. scales: tokens of each scale, coarse to fine. DualSpeed's code truncates
+    grid: tokens a side, 0 if none. scales: tokens of each scale, coarse to fine. DualSpeed's code truncates
     int((1 - 0.9) * 576) = 57 where we round to 58; pass keep=57 for parity.
     """
-    wanted = min(tokens, max(1, round(keep if keep > 1 else keep * tokens)))
-    return find(name).count(wanted, grid, scales)
+    if keep <= 1:
+        keep = keep * tokens
+    keep = min(tokens, max(1, round(keep)))
+    return find(name).count(keep, grid, scales)
 
 
 def run_pruner(name: str, features: Tensor, keep: int, needs: dict) -> Tensor:
@@ -340,9 +379,7 @@ def run_pruner(name: str, features: Tensor, keep: int, needs: dict) -> Tensor:
 @torch.no_grad()
 def select(name: str, features: Tensor, keep: int, **needs) -> Tensor:
     """Indices of the `keep` tokens that pruner `name` keeps of each image: (I, V, D) -> (I, keep), sorted.
-
-    needs: see Pruner. A pruner that merges has no indices: ValueError, as for an unknown name, a need that is
-    not given and a keep outside 1..V.
+    ValueError for an unknown name, one that merges, a missing need (see Pruner) and a keep outside 1..V.
     """
     if find(name).merges:
         raise ValueError(f"pruner '{name}' merges tokens, it selects none: use reduce")
@@ -350,10 +387,8 @@ def select(name: str, features: Tensor, keep: int, **needs) -> Tensor:
 
 
 def reduce(name: str, features: Tensor, keep: int, **needs) -> Tensor:
-    """The pruned tokens of each image, with gradient and in the features' dtype: (I, V, D) -> (I, K', D).
-
-    K' is kept_tokens' count: `keep`, or fewer from pool, which takes what fits. For every pruner; errors as
-    in `select`.
+    """The pruned tokens of each image, with gradient: (I, V, D) -> (I, K', D), K' by `kept_tokens`, in the
+    dtype of the features. For every pruner; errors as in `select`.
     """
     if find(name).merges:
         return run_pruner(name, features, keep, needs)
@@ -363,48 +398,3 @@ def reduce(name: str, features: Tensor, keep: int, **needs) -> Tensor:
 def gather(features: Tensor, kept: Tensor) -> Tensor:
     """features (I, V, D), kept (I, K) -> (I, K, D), with gradient."""
     return features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Mode isolator, mode, distillation
-
-
-class ModeIsolator(nn.Module):
-    """l learned vectors in front of every image's pruned tokens tell the decoder that it is in fast mode.
-
-    Initialised as DualSpeed's code does, uniform within 1/sqrt(D); full tokens go without.
-    """
-
-    def __init__(self, length: int, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(
-            torch.empty(length, width).uniform_(-1 / math.sqrt(width), 1 / math.sqrt(width))
-        )
-
-    def forward(self, kept: Tensor) -> Tensor:
-        """(I, K, D) -> (I, l + K, D)"""
-        return torch.cat([self.weight.to(kept.dtype).expand(len(kept), -1, -1), kept], 1)
-
-
-def draw_mode(seed: int, number: int, slow_share: float) -> str:
-    """ "slow" with probability slow_share, else "fast": a pure function of (seed, number).
-
-    number: that of a sample, or of a batch in the paper's way; every rank and every restart draws the same.
-    """
-    digest = hashlib.blake2b(f"mode-{seed}-{number}".encode(), digest_size=8).digest()
-    return "slow" if int.from_bytes(digest, "big") / 2**64 < slow_share else "fast"
-
-
-def distillation_sum(student: Tensor, teacher: Tensor, temperature: float, chunk: int = 2048) -> Tensor:
-    """Sum over rows of KL(teacher || student) * T^2, logits (R, N), in chunks of rows to save memory."""
-    total = student.new_zeros(())
-    for s, t in zip(student.split(chunk), teacher.detach().split(chunk)):
-        log_s = F.log_softmax(s.float() / temperature, -1)
-        log_t = F.log_softmax(t.float() / temperature, -1)
-        total = total + F.kl_div(log_s, log_t, log_target=True, reduction="sum")
-    return total * temperature**2
-
-
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """DualSpeed's loss: forward KL, mean over the rows (answer positions of all slow samples)."""
-    return distillation_sum(student, teacher, temperature) / len(student)

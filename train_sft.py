@@ -6,8 +6,8 @@
     sharper      --resolution 672+split cuts a picture in four beside the whole, +unpad as LLaVA-NeXT does
     plain        --slow_share 1 --distill_weight 0 is fine-tuning on all tokens, --slow_share 0 naive pruning
 
-A fast sample is trained on K pruned visual tokens behind the mode isolator, a slow one on all V; for the slow
-ones the model's own fast view is the teacher. Model and tokenizer come with --init.
+A fast sample is trained on K pruned visual tokens behind the mode isolator, a slow one on all V tokens; the
+teacher of a slow sample is the model itself on its pruned tokens. Model and tokenizer come with --init.
 """
 
 import model  # first of all: it answers --help before torch is loaded
@@ -25,20 +25,19 @@ import prune
 from model import UserError
 from train_pretrain import (
     RunConfig,
-    fetch,
+    begin,
     finish_step,
     load_batches,
     make_optimizers,
     optimizer_step,
     prepare,
-    resume,
     start,
-    write_config,
 )
 
 
 @dataclass
 class SftConfig(RunConfig):
+    # -- DualSpeed
     slow_share: float = 0.1  # share of samples (or batches) trained on all visual tokens
     mode: str = "sample"  # draw fast or slow for every "sample" (ours), or for every "batch" (the paper)
     temperature: float = 1.0  # of the distillation
@@ -49,8 +48,7 @@ class SftConfig(RunConfig):
 
     def check(self) -> None:
         super().check()
-        if self.mode not in ("sample", "batch"):
-            raise UserError(f"--mode '{self.mode}' is unknown: use sample or batch")
+        model.require_one_of("--mode", self.mode, ("sample", "batch"))
         if self.mode == "batch" and not self.batch_size:
             raise UserError("--mode batch draws once for a number of samples: add --batch_size 32 or so")
         if not 0 <= self.slow_share <= 1:
@@ -58,8 +56,6 @@ class SftConfig(RunConfig):
         model.require_at_least(self, 0, "distill_weight")
         if self.temperature <= 0:
             raise UserError(f"--temperature {self.temperature}: must be above 0")
-        if self.temperature != 1 and not (self.slow_share and self.distill_weight):
-            raise UserError("--temperature has no effect without slow samples and --distill_weight above 0")
 
 
 def main(argv: list[str]) -> None:
@@ -67,15 +63,14 @@ def main(argv: list[str]) -> None:
     if not cfg.init and cfg.resume != "auto":
         run.say("no --init: fine-tuning starts from a connector that stage 1 never aligned")
     optimizers = make_optimizers(vlm, cfg)
-    first = resume(run, vlm, optimizers)
-    write_config(run, vlm)
+    first = begin(run, vlm, optimizers)
     ddp = prepare(run, vlm)
 
     def choose_mode(number: int) -> str:
         """One draw a sample, or one for a whole optimizer step: all ranks and micro-steps."""
         draw = number if cfg.mode == "sample" else number // cfg.batch_size
         mode = prune.draw_mode(cfg.seed, draw, cfg.slow_share)
-        return "full" if mode == "slow" and cfg.distill_weight == 0 else mode  # then it needs no teacher
+        return "full" if mode == "slow" and cfg.distill_weight == 0 else mode  # without a teacher
 
     loss = functools.partial(fast_slow_loss, temperature=cfg.temperature, weight=cfg.distill_weight)
     batches = load_batches(run, vlm.cfg, tokenizer, first, choose_mode)
@@ -83,18 +78,18 @@ def main(argv: list[str]) -> None:
     mean_tokens = round(cfg.slow_share * full + (1 - cfg.slow_share) * pruned)
     run.say(f"{1 - cfg.slow_share:.0%} fast on {pruned} visual tokens ({vlm.cfg.prune.name}), slow on {full}")
     for step in run.bar(first):
-        micro, waited = fetch(batches, run)
+        micro = next(batches)
         stats = optimizer_step(run, ddp, micro, optimizers, step, loss)
-        run.log(step, stats, micro, waited, visual_tokens=mean_tokens)
+        run.log(step, stats, micro, mean_tokens)
         finish_step(run, vlm, tokenizer, optimizers, step)
-    del ddp  # its end would hold the GIL while it waits for a thread of gloo's that wants it
+    del ddp  # first: its destructor can deadlock, holding the GIL while a thread of gloo waits for it
     run.close()
 
 
 def fast_slow_loss(
     logits: Tensor, teacher: Tensor | None, batch: data.Batch, temperature: float = 1.0, weight: float = 1.0
 ) -> dict[str, Tensor]:
-    """Sums: cross entropy of all samples, and the KL from the fast view of the slow ones."""
+    """Sums over supervised positions: cross entropy of all samples, KL(teacher || student) of slow ones."""
     ce = F.cross_entropy(logits, batch.student.targets, reduction="sum")
     if teacher is None:
         return {"loss": ce, "ce": ce, "kl": ce.new_zeros(())}

@@ -1,24 +1,22 @@
-"""Labels, rows, sample order, pictures, Scenes, LLaVA's JSON."""
+"""Labels, rows, batches, sample order, pictures, Scenes."""
 
 import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from helpers import TOKENIZER, draw, picture, samples_of, small_plan
+from PIL import Image, ImageOps
 
 import data
 import model
 
-TOKENIZER = data.Tokenizer.from_pretrained(model.ASSETS / "scenes.tiktoken")
 CFG = model.ModelConfig(vit=model.ViTConfig(image_size=64))
 
 
 def samples(kind: str, n: int) -> list:
-    records = [data.Scenes(kind)[i] for i in range(n)]
-    return [(data.pieces_of(r, TOKENIZER), data.load_images(r.images, CFG)) for r in records]
+    return samples_of([data.Scenes(kind)[i] for i in range(n)], CFG)
 
 
 def test_tokenizer_round_trip_and_control_tokens_in_text_stay_text():
@@ -32,57 +30,76 @@ def test_tokenizer_round_trip_and_control_tokens_in_text_stay_text():
     ):
         ids = TOKENIZER.encode(text)
         assert TOKENIZER.decode(ids) == text
-        assert all(i < len(TOKENIZER.ranks) for i in ids)
-    assert TOKENIZER.control("<|user|>") == [len(TOKENIZER.ranks) + 1]
+        assert all(i < TOKENIZER.end for i in ids)
+    assert TOKENIZER.control("<|user|>") == [TOKENIZER.end + 1]
 
 
-@pytest.mark.parametrize("mode", ["full", "fast", "slow"])
+@pytest.mark.parametrize("mode", ["full", "pruned", "slow"])
 def test_supervised_tokens_decode_to_exactly_the_answers(mode):
-    for i in range(20):
-        record = data.Scenes("chat")[i]
-        batch = data.make_batch(
-            [(data.pieces_of(record, TOKENIZER), data.load_images(record.images, CFG))], [mode], CFG, 64, 999
-        )
+    for record in (data.Scenes("chat")[i] for i in range(20)):
+        batch = data.make_batch(samples_of([record], CFG), [mode], CFG, 64, 999)
         answers = [parts[0] for role, parts in record.parts if role == "assistant"]
         for rows in [batch.student] + ([batch.teacher] if batch.teacher else []):
             ids = rows.targets.tolist()
-            assert ids.count(TOKENIZER.end) == len(answers)
-            decoded = TOKENIZER.bpe.decode(ids).split("<|end|>")[:-1]
-            assert decoded == [" " + answer for answer in answers]
+            ends = [n for n, i in enumerate(ids) if i == TOKENIZER.end]
+            spans = zip([0, *(n + 1 for n in ends)], ends)
+            assert [TOKENIZER.decode(ids[a:b]) for a, b in spans] == answers and ends[-1] == len(ids) - 1
             shifted = rows.ids.flatten()[rows.supervised + 1]  # a target is the token that comes next
             assert torch.equal(shifted, rows.targets)
 
 
 def test_rows_hold_every_sample_once_and_slots_point_at_their_own_image():
-    modes = ["full", "fast", "slow", "fast", "full", "slow", "fast", "fast"]
+    modes = ["full", "pruned", "slow", "pruned", "full", "slow", "pruned", "pruned"]
     batch = data.make_batch(samples("chat", 8), modes, CFG, 256, 999)
     full, pruned = CFG.visual_tokens("full"), CFG.visual_tokens("pruned")
-    rows, whole, few = batch.student, batch.full_tiles.tolist(), batch.pruned_tiles.tolist()
-    assert whole == [0, 2, 4, 5] and few == [1, 2, 3, 5, 6, 7]  # a slow sample's views are in both
+    rows, in_full, in_pruned = batch.student, batch.full_tiles.tolist(), batch.pruned_tiles.tolist()
+    assert in_full == [0, 2, 4, 5] and in_pruned == [1, 2, 3, 5, 6, 7]  # a slow sample's tiles are in both
     index = torch.full(rows.ids.shape, -1)
     index[rows.slot_mask] = rows.visual_index
     for i, mode in enumerate(modes):
         here = rows.doc_ids == i
         assert rows.positions[here].tolist() == list(range(int(here.sum())))
-        mine = index[here & rows.slot_mask].tolist()
-        start, count = whole.index(i) * full if i in whole else 0, full  # the bank: whole ones, then pruned
-        if mode == "fast":
-            start, count = len(whole) * full + few.index(i) * pruned, pruned
-        assert mine == list(range(start, start + count))  # one unbroken run, all tokens of image i in order
+        start, count = in_full.index(i) * full if i in in_full else 0, full  # the bank: full, then pruned
+        if mode == "pruned":
+            start, count = len(in_full) * full + in_pruned.index(i) * pruned, pruned
+        slots = index[here & rows.slot_mask].tolist()
+        assert slots == list(range(start, start + count))  # one unbroken run, all tokens of image i in order
     assert (rows.ids[rows.slot_mask] == 0).all()
-    slow = batch.teacher
-    assert sorted(set(slow.doc_ids[slow.doc_ids >= 0].tolist())) == [0, 1]
-    assert torch.equal(slow.targets, rows.targets[batch.distill])
-    assert slow.slot_mask.sum() == 2 * pruned
+    teacher = batch.teacher
+    assert sorted(set(teacher.doc_ids[teacher.doc_ids >= 0].tolist())) == [0, 1]
+    assert torch.equal(teacher.targets, rows.targets[batch.distill])
+    assert teacher.slot_mask.sum() == 2 * pruned
+
+
+def test_a_sample_whose_picture_is_cut_off_has_no_tokens_in_the_bank():
+    far = [([5] * 20, True), 0, ([6], True)]
+    pixels = np.zeros((1, 3, 64, 64), np.uint8)
+    batch = data.make_batch([(far, pixels), ([0, ([7], True)], pixels)], ["slow", "full"], CFG, 64, 40)
+    assert batch.full_tiles.tolist() == [1] and batch.pruned_tiles.tolist() == [] and batch.teacher is None
+    assert batch.student.visual_index.tolist() == list(range(CFG.visual_tokens("full")))
+
+
+def test_newlines_are_the_last_row_of_the_bank_and_numbers_are_final():
+    cfg = model.ModelConfig(vit=model.ViTConfig(image_size=64), connector=model.ConnectorConfig("mlp"))
+    cfg.image.cut = "unpad"
+    V, size = cfg.visual_tokens("full"), (128, 64)
+    tokens = data.picture_slots(cfg, "full", size)
+    first, second = data.sample_slots(cfg, "full", [size, size], 100)
+    tiles = data.tile_count(cfg, size)
+    assert (tokens == data.NEWLINE).sum() and data.NEWLINE == -1
+    for slots, start in ((first, 100), (second, 100 + tiles * V)):
+        assert np.array_equal(slots, np.where(tokens == data.NEWLINE, data.NEWLINE, tokens + start))
+    laid = data.lay_out([0, ([5], True)], [first])
+    assert laid.bank_rows.tolist() == [*first.tolist(), data.TEXT]
 
 
 def test_an_image_is_never_cut():
-    pieces, slots = [([5] * 10, True), 0, ([6] * 10, True)], [data.np.arange(32)]
-    assert data.split(pieces, slots, 52) == [pieces]
-    assert data.split(pieces, slots, 50) == [pieces[:2] + [([6] * 8, True)], [([6] * 2, True)]]
-    assert data.split(pieces, slots, 41) == [[([5] * 10, True)], [0, ([6] * 9, True)], [([6], True)]]
+    pieces, lengths = [([5] * 10, True), 0, ([6] * 10, True)], [32]
+    assert data.split(pieces, lengths, 52) == [pieces]
+    assert data.split(pieces, lengths, 50) == [pieces[:2] + [([6] * 8, True)], [([6] * 2, True)]]
+    assert data.split(pieces, lengths, 41) == [[([5] * 10, True)], [0, ([6] * 9, True)], [([6], True)]]
     once = [pieces + [([5] * 10, True)], [0, ([6] * 10, True)]]
-    assert data.split(pieces * 2, slots, 999, [1], 1) == once
+    assert data.split(pieces * 2, lengths, 999, [1], 1) == once
 
 
 def test_best_fit_never_overfills_and_wastes_little():
@@ -119,21 +136,29 @@ def test_order_is_a_permutation_an_epoch_and_follows_the_weights():
     assert [other[n] for n in range(500)] != picks[:500]
 
 
-def batches(rank: int = 0, world: int = 1, micro_steps: int = 1, workers: int = 0) -> list[data.Batch]:
-    sources, mode, steps = [(data.Scenes("chat"), 1.0)], (lambda n: "full"), range(3)
-    plan = data.Plan(sources, TOKENIZER, CFG, mode, 0, steps, 0, 8, micro_steps, rank, world, 128)
-    return [*torch.utils.data.DataLoader(data.Stream(plan), None, sampler=plan, num_workers=workers)]
+def test_best_fit_takes_the_fullest_row_of_equals_the_oldest():
+    assert data.best_fit([6, 6, 4, 4, 2], 10) == [[0, 2], [1, 3], [4]]
+    assert data.best_fit([5, 4, 3, 1], 8) == [[0, 2], [1, 3]]
+    assert data.best_fit([3, 3, 3], 9, [2, 2, 2], 4) == [[0, 1], [2]]
+    assert data.best_fit([1] * 5, 9, most=2) == [[0, 1], [2, 3], [4]]
 
 
-def test_workers_ranks_and_micro_steps_do_not_change_the_samples():
-    def seen(batches) -> list:
-        return sorted(p.sum().item() for b in batches for p in b.pixels.long())
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_ranks_and_micro_steps_do_not_change_the_samples(workers):
+    def plan(**changes) -> data.Plan:
+        return small_plan(
+            [(data.Scenes("chat"), 1.0)], range(3), CFG, batch_size=8, row_length=128, **changes
+        )
 
-    whole = batches()
-    for a, b in zip(whole, batches(workers=2), strict=True):
+    def sums(batches: list) -> list:
+        return sorted(pixels.sum().item() for batch in batches for pixels in batch.pixels.long())
+
+    one = draw(plan())
+    loader = torch.utils.data.DataLoader(data.Stream(plan()), None, sampler=plan(), num_workers=workers)
+    for a, b in zip(one, loader, strict=True):
         assert torch.equal(a.student.ids, b.student.ids) and torch.equal(a.pixels, b.pixels)
-    assert seen(whole) == seen(batches(0, 2) + batches(1, 2))
-    assert seen(whole) == seen(batches(micro_steps=4))
+    assert sums(one) == sums(draw(plan(rank=0, world=2)) + draw(plan(rank=1, world=2)))
+    assert sums(one) == sums(draw(plan(micro_steps=4)))
 
 
 def test_scenes_splits_are_disjoint_and_held_out_pairs_only_in_tests():
@@ -147,13 +172,12 @@ def test_scenes_splits_are_disjoint_and_held_out_pairs_only_in_tests():
     for kind in ("caption", "chat", "interleaved", "text"):
         for i in range(200):
             record = data.Scenes(kind)[i]
-            told = json.dumps(record.parts)
-            assert not any(f"{colour} {shape}" in told for colour, shape in data.HELD_OUT), told
+            text = json.dumps(record.parts)
+            assert not any(f"{colour} {shape}" in text for colour, shape in data.HELD_OUT), text
 
 
 def test_yes_and_no_are_balanced_and_answers_are_true():
-    yes = {"relation": 0, "exists": 0}
-    asked = {"relation": 0, "exists": 0}
+    yes, asked = {"relation": 0, "exists": 0}, {"relation": 0, "exists": 0}
     for i in range(2000):
         scene = data.make_scene("test", i)
         names = [t.name for t in scene.things]
@@ -161,80 +185,59 @@ def test_yes_and_no_are_balanced_and_answers_are_true():
             question = data.ask(scene, kind, random.Random(i), "test")
             if question:
                 asked[kind] += 1
-                yes[kind] += question[2] == "yes"
+                yes[kind] += question.answer == "yes"
         _, text, answer, _ = data.ask(scene, "exists", random.Random(i), "test")
         assert (answer == "yes") == (text.removeprefix("is there any ").removesuffix("?") in names)
         counted = data.ask(scene, "count", random.Random(i), "test")
-        if counted[1] == "how many shapes are any?":
-            assert int(counted[2]) == len(names)
+        if counted.question == "how many shapes are any?":
+            assert int(counted.answer) == len(names)
     for kind, n in asked.items():
         assert abs(yes[kind] / n - 0.5) < 3 * 0.5 / n**0.5, kind
 
 
-def test_pictures_with_palette_alpha_and_exif_become_rgb(tmp_path):
-    red = Image.new("RGBA", (10, 6), (255, 0, 0, 0))
-    red.save(tmp_path / "clear.png")
+# --- Pictures
+def test_pictures_with_palette_and_alpha_become_rgb(tmp_path):
+    Image.new("RGBA", (10, 6), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert data.open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)  # alpha lies on white
     Image.new("RGB", (10, 6), (0, 0, 255)).quantize().save(tmp_path / "palette.png")
     assert data.open_image(tmp_path / "palette.png").getpixel((3, 3)) == (0, 0, 255)
-    turned = Image.Exif()
-    turned[274] = 6  # rotate by 90 degrees to view
-    Image.new("RGB", (10, 6)).save(tmp_path / "turned.jpg", exif=turned)
-    assert data.open_image(tmp_path / "turned.jpg").size == (6, 10)
     assert data.to_pixels(data.open_image(tmp_path / "clear.png"), 64).shape == (3, 64, 64)
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(4, 0)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    grey = np.asarray(data.open_image(tmp_path / "deep.png"))[0, :, 0].astype(int)
+    assert np.abs(grey - np.arange(256)).max() <= 1
 
 
-def write_llava(folder, records: list) -> str:
-    (folder / "train.json").write_text(json.dumps(records))
-    return str(folder / "train.json")
+def test_pictures_are_turned_as_pillow_turns_them(tmp_path):
+    wide = Image.new("RGB", (40, 20), "blue")
+    wide.paste("red", (0, 0, 20, 20))
+    for orientation in range(9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        wide.save(tmp_path / "b.png", exif=exif)
+        with Image.open(tmp_path / "b.png") as file:
+            expected = ImageOps.exif_transpose(file).convert("RGB")
+        assert data.picture_size(tmp_path / "b.png") == expected.size
+        assert np.array_equal(data.open_image(tmp_path / "b.png"), expected)
+    for value in (9, 255):
+        exif[0x0112] = value
+        wide.save(tmp_path / "c.jpg", exif=exif)
+        assert data.picture_size(tmp_path / "c.jpg") == data.open_image(tmp_path / "c.jpg").size == (40, 20)
+    exif[0x0112] = 6  # turn by 90 degrees, clockwise
+    wide.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    content = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "x.bin").write_bytes(b"---" + content + b"--")
+    for image in (tmp_path / "a.jpg", content, data.FileSlice(tmp_path / "x.bin", 3, len(content))):
+        upright = data.open_image(image)
+        assert upright.size == data.picture_size(image) == (20, 40)
+        assert upright.getpixel((10, 5))[0] > 200 and upright.getpixel((10, 35))[2] > 200
 
 
-def turns(*values: str) -> list[dict]:
-    return [{"from": "human" if n % 2 == 0 else "gpt", "value": value} for n, value in enumerate(values)]
-
-
-def test_llava_json_turns_images_and_labels(tmp_path):
-    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
-    first = turns("What?\n<image>", "Red.", "And <image> now?", "Same.")
-    records = [
-        {"id": 1, "image": "a.png", "conversations": first[:2] + turns("Sure?", "Yes.")},
-        {"id": 2, "conversations": turns("Say <image> or <|end|>.", "<image>")},
-        {"id": 3, "image": ["a.png", "a.png"], "conversations": turns("<image> vs <image>?", "Equal.")},
-    ]
-    source = data.open_sources(write_llava(tmp_path, records), "sft")[0][0]
-    assert source[0].parts[0] == ("user", [0, "What?"])  # the image moves to the front of its turn
-    assert source[1].parts[0] == ("user", ["Say <image> or <|end|>."]) and source[1].images == []
-    assert source[2].parts[0] == ("user", [0, " vs ", 1, "?"])
-    laid = data.lay_out(data.pieces_of(source[1], TOKENIZER), [])
-    assert TOKENIZER.decode(laid.targets[laid.targets >= 0].tolist()) == "<image>"
-    assert laid.images == 0 and (laid.slot == -1).all()
-
-
-@pytest.mark.parametrize(
-    "record, words",
-    [
-        ({"image": "a.png", "conversations": turns("What?", "Red.")}, ["record 0", "1 images but 0 <image>"]),
-        ({"image": "a.png", "conversations": turns("<image><image>", "x")}, ["1 images but 2 <image>"]),
-        ({"conversations": [{"from": "robot", "value": "x"}]}, ["record 0", "'from'", "robot"]),
-        ({"image": None, "conversations": None}, ["record 0", "list of 'conversations'"]),
-        ({"conversations": turns("Only a question")}, ["must start with a human turn and an answer"]),
-    ],
-)
-def test_broken_llava_records_are_named(tmp_path, record, words):
-    source = data.FileSource(Path(write_llava(tmp_path, [record])), "chat")
-    with pytest.raises(model.UserError) as error:
-        source[0]
-    assert all(word in str(error.value) for word in [*words, "train.json"])
-
-
-def test_mixture_file(tmp_path):
-    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
-    write_llava(tmp_path, [{"image": "a.png", "conversations": turns("<image>\nDescribe.", "A red square.")}])
-    entries = [
-        {"kind": "caption", "path": "train.json", "weight": 3},
-        {"kind": "chat", "path": "train.json", "weight": 1},
-    ]
-    (tmp_path / "mix.json").write_text(json.dumps(entries))
-    (caption, three), (chat, one) = data.open_sources(str(tmp_path / "mix.json"), "pretrain")
-    assert (three, one) == (3, 1.0) and caption[0].parts == [0, "A red square."]
-    assert chat[0].parts[0] == ("user", [0, "Describe."])
+def test_bombs_and_halves_are_refused(tmp_path, monkeypatch):
+    jpeg = picture("red", "JPEG", (40, 20))
+    for broken in (jpeg[: len(jpeg) * 2 // 3], b"GIF", b"", picture("red", "PNG", (400, 400))[:-40]):
+        with pytest.raises(data.BadRecord, match="x: image of .* bytes does not decode"):
+            data.open_image(broken, "x")
+    monkeypatch.setattr(data, "MOST_PIXELS", 799)
+    with pytest.raises(data.BadRecord, match="40 x 20 pixels are too many"):
+        data.open_image(jpeg, "x")

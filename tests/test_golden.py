@@ -63,7 +63,7 @@ def train(main, flags: str, out: Path) -> dict:
     torch.set_num_threads(1)
     rows = [] if "--batch_size" in flags else ["--rows", "4"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_pretrain, "fast_dtype", lambda device: torch.float32)  # of Muon
+        patch.setattr(model, "fast_dtype", lambda device: torch.float32)  # of Muon
         patch.chdir(model.ASSETS.parent)
         main([*COMMON.split(), *rows, *flags.split(), "--out", str(out)])
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

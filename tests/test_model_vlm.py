@@ -114,7 +114,7 @@ def test_packing_and_mode_do_not_change_a_samples_logits():
 @pytest.mark.parametrize("text", ["<|end|>", "a <image> of <|user|> and <|assistant|>"])
 def test_control_words_in_text_are_ordinary_text(text):
     ids = TOKENIZER.encode(text)
-    assert max(ids) < len(TOKENIZER.ranks) and TOKENIZER.decode(ids) == text
+    assert max(ids) < TOKENIZER.end and TOKENIZER.decode(ids) == text
     pieces = data.prompt_pieces(text, 1, TOKENIZER)
     assert [piece for piece in pieces if isinstance(piece, int)] == [0]  # the picture, not the word
-    assert TOKENIZER.control("<|end|>") == [TOKENIZER.end] and TOKENIZER.end >= len(TOKENIZER.ranks)
+    assert TOKENIZER.control("<|end|>") == [TOKENIZER.end]

@@ -10,6 +10,7 @@ import pytest
 import test_model_vlm as test_vlm
 import torch
 import torch.nn.functional as F
+from helpers_tokenizers import small_tokenizer
 from PIL import Image
 
 import data
@@ -18,10 +19,7 @@ import model
 from model import UserError
 
 TOKENIZER = data.Tokenizer.from_pretrained(model.ASSETS / "scenes.tiktoken")
-OTHERS = [
-    data.Tokenizer(TOKENIZER.ranks, {"<|endoftext|>": 1000}, pattern, False, {})
-    for pattern in (data.GPT2, data.SMOLLM, data.QWEN, data.LLAMA3)
-]
+OTHERS = [small_tokenizer(kind) for kind in ("gpt2", "smollm2", "qwen", "llama3")]
 
 
 def tiny_vlm(context: int = 2048) -> model.VLM:
@@ -30,7 +28,7 @@ def tiny_vlm(context: int = 2048) -> model.VLM:
 
 def told(pieces: list, tokenizer=TOKENIZER) -> str:
     """A prompt as text, pictures as [n]."""
-    return "".join(f"[{p}]" if isinstance(p, int) else tokenizer.bpe.decode(p[0]) for p in pieces)
+    return "".join(f"[{p}]" if isinstance(p, int) else tokenizer.show(p[0]) for p in pieces)
 
 
 def texts_of(pieces: list) -> list[int]:
@@ -247,7 +245,7 @@ def test_candidates_have_the_tokens_that_answers_have_in_documents(tokenizer, sh
     cfg, images = evaluation.EvalConfig(scoring="likelihood"), [q.images for q in task.questions]
     assert evaluation.answer_all(tiny_vlm(), tokenizer, task, images, "full", cfg) == ["yes"] * 3
     expected = "noyes" if tokenizer is OTHERS[0] and shots is None else " no yes"  # the chat template's turn
-    assert {tokenizer.bpe.decode(sum(options, [])) for options in seen} == {expected}
+    assert {tokenizer.show(sum(options, [])) for options in seen} == {expected}
 
 
 def test_choices_hold_every_right_answer(tmp_path):
@@ -305,13 +303,14 @@ def test_boxes_may_hold_commas_and_files_are_told_apart(tmp_path):
 
 def test_a_token_that_ends_an_answer_may_hold_some_of_it(monkeypatch):
     """Byte-pair encoders of others have tokens such as ".\\n": they stop a caption and their period stays."""
-    ranks = {**TOKENIZER.ranks, b".\n": len(TOKENIZER.ranks)}
-    tokenizer = data.Tokenizer(ranks, {"<|endoftext|>": len(ranks)}, data.QWEN, False, {})
+    ranks = data.read_ranks(model.ASSETS / "scenes.tiktoken")
+    ranks[b".\n"] = len(ranks)
+    tokenizer = data.RankTokenizer(ranks, {})
     vlm, task, seen = tiny_vlm(), evaluation.few_shot_task("scenes_cap", 1, 0, 0), []
 
     def generate(batch, end, most, stops=()):
         seen.extend(stops)
-        return [tokenizer.encode(" a red ring.\n")]
+        return [[*tokenizer.encode("a red ring"), ranks[b".\n"]]]
 
     monkeypatch.setattr(vlm, "generate", generate)
     images = [q.images for q in task.questions]

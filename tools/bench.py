@@ -1,7 +1,7 @@
 """The speed table: what fewer visual tokens are worth in time. `make bench` writes runs/bench.json.
 
-    python tests/benchmark.py                         everything, ten to fifteen minutes on two cores
-    python tests/benchmark.py --only cos.stage1.time --rounds 3 --out runs/quick.json
+    python tools/bench.py                         everything, ten to fifteen minutes on two cores
+    python tools/bench.py --only cos.stage1.time --rounds 3 --out runs/quick.json
 
 Every row is a ratio of real steps (train_pretrain.optimizer_step on one micro-batch made by data.make_batch:
 forward, backward, clipping, fused AdamW) that alternate in one process: A B C, A B C, ... after a round of
@@ -49,12 +49,12 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
-import model  # noqa: E402
-import prune  # noqa: E402
-import train_pretrain  # noqa: E402
-import train_sft  # noqa: E402
-from tools import plan  # noqa: E402
+import data
+import model
+import prune
+import train_pretrain
+import train_sft
+from tools import plan
 
 GEOMETRY = model.ModelConfig(
     vit=model.ViTConfig(128, 8, width=128, layers=6, heads=4, mlp_width=512),  # 16 x 16 patches
@@ -84,8 +84,7 @@ class Trainer:
         self.flags, self.loss = flags_of(recipe, config), train_pretrain.caption_loss
         self.run = train_pretrain.Run("pretrain", self.flags, 0, 1, torch.device("cpu"))
         self.vlm = model.VLM.build(model.copy_config(cfg))
-        self.vlm.set_trainable(model.trainable_parts(self.flags.train), self.flags.trains_isolator())
-        train_pretrain.set_precision(self.vlm, self.flags)
+        train_pretrain.freeze(self.vlm, self.flags)
         self.optimizers = train_pretrain.make_optimizers(self.vlm, self.flags)
         train_pretrain.prepare(self.run, self.vlm)
         self.batch = captions(self.vlm.cfg, samples, self.flags.row_length) if samples else None
@@ -114,7 +113,7 @@ class Trainer:
 def flags_of(recipe: dict, config=train_pretrain.RunConfig) -> train_pretrain.RunConfig:
     """A stage's flags as a run on this CPU resolves them."""
     flags = config(**recipe)
-    train_pretrain.resolve_auto(flags, torch.device("cpu"), 1)
+    train_pretrain.resolve_device(flags, torch.device("cpu"), 1)
     return flags
 
 
@@ -180,7 +179,7 @@ def stage1_config(cfg: model.ModelConfig, name: str) -> model.ModelConfig:
 
 def stage1_flops(cfg: model.ModelConfig, name: str) -> dict[str, float]:
     """FLOPs by part of one sample: connector and adapters train, as in the paper's stage 1."""
-    train = model.trainable_parts(model.preset("cos-7b")["pretrain"]["train"])
+    train = model.trainable_parts(model.COS_TRAINS["pretrain"])
     return plan.sample_cost(stage1_config(cfg, name), train, TEXT, "full", 1)[0]
 
 
@@ -286,7 +285,7 @@ def dual_config(cfg: model.ModelConfig, name: str) -> model.ModelConfig:
 
 def dual_parts(cfg: model.ModelConfig, text: int, mode: str, views: int) -> dict[str, float]:
     """FLOPs by part of a sample: sample_cost, whose head sees all text, with a head that sees the answers."""
-    parts = plan.sample_cost(cfg, ["connector", "decoder"], text, mode.replace("fast", "pruned"), views)[0]
+    parts = plan.sample_cost(cfg, ["connector", "decoder"], text, mode, views)[0]
     unseen = (1 - ANSWER) * parts["head"]
     if mode == "slow":
         parts["teacher"] -= unseen / 3  # a forward pass
@@ -317,14 +316,14 @@ def dual_rows(name: str) -> dict[str, tuple]:
     """Row -> its steps, each (mode of every sample, tokens of text), their ratio, what is published."""
     _, n, published = DUAL[name]
     counts = {text: n * max(1, DUAL_TEXT[0] // text) for text in DUAL_TEXT}  # twice as many of the shortest
-    steps = [[((mode,) * counts[t], t) for mode in ("full", "fast", "slow")] for t in DUAL_TEXT]
+    steps = [[((mode,) * counts[t], t) for mode in ("full", "pruned", "slow")] for t in DUAL_TEXT]
     full, fast, slow = steps[0]
     rows = {"fast.t200": ([full, fast], lambda full, fast: fast / full, None)}
     rows |= {"slow.t200": ([full, slow], lambda full, slow: slow / full, None)}
     rows |= {"speedup": (steps[0], one_in_ten, published), "r05.speedup": (steps[0], one_in_twenty, None)}
     rows |= {f"t{three[0][1]}.speedup": (three, one_in_ten, None) for three in steps[1:]}
     if name == "llava15":  # ours, --mode sample: both in one micro-batch
-        ten = [(("full",) * 10, full[1]), (("slow", *["fast"] * 9), full[1])]
+        ten = [(("full",) * 10, full[1]), (("slow", *["pruned"] * 9), full[1])]
         rows |= {"mixed.speedup": (ten, lambda full, mixed: full / mixed, None)}
     return {f"dualspeed.{name}.{key}": row for key, row in rows.items()}
 
@@ -337,7 +336,7 @@ def dualspeed(bench: BenchConfig) -> list[dict]:
         if name == "coarse":
             at_7b = dual_config(model.preset("cos-7b")["model"], name)
         asked = {key: row for key, row in dual_rows(name).items() if bench.wants(key)}
-        fast, share = (("fast",) * n, DUAL_TEXT[0]), f"dualspeed.select.share.{name}"
+        fast, share = (("pruned",) * n, DUAL_TEXT[0]), f"dualspeed.select.share.{name}"
         wanted = dict.fromkeys(step for steps, *_ in asked.values() for step in steps)
         measure_share = name != "coarse" and bench.wants(share)  # there is nothing to select
         wanted |= {fast: None} if measure_share else {}
@@ -404,7 +403,7 @@ def describe_geometry() -> dict:
     connector = {key: getattr(GEOMETRY.connector, key) for key in ("levels", "width", "heads")}
     run = {"trains": flags.train, "autocast": flags.dtype, "row_length": flags.row_length}
     flops = {name: shares(stage1_flops(GEOMETRY, name)) for name in STAGE1}
-    for name, mode in itertools.product(DUAL, ("full", "fast", "slow")):
+    for name, mode in itertools.product(DUAL, ("full", "pruned", "slow")):
         cfg = dual_config(GEOMETRY, name)
         flops[f"dualspeed.{name}.{mode}"] = shares(dual_parts(cfg, DUAL_TEXT[0], mode, DUAL[name][0]))
     return {**parts, "connector": connector, **run, "text": TEXT, "samples": SAMPLES, "flop_shares": flops}

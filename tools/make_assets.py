@@ -1,5 +1,5 @@
-"""Makes the shipped halves of the demo anew: `python assets/make.py tokenizer|vit|lm` (or `make assets`).
-Also the README's picture of attention, from what `make demo` left: `python assets/make.py scales`.
+"""Makes the shipped halves of the demo anew: `python tools/make_assets.py tokenizer|vit|lm` (or `make assets`).
+Also the README's picture of attention, from what `make demo` left: `python tools/make_assets.py scales`.
 
 tokenizer  assets/scenes.tiktoken: all 256 bytes and the merges learned from Scenes told in words
 vit        assets/tiny_vit: a CLIP-shaped encoder that has seen pictures of both of the demo's resolutions, no
@@ -27,12 +27,11 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-import data  # noqa: E402
-import eval as evaluation  # noqa: E402
-import model  # noqa: E402
-from tools import export  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data
+import eval as evaluation
+import model
 
 
 def make_optimizer(parameters, muon_lr: float, lr: float = 2.5e-3) -> list[torch.optim.Optimizer]:
@@ -91,7 +90,7 @@ def make_tokenizer(merges: int = 208) -> None:
         for word, parts in words.items():
             words[word] = merge(parts, best)
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
-    (HERE / "scenes.tiktoken").write_text("".join(lines))
+    (model.ASSETS / "scenes.tiktoken").write_text("".join(lines))
     print(f"{len(ranks)} ranks; last merges: {list(ranks)[-8:]}")
 
 
@@ -198,10 +197,10 @@ def make_vit(minutes: float, seed: int = 0) -> None:
         bar.n = round(done * minutes * 60)
         bar.refresh()
     bar.close()
-    export.save_vit(vit, HERE / "tiny_vit", torch.float16)
+    vit.save_pretrained(model.ASSETS / "tiny_vit", torch.float16)
     mean, std = [0.5] * 3, [0.25] * 3
     model.write_json(
-        HERE / "tiny_vit" / "preprocessor_config.json",
+        model.ASSETS / "tiny_vit" / "preprocessor_config.json",
         {"image_mean": mean, "image_std": std, "resample": 3, "size": {"shortest_edge": 64}},
     )
     probe()
@@ -219,7 +218,7 @@ def dense_step(vit, head, scenes, size: int, split: str):
 def probe(steps: int = 300) -> None:
     """A linear read-out trained on the frozen shipped encoder, scored on test scenes, at both resolutions."""
     for size in (64, 128):
-        vit = model.ViT.from_pretrained(HERE / "tiny_vit")
+        vit = model.ViT.from_pretrained(model.ASSETS / "tiny_vit")
         vit.requires_grad_(False)
         for level in (2, vit.cfg.layers):
             torch.manual_seed(0)
@@ -254,7 +253,7 @@ def text_record(i: int, split: str = "train") -> data.Record:
         scene = data.dataclasses.replace(scene, things=scene.things[: rng.randint(1, 3)])
     draw = rng.random()
     if draw < 0.08:
-        return data.Record("text", [data.told_in_words(scene, rng)], [])
+        return data.Record("text", [data.facts_about(scene, rng)], [])
     if draw < 0.16:  # a made-up word stands for one colour or shape, as in interleaved documents
         meaning, word = (
             rng.choice([t.colour for t in scene.things] + [t.shape for t in scene.things]),
@@ -284,12 +283,12 @@ def text_batch(first: int, n: int, tokenizer: data.Tokenizer, split: str = "trai
         told.append(data.lay_out(data.split(pieces, [], 256)[0], []))
     lengths = [len(laid.ids) for laid in told]
     width = data.row_width(lengths, 256)
-    return data.make_rows(told, [0] * n, width, data.best_fit(lengths, width))[0]
+    return data.make_rows(told, width, data.best_fit(lengths, width))
 
 
 def make_lm(minutes: float, seed: int = 0) -> None:
     torch.manual_seed(seed)
-    tokenizer = data.Tokenizer.from_pretrained(HERE / "scenes.tiktoken")
+    tokenizer = data.Tokenizer.from_pretrained(model.ASSETS / "scenes.tiktoken")
     lm = model.Decoder(model.DecoderConfig(vocab_size=tokenizer.vocab_size, kv_heads=4, tied=False))
     nn.init.normal_(lm.embed_tokens.weight)  # unit variance: the residual stream starts as the token itself
     for block in lm.layers:
@@ -304,19 +303,22 @@ def make_lm(minutes: float, seed: int = 0) -> None:
         done = min(1.0, (time.time() - start) / (minutes * 60))
         step += 1
         if step % 500 == 0:
-            export.save_decoder(lm, HERE / "tiny_lm", torch.float16)
+            lm.save_pretrained(model.ASSETS / "tiny_lm", torch.float16)
             bar.write(f"step {step} loss {loss.item():.3f} {score_text(lm, tokenizer, 48)}", file=sys.stderr)
         bar.n = round(done * minutes * 60)
         bar.refresh()
     bar.close()
-    export.save_decoder(lm, HERE / "tiny_lm", torch.float16)
-    print(f"{step} steps of 32;", score_text(model.Decoder.from_pretrained(HERE / "tiny_lm"), tokenizer, 500))
+    lm.save_pretrained(model.ASSETS / "tiny_lm", torch.float16)
+    print(
+        f"{step} steps of 32;",
+        score_text(model.Decoder.from_pretrained(model.ASSETS / "tiny_lm"), tokenizer, 500),
+    )
 
 
 def text_step(lm: model.Decoder, rows: data.Rows):
     with torch.autocast("cpu", torch.bfloat16):
         x = lm.embed_tokens(rows.ids)
-        hidden, _ = lm.hidden(x, rows.positions, model.document_mask(rows.doc_ids))
+        hidden = lm.hidden(x, rows.positions, model.document_mask(rows.doc_ids))
         logits = lm.head(hidden.flatten(0, 1)[rows.supervised])
     return F.cross_entropy(logits.float(), rows.targets), logits
 
@@ -334,7 +336,7 @@ def score_text(lm: model.Decoder, tokenizer: data.Tokenizer, n: int) -> str:
             told = data.say(scene, None, kind == "ref") + "\n"
             pieces = data.chat_pieces([("user", [told, question]), ("assistant", [answer])], tokenizer)
             laid = data.lay_out(pieces, [])
-            rows, _ = data.make_rows([laid], [0], data.row_width([len(laid.ids)], 64), [[0]])
+            rows = data.make_rows([laid], data.row_width([len(laid.ids)], 64), [[0]])
             _, logits = text_step(lm, rows)
             asked[kind] += 1
             right[kind] += bool((logits.argmax(-1) == rows.targets).all())
@@ -351,7 +353,7 @@ def make_scales(run: str = "runs/demo/sft") -> None:
         evaluation.write_report(page, "", [], [], [], {}, [], scales)
         flags = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync
             --disable-background-networking --disable-component-update --hide-scrollbars""".split()
-        flags += [f"--user-data-dir={folder}/user", f"--screenshot={HERE / 'scales.png'}"]
+        flags += [f"--user-data-dir={folder}/user", f"--screenshot={model.ASSETS / 'scales.png'}"]
         subprocess.run(["chromium", *flags, "--window-size=1000,950", page.as_uri()], check=True)
 
 

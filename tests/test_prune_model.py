@@ -180,7 +180,7 @@ def test_attention_is_that_of_the_block(cls_token):
 def test_needs_are_of_the_pruned_views_alone():
     cfg = config("linear", "random")
     vlm, batch = build(cfg), small_batch(MIX, cfg)
-    batch.questions = data.asked(
+    batch.questions = data.question_ids(
         [data.Sample([0, ([5, 6], False), ([7], True)], np.zeros((1,)))] * 4, 4, config("linear", "cdpruner")
     )
     states = vlm.states(batch.pixels)

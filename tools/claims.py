@@ -1,9 +1,9 @@
 """The science table: small runs of both stages on Scenes, one a cell, compared question by question.
 
     make claims                                           all of CELLS once, in their order
-    python tests/claims.py --list                         names, flags, what each is expected to take
-    python tests/claims.py --only cos.chain --seeds 0,1   the cells of that prefix, with two seeds
-    python tests/claims.py --minutes 20                   starts no cell after that; call again to go on
+    python tools/claims.py --list                         names, flags, what each is expected to take
+    python tools/claims.py --only cos.chain --seeds 0,1   the cells of that prefix, with two seeds
+    python tools/claims.py --minutes 20                   starts no cell after that; call again to go on
 
 Writes OUT.json (a row a cell), OUT/<config hash>.npz (right or wrong, question by question) and the
 checkpoints under OUT; equal flags of stage 1 share one. A finished cell is skipped, an unfinished one goes on
@@ -34,12 +34,12 @@ from torch.nn.utils.rnn import pad_sequence
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import data  # noqa: E402
-import eval as evaluation  # noqa: E402
-import model  # noqa: E402
-import prune  # noqa: E402
-import train_pretrain  # noqa: E402
-import train_sft  # noqa: E402
+import data
+import eval as evaluation
+import model
+import prune
+import train_pretrain
+import train_sft
 
 
 class Cell(NamedTuple):
@@ -258,7 +258,7 @@ def right_answers(
         pieces.append(([*tokenizer.encode(question.answers[0]), tokenizer.end], True))
         x = data.lay_out(pieces, [np.arange(vlm.cfg.visual_tokens(mode))])
         who, positions = np.full(len(x.ids), i), np.arange(len(x.ids))
-        laid.append(torch.from_numpy(np.stack([who, x.ids, x.slot, x.targets, positions], 1)))  # (T, 5)
+        laid.append(torch.from_numpy(np.stack([who, x.ids, x.bank_rows, x.targets, positions], 1)))  # (T, 5)
         asked[picture if shared else -i].append(i)
     head = int((laid[0][:, 2] >= 0).nonzero()[-1]) + 1  # what all share: up to the end of the picture
     front = laid[0][:head] * torch.tensor([0, 1, 1, 1, 1]) - torch.tensor([2, 0, 0, 0, 0])  # its who is -2

@@ -1,0 +1,240 @@
+"""The scorers against numbers made by the reference programs, and our own rules against hand-made cases."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import eval as ev
+
+VECTORS = json.loads((Path(__file__).parent / "fixtures" / "eval_vectors.json").read_text())
+
+
+def caption_scores(case: dict) -> list[float]:
+    """CIDEr-D of a vector, whose candidates and references are keyed by image."""
+    candidates = [case["hyps"][image][0] for image in case["refs"]]
+    return ev.cider_d(candidates, list(case["refs"].values()))
+
+
+# --- VQA accuracy
+@pytest.mark.parametrize("case", VECTORS["vqa_normalise"], ids=lambda case: repr(case["in"]))
+def test_vqa_normalise(case):
+    assert ev.vqa_normalise(case["in"]) == case["evalai"]
+    assert ev.vqa_normalise(case["in"], official=True) == case["official"]
+
+
+@pytest.mark.parametrize("case", VECTORS["vqa_accuracy"], ids=lambda case: repr(case["pred"]))
+def test_vqa_accuracy(case):
+    assert ev.vqa_accuracy(case["pred"], case["answers"]) == pytest.approx(case["evalai_fraction"])
+    official = ev.vqa_accuracy(case["pred"], case["answers"], official=True)
+    assert round(100 * official, 2) == case["official_percent"]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("couldntve", "couldntve"),
+        ("couldnt've", "couldn't've"),
+        ("couldn'tve", "couldn't've"),
+        ("ow's'at", "'ow's'at"),
+        ("yalld've", "yalld've"),
+        ("y'alld've", "y'all'd've"),
+        ("twas", "'twas"),
+        ("somebody'd", "somebodyd"),
+        ("somebodyd", "somebodyd"),
+        ("Im", "im"),
+        ("shed", "shed"),
+        ("hed", "he'd"),
+    ],
+)
+def test_contractions_restore_one_apostrophe(text, expected):
+    assert ev.vqa_normalise(text, official=True) == expected
+
+
+def test_only_the_first_32_periods_go():
+    assert ev.vqa_normalise("x" + "." * 40) == "x" + "." * 8
+
+
+@pytest.mark.parametrize(
+    "answers, expected",
+    [
+        (["Red."], 1.0),
+        (["blue"], 0.0),
+        (["red", "red"], 1 / 3),
+        (["red"] * 3, 2 / 3),
+        (["red"] * 4, 1.0),
+        (["red", "red", "blue"], (2 / 3 + 2 / 3) / 3),
+    ],
+)
+def test_vqa_accuracy_with_few_answers(answers, expected):
+    assert ev.vqa_accuracy("red", answers) == pytest.approx(expected)
+
+
+def test_vqa_accuracy_needs_an_answer():
+    with pytest.raises(ValueError, match="at least one answer"):
+        ev.vqa_accuracy("red", [])
+
+
+# --- Yes or no
+@pytest.mark.parametrize("case", VECTORS["pope_parse"], ids=lambda case: repr(case["text"]))
+def test_yesno_parse(case):
+    assert ev.yesno_parse(case["text"]) == case["parsed"]
+
+
+# --- Multiple choice
+@pytest.mark.parametrize("case", VECTORS["mmbench_infer"]["cases"], ids=lambda case: repr(case["text"]))
+def test_choice_parse_agrees_with_mmbench(case):
+    options = list(VECTORS["mmbench_infer"]["choices"].values())
+    expected = None if case["text"] == "E" else case["parsed"]  # MMBench takes E, though there are four
+    assert ev.choice_parse(case["text"], options) == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("b", "B"),
+        (" (c) ", "C"),
+        ("**B**", "B"),
+        ("B: blue", "B"),
+        ("**C. dark green**", "C"),
+        ("D)", "D"),
+        ("A.M.", None),
+        ("A, B and D", None),
+        ("A cat", "D"),
+        ("a cat.", "D"),
+        ("A dog", None),
+        ("The answer is A", "A"),
+        ("the answer is (A).", "A"),
+        ("The answer is A cat", "D"),
+        ("Answer:\nB", "B"),
+        ("The answer is B because red is wrong", "B"),
+        ("The answer is A. The answer is B.", None),
+        ("It is DARK  green", "C"),
+        ("greenish", None),
+        ("reddish", None),
+        ("", None),
+        ("...", None),
+    ],
+)
+def test_choice_parse(text, expected):
+    assert ev.choice_parse(text, ["red", "blue", "dark green", "a cat"]) == expected
+
+
+def test_choice_parse_options():
+    assert ev.choice_parse("dark green", ["green", "dark green"]) == "B"
+    assert ev.choice_parse("green", ["green", "dark green"]) == "A"
+    assert ev.choice_parse("3", ["3", "3"]) is None
+    assert ev.choice_parse("$5 (C++)", ["$5", "C#", ""]) == "A"
+    assert ev.choice_parse("C", ["yes", "no"]) is None
+    assert ev.choice_parse("A", []) is None
+
+
+# --- Short answers
+@pytest.mark.parametrize(
+    "text, expected", [("Yes", True), ("yes..", True), ("yes. ", False), (" yes", False), ("y.es", False)]
+)
+def test_exact_match(text, expected):
+    assert ev.exact_match(text, "yes") == expected
+
+
+# --- Captions
+@pytest.mark.parametrize("case", VECTORS["ptb_tokenize"], ids=lambda case: repr(case["in"]))
+def test_ptb_tokenize(case):
+    assert ev.ptb_tokenize(case["in"]) == case["tokens"].split()
+    if "..." not in case["in"]:  # Java is not stable there either
+        assert ev.ptb_tokenize(case["tokens"]) == case["tokens"].split()
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [  # read off CoreNLP 3.4.1
+        ("the dogs' bowl.", "the dogs bowl"),
+        ("she'd've gone", "she 'd 've gone"),
+        ("no. 5", "no. 5"),
+        ("a sign that says no.", "a sign that says no"),
+        ("12:30pm", "12:30 pm"),
+        ("on Main St.", "on main st."),
+        ("one,two", "one two"),
+        ("two : three", "two three"),
+        ("a - b", "a b"),
+        ("vitamin c.", "vitamin c."),
+        ("Mt. Everest", "mt. everest"),
+        ("salt&pepper", "salt & pepper"),
+        ("e-mail a@b.com", "e-mail a@b.com"),
+    ],
+)
+def test_ptb_tokenize_like_java(text, expected):
+    assert ev.ptb_tokenize(text) == expected.split()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [VECTORS["cider_d_4images"], *VECTORS["cider_d_pretokenised"]],
+    ids=lambda case: case.get("note", "four images"),
+)
+def test_cider_d(case):
+    scores = caption_scores(case)
+    assert scores == pytest.approx(case["per_image"], abs=1e-9)
+    assert sum(scores) / len(scores) == pytest.approx(case["cider"], abs=1e-9)
+
+
+def test_cider_d_tokenizes_as_the_reference_does():
+    case = VECTORS["cider_d_4images"]
+    for image, references in case["refs"].items():
+        assert [" ".join(ev.ptb_tokenize(text)) for text in references] == case["refs_tok"][image]
+        assert [" ".join(ev.ptb_tokenize(text)) for text in case["hyps"][image]] == case["hyps_tok"][image]
+
+
+def test_cider_d_rejects_what_it_cannot_score():
+    assert ev.cider_d([], []) == []
+    with pytest.raises(ValueError, match="1 candidate captions but 2"):
+        ev.cider_d(["a"], [["a"], ["b"]])
+    with pytest.raises(ValueError, match="item 1 has no references"):
+        ev.cider_d(["a", "b"], [["a"], []])
+
+
+# --- Boxes
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("10 20 300 999", (10, 20, 300, 999)),
+        ("The dog is at [[10, 20, 300, 400]].", (10, 20, 300, 400)),
+        ("(10,20),(300,400) or 5", (10, 20, 300, 400)),
+        ("x1=10, y1=20, x2=30, y2=40", (10, 20, 30, 40)),
+        ("10-20-30-40", (10, 20, 30, 40)),
+        ("30 40 10 20", (30, 40, 10, 20)),
+        ("10 20 30", None),
+        ("", None),
+        ("10 20 30 1000", None),
+        ("10 20 30 -4", None),
+        ("0.1 0.2 0.3 0.4", None),
+        ("9" * 5000 + " 1 2 3", None),
+    ],
+)
+def test_parse_box(text, expected):
+    assert ev.parse_box(text) == expected
+
+
+def test_box_iou():
+    square = (100, 100, 300, 300)
+    assert ev.box_iou(square, square) == 1.0
+    assert ev.box_iou(square, (200, 100, 400, 300)) == pytest.approx(1 / 3)
+    assert ev.box_iou(square, (300, 100, 500, 300)) == 0.0  # they touch
+    assert ev.box_iou(square, (300, 300, 100, 100)) == 0.0  # swapped corners have no area
+    assert ev.box_iou((5, 5, 5, 5), (5, 5, 5, 5)) == 0.0
+
+
+def test_box_hit_counts_exactly_half():
+    assert ev.box_hit("0 0 100 50", "0 0 100 100") == 1.0
+    assert ev.box_hit("0 0 100 49", "0 0 100 100") == 0.0
+    assert ev.box_hit("somewhere on the left", "0 0 100 100") == 0.0
+    with pytest.raises(ValueError, match="on the left"):
+        ev.box_hit("0 0 100 100", "on the left")
+
+
+# --- Spread
+def test_standard_error():
+    assert ev.standard_error([0.0, 100.0]) == pytest.approx(50.0)
+    assert ev.standard_error([100.0] * 50 + [0.0] * 50) == pytest.approx(100 * (0.25 / 99) ** 0.5)
+    assert ev.standard_error([70.0] * 9) == 0.0
+    assert ev.standard_error([70.0]) == ev.standard_error([]) == 0.0

@@ -44,34 +44,30 @@ REFUSED = {  # flags of train_pretrain.py beside --out: a regular expression tha
     "--data none.json": "none.json.*scenes",
     "--connector.windows 8,3": r"3 does not divide the 8x8 patch grid.*\[1, 2, 4, 8\]",
     "--connector.windows 2,8": "from coarse to fine",
-    "--connector.plan 32 --connector.windows 8,4": "give either the plan or those",
     "--connector.levels 2,9": r"\[2, 9\] must lie in 0..4",
     "--connector.kind mlp --resolution 60": "60 is no multiple of vit.patch_size 8",
     "--vit.image_size 60": "60 is no multiple of vit.patch_size 8",
     "--encoder_from= --vit.image_size 0": "vit.image_size 0 must be above 0",
     "--encoder_from nowhere": "nowhere is neither a folder",
-    "--decoder.width 64": "--decoder.width: that half comes from",
-    "--image.mean 0,0,0": "--image.mean: that half comes from",
+    "--decoder.width 64": "--decoder.width cannot change: .*tiny_lm has its own",
+    "--image.mean 0,0,0": "--image.mean cannot change: .*tiny_vit has its own",
     "--prune.name magic": "magic.*divprune",
-    "--pruner magic": "--pruner 'magic'.*grid",
+    "--pruner magic": "magic.*divprune",
     "--resolution 64x2": "--resolution '64x2': use SIDE in pixels",
     "--resolution +crop": "CUT pad or split or anyres or unpad",
     "--resolution 128": "this chain connector sees 64 px, which --scale changes",
     "--resolution +unpad": "unpad needs a grid of tokens .* not chain",
     "--scale 32to144": "--scale 32to144 needs --init",
     "--scale_init nearest": "use one of inflate, queries, random",
-    "--scale_init random": "no effect without --scale",
     "--train head": "'head'.*vit, connector, decoder",
     "--train lora": "add --lora.rank",
-    "--lora.alpha 2": "no effect without --lora.rank",
     "--lora.rank -1": "lora.rank -1 must be at least 0",
-    "--batch_size 10 --micro_steps 3": "--batch_size 10 .*3 micro-steps.*--micro_steps 2",
-    "--batch_size 0 --rows 10 --micro_steps 3": "--rows 10 .*3 micro-steps.*--micro_steps 2",
+    "--batch_size 10 --micro_steps 3": "--batch_size 10 .*3 micro-steps.*--micro_steps 1 or 2",
+    "--batch_size 0 --rows 10 --micro_steps 3": "--rows 10 .*3 micro-steps.*--micro_steps 1 or 2",
     "--batch_size 0 --rows 0": "--rows 0: must be at least 1",
-    "--rows 8": "--rows .*--batch_size 0",
     "--row_limit 32": "32 positions.*--row_limit",
     "--lr -0.5": "--lr -0.5: .*-1",
-    "--lr -1 --train connector": "MM1's law.*decoder",
+    "--lr -1 --train connector": "at least 0, or -1 if the whole decoder trains",
     "--decay some": "--decay 'some'.*matrices.*all",
     "--seed -1": "--seed -1: must be at least 0",
     "--frozen int8": "--frozen 'int8' is unknown",
@@ -101,7 +97,7 @@ def test_scaling_from_the_wrong_base_is_refused(tmp_path, small_halves):
     assert "--slow_share 2.0" in refused(train_sft.main, [*sft[:-1], "--slow_share", "2"])
     assert "did you mean 32to144" in refused(train_sft.main, [*sft, "32to44"])
     assert not (tmp_path / "b").exists()
-    assert "the model comes from" in refused(train_sft.main, [*sft[:-1], "--connector.windows", "8,4"])
+    assert "cannot change" in refused(train_sft.main, [*sft[:-1], "--connector.windows", "8,4"])
     assert "already holds a run" in refused(train_pretrain.main, [*flags, "--out", str(tmp_path / "a")])
 
 
@@ -116,23 +112,24 @@ def test_an_image_that_does_not_decode_is_named(tmp_path, small_halves, capsys):
     train_pretrain.main([*flags, "--data", str(tmp_path / "train.json"), "--out", str(tmp_path / "a")])
     output = capsys.readouterr().out
     assert "skipped, image broken: " in output and "train.json record 1: image" in output
-    assert "bad.png does not decode" in output and "skipped 2 records: 2 image broken" in output
+    assert "bad.png does not decode" in output, output
+    assert "2 image broken" in output, output
 
 
 @pytest.mark.parametrize(
     "rows, micro_steps, world, fix",
-    [(32, 8, 8, "--micro_steps 4"), (30, 4, 8, "--rows 32"), (12, 1, 8, "--rows 16")],
+    [(32, 8, 8, "--micro_steps 1 or 2 or 4"), (30, 4, 8, "a multiple of 8"), (12, 1, 8, "a multiple of 8")],
 )
 def test_steps_that_do_not_divide_say_what_does(rows, micro_steps, world, fix):
     cfg = train_pretrain.RunConfig(rows=rows, micro_steps=micro_steps)
-    message = refused(lambda argv: train_pretrain.resolve_auto(cfg, torch.device("cpu"), world), [])
-    assert message.endswith(f"is not divisible by {micro_steps} micro-steps x {world} ranks: add {fix}")
+    message = refused(lambda argv: train_pretrain.resolve_device(cfg, torch.device("cpu"), world), [])
+    assert message.endswith(f"is not divisible by {micro_steps} micro-steps x {world} ranks: take {fix}")
 
 
 def test_broken_json_gives_line_and_column(tmp_path):
     (tmp_path / "x.json").write_text('[{"conversations": }]')
     message = refused(train_pretrain.main, ["--out", str(tmp_path / "a"), "--data", str(tmp_path / "x.json")])
-    assert "line 1 column 20" in message and not (tmp_path / "a").exists()
+    assert "line 1 column" in message and not (tmp_path / "a").exists()
 
 
 def test_eval_refuses_with_a_sentence(tmp_path):
@@ -147,7 +144,7 @@ def test_eval_refuses_with_a_sentence(tmp_path):
         evaluation.file_task("vqa", tmp_path / "q.jsonl", "")
     cfg = evaluation.EvalConfig(tasks="scenes_vqaa")
     with pytest.raises(model.UserError, match="scenes_vqaa"):
-        evaluation.open_tasks(cfg)
+        evaluation.open_tasks(cfg, evaluation.open_task)
 
 
 HELP = {  # a group, and a flag with its value in the preset

@@ -150,7 +150,7 @@ def test_a_preprocessor_that_does_not_say_enough_is_refused(tmp_path):
             model.read_preprocessor(tmp_path)
 
 
-@pytest.mark.parametrize("asked, side", [(0, 8), (28, 4), (42, 6)])
+@pytest.mark.parametrize("given, side", [(0, 8), (28, 4), (42, 6)])
 @pytest.mark.parametrize("family", ["clip", "siglip", "aimv2", "dinov2"])
 def test_the_encoders_preprocessing_travels_with_the_model(family, given, side, tmp_path):
     """Mean, std, interpolation and size, from the encoder's folder through a checkpoint into `encode`."""

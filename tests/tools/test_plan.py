@@ -24,7 +24,7 @@ def stages(cfg: model.ModelConfig, train: list[str], text: int, mode: str) -> fl
     """FLOPs of one sample through the real VLM, forward and backward, on the meta device."""
     pieces = [0, (list(range(1, text + 1)), True)]
     pixels = torch.zeros(1, 3, 64, 64, dtype=torch.uint8).numpy()
-    batch = data.make_batch([(pieces, pixels)], [mode.replace("pruned", "fast")], cfg, 1, 4096).to("meta")
+    batch = data.make_batch([(pieces, pixels)], [mode], cfg, 1, 4096).to("meta")
     T = text + cfg.visual_tokens("pruned" if mode == "pruned" else "full")
     batch.student = cut_padding(batch.student, T)
     if batch.teacher is not None:

@@ -5,9 +5,9 @@ import random
 import re
 from collections import Counter
 
+import helpers
 import numpy as np
 import pytest
-import test_model_vlm as test_vlm
 import torch
 import torch.nn.functional as F
 from helpers_tokenizers import small_tokenizer
@@ -23,7 +23,7 @@ OTHERS = [small_tokenizer(kind) for kind in ("gpt2", "smollm2", "qwen", "llama3"
 
 
 def tiny_vlm(context: int = 2048) -> model.VLM:
-    return test_vlm.tiny_vlm(tied=True, context=context)
+    return helpers.tiny_vlm(tied=True, context=context)
 
 
 def told(pieces: list, tokenizer=TOKENIZER) -> str:

@@ -9,8 +9,8 @@ import sys
 import types
 from pathlib import Path
 
+import helpers
 import pytest
-import test_model_vlm as test_vlm
 from PIL import Image
 
 import data
@@ -632,7 +632,7 @@ def test_pictures_stand_at_their_marks():
 
 
 def test_several_pictures_none_and_bytes_go_through_a_model(tmp_path):
-    vlm = test_vlm.tiny_vlm(tied=True, context=2048)
+    vlm = helpers.tiny_vlm(tied=True, context=2048)
     task = open_one("mmmu", put(tmp_path, "MMMU.tsv", TSV["mmmu"]))
     assert [len(q.images) for q in task.questions] == [2] * 4
     task.questions[1].images, task.max_new_tokens = (), 4
@@ -647,7 +647,7 @@ def test_several_pictures_none_and_bytes_go_through_a_model(tmp_path):
 def test_likelihoods_of_words_are_those_of_the_decoder(tmp_path):
     """Sums and sums a byte, against one sequence at a time through the decoder alone."""
     put_piqa(tmp_path)
-    vlm, task = test_vlm.tiny_vlm(tied=True, context=2048), open_one("piqa", tmp_path)
+    vlm, task = helpers.tiny_vlm(tied=True, context=2048), open_one("piqa", tmp_path)
     rows, _ = evaluation.score_task(vlm, TOKENIZER, task, "full", evaluation.EvalConfig(batch_size=3))
     right = {"acc": 0, "acc_norm": 0}
     for question in task.questions:
@@ -655,7 +655,7 @@ def test_likelihoods_of_words_are_those_of_the_decoder(tmp_path):
         for option in question.choices:
             head = [*TOKENIZER.start, *TOKENIZER.encode(question.text)]
             ids = [*head, *TOKENIZER.encode(option)]
-            logits = vlm.decoder(test_vlm.torch.tensor([ids]))[0].log_softmax(-1)
+            logits = vlm.decoder(helpers.torch.tensor([ids]))[0].log_softmax(-1)
             sums.append(sum(logits[t - 1, ids[t]].item() for t in range(len(head), len(ids))))
         norms = [s / len(option.encode()) for s, option in zip(sums, question.choices)]
         right["acc"] += sums.index(max(sums)) == int(question.answers[0])
@@ -940,7 +940,7 @@ def test_labels_come_by_their_question_and_not_by_the_order_of_files(tmp_path):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     run = tmp_path_factory.mktemp("tiny") / "step-00000001"
-    test_vlm.tiny_vlm(tied=True, context=2048).save_pretrained(
+    helpers.tiny_vlm(tied=True, context=2048).save_pretrained(
         run, {"stage": "pretrain", "train": {"init": "", "seed": 0}}
     )
     TOKENIZER.save(run / "tokenizer")
@@ -950,7 +950,7 @@ def saved(tmp_path_factory):
 def run_of(folder: Path) -> list[str]:
     run = folder / "run" / "step-00000001"
     if not run.exists():
-        test_vlm.tiny_vlm(tied=True, context=2048).save_pretrained(
+        helpers.tiny_vlm(tied=True, context=2048).save_pretrained(
             run, {"stage": "pretrain", "train": {"init": "", "seed": 0}}
         )
         TOKENIZER.save(run / "tokenizer")
@@ -1309,7 +1309,7 @@ def test_blind_pictures_are_no_others_of_the_same_question():
 
 
 def test_a_few_questions_that_are_too_long_count_as_wrong(capsys):
-    vlm = test_vlm.tiny_vlm(tied=True, context=60)
+    vlm = helpers.tiny_vlm(tied=True, context=60)
     ask = [evaluation.Question((), "What? " * (200 if n == 7 else 1), ["x"], name=n) for n in range(60)]
     task = evaluation.Task("many", "vqa", ask, 4)
     answers = evaluation.answer_all(vlm, TOKENIZER, task, [()] * 60, "full", evaluation.EvalConfig())

@@ -220,21 +220,21 @@ class ModelConfig:
         """Reject geometry that cannot work, before anything is built."""
         v, c, d = self.vit, self.connector, self.decoder
         require(v.image_size > 0, f"vit.image_size {v.image_size} must be above 0")
-        whole = v.image_size % v.patch_size == 0
-        require(whole, f"vit.image_size {v.image_size} is no multiple of vit.patch_size {v.patch_size}")
+        divides = v.image_size % v.patch_size == 0
+        require(divides, f"vit.image_size {v.image_size} is no multiple of vit.patch_size {v.patch_size}")
         require_one_of("vit.activation", v.activation, ACTIVATIONS)
         require_one_of("vit.pre_norm", v.pre_norm, ("before", "after", ""))
         ordered = c.levels and c.levels == sorted(c.levels) and c.levels[0] >= 0 and c.levels[-1] <= v.layers
-        states = f"in 0..{v.layers}, the ViT's hidden states, low to high"
-        require(ordered, f"connector.levels {c.levels} must lie {states}")
-        split = c.width % c.heads == 0
-        require(split, f"connector.width {c.width} is not a multiple of connector.heads {c.heads}")
+        states = f"0..{v.layers}, the ViT's hidden states, low to high"
+        require(ordered, f"connector.levels {c.levels} must lie in {states}")
+        divides = c.width % c.heads == 0
+        require(divides, f"connector.width {c.width} is not a multiple of connector.heads {c.heads}")
         require(c.tokens > 0, f"connector.tokens {c.tokens}: must be at least 1")
         require_one_of("connector.kind", c.kind, CONNECTORS)
         CONNECTORS[c.kind].check(self)
         require_one_of("image.cut", self.image.cut, CUTS)
-        flat = self.image.cut == "unpad" and not self.grid()
-        require(not flat, f"image.cut unpad needs a grid of tokens (mlp, avgpool, cabstractor), not {c.kind}")
+        fits = self.image.cut != "unpad" or self.grid() > 0
+        require(fits, f"image.cut unpad needs a grid of tokens (mlp, avgpool, cabstractor), not {c.kind}")
         self.check_pruner()
         require(self.lora.rank >= 0, f"lora.rank {self.lora.rank} must be at least 0")
         if d.experts:
@@ -491,8 +491,8 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def run_block(block: nn.Module, compiled: bool, *inputs):
-    """Call a transformer block, past torch.compile unless `compiled`: forward() is the plain function. A
-    compiled block would recompile for every new shape that evaluation, or a teacher's pass, brings.
+    """Call a transformer block, without its torch.compile unless `compiled`: forward() is the plain function.
+    A compiled block would recompile for every new shape that evaluation or a teacher's pass brings.
     """
     return block(*inputs) if compiled else block.forward(*inputs)
 
@@ -659,11 +659,11 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def attention(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """How much block `layer`, given its input (I, 1 + P, D), looks at each patch: (I, P), fp32, mean over
-        heads; and the patches' keys (I, H, P, d). Queries and keys come in the run's precision.
+        """Attention that block `layer`, given its input x (I, 1 + P, D), pays to each patch: (I, P), fp32,
+        mean over heads; and the patches' keys (I, H, P, d), in the run's precision.
 
-        The CLS token looks: one row of the matrix that fused attention never shows. Encoders without one
-        (SigLIP, AIMv2) take the mean over all patches, a substitute: the whole matrix, head after head.
+        The query is the CLS token. Encoders without one (SigLIP, AIMv2) average over the queries of all
+        patches, a substitute: it takes the attention matrix, which is computed one head after the other.
         """
         block, first = self.encoder["layers"][layer], int(self.cfg.cls_token)
         x, heads = block.layer_norm1(x), block.self_attn.heads
@@ -674,7 +674,7 @@ class ViT(nn.Module):
         return sum(looks)[:, first:] / heads, k[:, :, first:]
 
     def resize(self, image_size: int) -> None:
-        """Keep the weights, move to another resolution: the position table is resized once and for all."""
+        """Move to another resolution: the position table is resized once and for all, all else is kept."""
         with torch.no_grad():
             positions = self.embeddings.positions(image_size // self.cfg.patch_size)
         self.embeddings.position_embedding = nn.Embedding.from_pretrained(positions.clone(), freeze=False)
@@ -866,11 +866,13 @@ class Experts(nn.Module):
             gates = gates / (gates.sum(-1, keepdim=True) + 1e-9)
             losses = router_losses(logits, probabilities, chosen[:, 0], real)
 
-        # A choice is a token and its expert: here all first choices, then all second ones (2M,). Sorted by
-        # expert they stay in this order, except that padding (an odd key) comes last and takes no place.
-        expert = chosen.T.flatten()
+        # 1. List the choices of all tokens: the first ones, then the second ones.
+        expert = chosen.T.flatten()  # (2M,)
+        # 2. Sort them by expert. The sort is stable, so that first choices stay ahead and positions in order;
+        # padding has the odd key, comes last at its expert and takes no token's place.
         order = (2 * expert + ~real.repeat(2)).argsort(stable=True)
         expert, token, gates = expert[order], order % len(tokens), gates.T.flatten()[order]
+        # 3. While the experts train, a choice beyond the capacity of its expert gets the gate 0.
         n_experts = len(self.gate_proj)
         if self.training and torch.is_grad_enabled() and self.gate_proj.requires_grad:
             share = int(len(tokens) * self.capacity / n_experts)
@@ -878,9 +880,9 @@ class Experts(nn.Module):
             first_of_expert = torch.searchsorted(expert, expert)
             place = torch.arange(len(order), device=x.device) - first_of_expert  # 0, 1, … at each expert
             gates = gates * (place < limit)
+        # 4. Run each expert on its rows, which end before ends[e], and add the results up at their tokens.
         numbers = torch.arange(n_experts, device=x.device)
-        ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)  # (E,) behind each one's rows
-
+        ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)  # (E,)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         gate, up, down = (w.to(dtype).transpose(1, 2) for w in (self.gate_proj, self.up_proj, self.down_proj))
         rows = tokens.to(dtype).index_select(0, token)  # (2M, D)
@@ -1082,7 +1084,7 @@ def add_lora(decoder: Decoder, cfg: LoraConfig) -> None:
 
 @torch.no_grad()
 def merged(decoder: Decoder) -> dict[str, Tensor]:
-    """The decoder's weights with the adapters added to the matrices they stand beside, names without them."""
+    """The decoder's weights, adapters added to the matrices that they stand beside."""
     weights = {name: value for name, value in decoder.state_dict().items() if ".lora_" not in name}
     for name, part in decoder.named_modules():
         if isinstance(part, LoraLinear):
@@ -1187,24 +1189,6 @@ class Scale(nn.Module):
         for block, level in zip(self.blocks, levels):
             x = block(x, cut_windows(level, self.window), self.key_positions)
         return x.flatten(1, 2)
-
-    @torch.no_grad()
-    def attention(self, levels: list[Tensor]) -> Tensor:
-        """Which patches each token looks at in the block of the highest level: (I, windows * q, P), fp32.
-
-        Mean over heads; rows sum to 1 and are 0 outside the token's own window. Only for pictures: computed
-        anew from queries and keys, as fused attention never holds these weights.
-        """
-        x, cut = self.queries[None], [cut_windows(level, self.window) for level in levels]
-        for block, context in zip(self.blocks[:-1], cut):
-            x = block(x, context, self.key_positions)
-        q, k, _ = self.blocks[-1].project(x, cut[-1], self.key_positions)
-        scores = q.float() @ k.float().mT / math.sqrt(q.shape[-1])
-        inside = scores.softmax(-1).mean(1).unflatten(0, cut[-1].shape[:2])  # (I, windows, q, W*W)
-        P = levels[-1].shape[1]
-        patches = torch.arange(P, device=q.device).view(1, P, 1)
-        where = cut_windows(patches, self.window).mT.expand_as(inside)  # a patch's number in the whole grid
-        return inside.new_zeros(*inside.shape[:3], P).scatter_(3, where, inside).flatten(1, 2)
 
     @torch.no_grad()
     def inflate_from(self, source: "Scale", factor: int) -> None:
@@ -1563,7 +1547,7 @@ def make_newline(cfg: ModelConfig, table: Tensor) -> nn.Parameter | None:
 
 
 def of_tiles(x: Tensor, tiles: Tensor | None) -> Tensor:
-    """Those rows of x; no copy where they are all (tiles are sorted)."""
+    """The rows of x that belong to these tiles (sorted); x itself if they are all."""
     return x if tiles is None or len(tiles) == len(x) else x[tiles]
 
 
@@ -1613,8 +1597,8 @@ class VLM(nn.Module):
         return vlm
 
     def states(self, pixels: Tensor) -> tuple[Tensor | None, ...]:
-        """uint8 (I, 3, size, size) -> the encoder's hidden states up to the highest level that is read: those
-        of the connector's levels and the one that the last block starts from, which pruners ask for.
+        """uint8 (I, 3, size, size) -> the encoder's hidden states up to the highest level that is read; None
+        but for the connector's levels and the input of the last block, which pruners ask for.
         """
         trains = self.vit.embeddings.patch_embedding.weight.requires_grad and torch.is_grad_enabled()
         with torch.set_grad_enabled(trains):  # a frozen encoder keeps no activations
@@ -1658,7 +1642,8 @@ class VLM(nn.Module):
     def pruned_tokens(self, states: tuple, batch, tokens: Tensor | None = None) -> Tensor:
         """What the fast mode sees of batch.pruned_tiles, behind the isolator: (F, l + K, D).
 
-        tokens (F, V, D): where the pruner chooses among the connector's. Others spare the connector work.
+        tokens (F, V, D): the connector's, for pruners that choose among them. Others act before the
+        connector, which then has less to compute.
         """
         name, keep = self.cfg.prune.name, self.cfg.kept_tokens()
         needs, where = self.pruner_needs(name, states, batch), prune.PRUNERS[name].where
@@ -1672,7 +1657,7 @@ class VLM(nn.Module):
         return self.isolator(tokens)
 
     def pruner_needs(self, name: str, states: tuple, batch) -> dict:
-        """What that pruner asks for besides the features, of batch.pruned_tiles; no more is computed."""
+        """Arguments of that pruner besides the features, for batch.pruned_tiles; only those are computed."""
         needs, tiles, given = prune.PRUNERS[name].needs, batch.pruned_tiles, {"grid": self.cfg.grid()}
         if "seeds" in needs:  # picture and step: neither its place in the batch nor the run's seed matters
             pixels = of_tiles(batch.pixels, tiles).flatten(1)
@@ -1728,9 +1713,8 @@ class VLM(nn.Module):
         return student, teacher, router_losses
 
     def set_trainable(self, parts: list[str], isolator: bool) -> None:
-        """Freeze everything but the named parts of PARTS; the isolator if it is used.
-
-        With adapters "decoder" means the whole of it, "lora" the adapters alone.
+        """Freeze everything but the named PARTS, the isolator if it is used, and the newline. With adapters
+        "decoder" is all of the decoder, "lora" the adapters alone.
         """
         self.requires_grad_(False)
         for name in parts:

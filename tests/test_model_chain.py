@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 import model
 from model import ChainOfSight, ConnectorConfig, DecoderConfig, ModelConfig, ViTConfig
+from tools import report
 
 # The token table (section 2.2): scaling step, base, pixels, windows, tokens of each scale
 TABLE = [
@@ -171,7 +172,7 @@ def test_attention_shown_is_the_softmax_of_the_last_block(window, key_positions)
     cfg = narrow(key_positions=key_positions)
     scale = shaken(model.Scale(cfg.connector, 8, 16, window, n_queries=3))
     levels = levels_of(16)
-    looks, n = scale.attention(levels), 16 // window
+    looks, n = report.patch_attention(scale, levels), 16 // window
     assert looks.shape == (2, n * n * 3, 256) and looks.dtype == torch.float32 and not looks.requires_grad
     assert_close(looks.sum(-1), torch.ones(2, n * n * 3, dtype=torch.float32))
     added = scale.key_positions if key_positions else 0
@@ -205,7 +206,7 @@ def test_attention_shown_is_where_the_key_fits_the_query(window):
     high = torch.zeros(1, 256, 8)
     high[..., 1] = 1
     high[0, 16 * row + column] = torch.eye(8)[0]
-    looks = scale.attention([levels_of(16, 1)[0], high])[0]  # (tokens, P)
+    looks = report.patch_attention(scale, [levels_of(16, 1)[0], high])[0]  # (tokens, P)
     first = 2 * (row // window * (16 // window) + column // window)
     assert looks[first : first + 2, 16 * row + column].min() > 0.999
     others = torch.cat([looks[:first], looks[first + 2 :]])

@@ -16,8 +16,8 @@ import model
 import prune
 import train_pretrain
 import train_sft
-from tools import report
 from model import ConnectorConfig, DecoderConfig, ImageConfig, ModelConfig, PruneConfig, UserError, ViTConfig
+from tools import report
 
 VECTORS = json.loads((Path(__file__).parent / "fixtures" / "eval_vectors.json").read_text())
 NEXT, MAX9 = VECTORS["anyres_336_clip24"], VECTORS["anyres_max9_siglip384_side27"]

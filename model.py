@@ -1100,7 +1100,8 @@ def merged(decoder: Decoder) -> dict[str, Tensor]:
 class Connector(nn.Module):
     """A new connector is a subclass and a line in CONNECTORS. `forward` takes the patches at
     cfg.connector.levels, low to high, each (I, P, C), and returns (I, V, D). The class tells all else that
-    the model has to know: how many tokens it gives, whether they form a grid, which pruners fit.
+    the model has to know: how many tokens it gives, whether they form a grid, which pruners fit. If it ends
+    in a LayerNorm `norm` and a Linear `proj`, VLM.build gives proj the scale of the text embeddings.
     """
 
     per_patch = False  # a token for every patch; else cfg.connector.tokens of them
@@ -1589,7 +1590,7 @@ class VLM(nn.Module):
             cfg.decoder = dataclasses.replace(decoder.cfg, **sparse)
             upcycle(decoder, cfg.check().decoder)
         vlm = cls(cfg, vit, decoder)
-        if hasattr(vlm.connector, "norm"):
+        if hasattr(vlm.connector, "norm") and hasattr(vlm.connector, "proj"):
             # Visual tokens enter at the scale of text embeddings: behind a LayerNorm every input of the
             # last Linear has unit variance, so weights of std rms / sqrt(fan in) give the rms of the table.
             rms = vlm.decoder.embed_tokens.weight.float().pow(2).mean().sqrt().item()

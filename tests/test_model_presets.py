@@ -142,8 +142,8 @@ def test_recipes_are_flags_of_their_stage(name):
             kind = type(getattr(stages[stage](), key))
             assert type(value) is kind or (kind, type(value)) == (float, int), (stage, key)
         vlm.set_trainable(model.trainable_parts(cfg.train), isolator=True)
-        seen_cfg = model.at_resolution(vlm.cfg, cfg.resolution).check()
-        assert data.square_tokens(seen_cfg) < cfg.row_limit
+        later_cfg = model.at_resolution(vlm.cfg, cfg.resolution).check()
+        assert data.square_tokens(later_cfg) < cfg.row_limit
 
 
 @pytest.mark.parametrize("name", NAMES)

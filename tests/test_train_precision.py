@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TOKENIZER, Killed, log_of, samples_of
+from helpers import TOKENIZER, Killed, log_of, run_stage, samples_of
 from safetensors.torch import load_file
 
 import data
@@ -168,7 +168,7 @@ def test_a_run_in_pure_bf16(tmp_path, small_halves):
         assert {m.dtype for m in moments if m.ndim} == {HALF}
 
 
-def test_a_run_with_halved_matrices_goes_on_and_hands_over(tmp_path, small_halves):
+def test_a_run_with_halved_matrices_goes_on_and_hands_over(tmp_path, small_halves, monkeypatch):
     """Exact resume; in stage 2 what trains is whole again, from the values that were saved."""
     train = "--train connector --frozen bfloat16 --dtype bfloat16 --warmup 0 --muon_lr 0 --steps 4".split()
     flags = [*SMALL, *small_halves, *train, "--save_every", "2"]
@@ -176,17 +176,8 @@ def test_a_run_with_halved_matrices_goes_on_and_hands_over(tmp_path, small_halve
     first = weights_of(tmp_path / "whole")
     assert first["decoder.embed_tokens.weight"].dtype == HALF
     assert first["connector.proj.weight"].dtype == FULL
-    real = train_pretrain.finish_step
-
-    def die(run, vlm, tokenizer, optimizers, step):
-        real(run, vlm, tokenizer, optimizers, step)
-        if step == 1:
-            raise Killed
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_pretrain, "finish_step", die)
-        with pytest.raises(Killed):
-            train_pretrain.main([*flags, "--out", str(tmp_path / "cut")])
+    with pytest.raises(Killed):
+        run_stage(train_pretrain, [*flags, "--out", str(tmp_path / "cut")], 2, monkeypatch)
     train_pretrain.main([*flags, "--resume", "auto", "--out", str(tmp_path / "cut")])
     again = weights_of(tmp_path / "cut")
     assert all(torch.equal(again[name], value) for name, value in first.items())

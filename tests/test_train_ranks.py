@@ -33,8 +33,8 @@ def run_script(script: str, ranks: int, flags: list[str]) -> None:
 
 @pytest.mark.slow
 def test_torchrun_gives_the_losses_of_one_process(tmp_path, small_halves):
-    """Both stages, packed: scaling, pruned and slow samples, validation, best checkpoint. Rows of a single kind
-    make micro-batches of text alone on one rank.
+    """Both stages, packed: scaling, pruned and slow samples, validation. Rows of one kind make
+    micro-batches of text alone on one rank.
     """
     for name, ranks in (("one", 1), ("two", 2)):
         a, b = str(tmp_path / name / "a"), str(tmp_path / name / "b")

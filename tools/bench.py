@@ -179,7 +179,7 @@ def stage1_config(cfg: model.ModelConfig, name: str) -> model.ModelConfig:
 
 def stage1_flops(cfg: model.ModelConfig, name: str) -> dict[str, float]:
     """FLOPs by part of one sample: connector and adapters train, as in the paper's stage 1."""
-    train = model.trainable_parts(model.COS_TRAINS["pretrain"])
+    train = model.trainable_parts(model.preset("cos-7b")["pretrain"]["train"])
     return plan.sample_cost(stage1_config(cfg, name), train, TEXT, "full", 1)[0]
 
 

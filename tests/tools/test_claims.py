@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import claims
 import numpy as np
 import pytest
 import torch
@@ -11,6 +10,7 @@ import torch
 import data
 import eval as evaluation
 import model
+from tools import claims
 
 
 def test_errors_are_those_of_the_formula():
@@ -215,7 +215,7 @@ def test_one_pass_equals_greedy_decoding_for_all_questions(flags, mode):
         asked = [evaluation.Question(q.images, q.text, [s]) for q, s in zip(questions, said)]
         whole = [len(tokenizer.encode(s)) < 16 for s in said]  # ended by itself
         pictures = own if shown is images else other
-        assert (claims.right_answers(vlm, tokenizer, asked, pixels, pictures, mode=mode)[whole]).all()
+        assert (claims.right_answers(vlm, tokenizer, asked, pixels, pictures, view=mode)[whole]).all()
 
 
 def test_a_whole_cell(small_halves, tmp_path, monkeypatch):

@@ -111,9 +111,9 @@ def test_a_mixed_batch_is_packed():
 
 
 def test_the_script_writes_every_row(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "GEOMETRY", SMALL)
-    monkeypatch.setattr(benchmark, "SAMPLES", 4)
-    monkeypatch.setattr(benchmark, "DUAL_SIDE", 8)
+    monkeypatch.setattr(bench, "GEOMETRY", SMALL)
+    monkeypatch.setattr(bench, "SAMPLES", 4)
+    monkeypatch.setattr(bench, "DUAL_SIDE", 8)
     out = tmp_path / "bench.json"
     bench.main(["--rounds", "1", "--out", str(out)])
     report = json.loads(out.read_text())
@@ -146,8 +146,8 @@ def test_the_script_writes_every_row(tmp_path, monkeypatch, capsys):
 
 
 def test_only_some_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "GEOMETRY", SMALL)
-    monkeypatch.setattr(benchmark, "DUAL_SIDE", 8)
+    monkeypatch.setattr(bench, "GEOMETRY", SMALL)
+    monkeypatch.setattr(bench, "DUAL_SIDE", 8)
     out = tmp_path / "bench.json"
     bench.main(["--rounds", "1", "--only", "cos.stage1.budget.8", "--out", str(out)])
     assert [row["name"] for row in json.loads(out.read_text())["rows"]] == ["cos.stage1.budget.80"]

@@ -109,7 +109,8 @@ def test_scienceqa_parse_needs_a_letter_among_five():
 @pytest.mark.parametrize("case", VECTORS["mmbench_infer"]["cases"], ids=lambda case: repr(case["text"]))
 def test_mmbench_parse(case):
     assert (
-        benchmarks.mmbench_parse(case["text"], list(VECTORS["mmbench_infer"]["choices"].values())) == case["parsed"]
+        benchmarks.mmbench_parse(case["text"], list(VECTORS["mmbench_infer"]["choices"].values()))
+        == case["parsed"]
     )
 
 
@@ -259,7 +260,9 @@ def test_anls(case):
 
 def test_anls_of_spaces_and_of_nothing():
     assert benchmarks.anls("", [""]) == 1.0
-    assert benchmarks.anls("a  b", ["a c"]) == 0.75  # one edit over four characters, of which one is a second space
+    assert (
+        benchmarks.anls("a  b", ["a c"]) == 0.75
+    )  # one edit over four characters, of which one is a second space
     with pytest.raises(ValueError, match="at least one answer"):
         benchmarks.anls("a", [])
 
@@ -294,7 +297,9 @@ def naive_bleu4(candidates: list[str], references: list[list[str]]) -> float:
 
 def test_bleu4_by_hand():
     # 4 of 5 words, 3 of 4 pairs, 2 of 3 triples, 1 of 2 quadruples; as long as the reference
-    assert benchmarks.bleu4(["a b c d x"], [["a b c d e"]]) == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
+    assert benchmarks.bleu4(["a b c d x"], [["a b c d e"]]) == pytest.approx(
+        (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
+    )
     # all hit, but 4 words against 6: the nearer reference, and the shorter where two are as near
     assert benchmarks.bleu4(["a b c d"], [["a b c d e f", "q " * 9]]) == pytest.approx(math.exp(1 - 6 / 4))
     assert benchmarks.bleu4(["a b c d e f"], [["a b c d e f g h", "q q q q"]]) == pytest.approx(1.0)
@@ -313,7 +318,9 @@ def test_bleu4_is_that_of_the_definition(seed):
     ]
     candidates = [" ".join(draw.choices(words, k=draw.randint(4, 12))) for _ in references]
     candidates[:2] = [group[0] for group in references[:2]]  # some 4-grams must hit
-    assert benchmarks.bleu4(candidates, references) == pytest.approx(naive_bleu4(candidates, references), rel=1e-6)
+    assert benchmarks.bleu4(candidates, references) == pytest.approx(
+        naive_bleu4(candidates, references), rel=1e-6
+    )
 
 
 def test_bleu4_like_coco_caption():
@@ -343,5 +350,3 @@ def test_bleu4_rejects_what_it_cannot_score():
         benchmarks.bleu4(["a"], [["a"], ["b"]])
     with pytest.raises(ValueError, match="item 1 has no references"):
         benchmarks.bleu4(["a", "b"], [["a"], []])
-
-

@@ -122,7 +122,7 @@ def test_the_script_writes_every_row(tmp_path, monkeypatch, capsys):
     rows = {row["name"]: row for row in report["rows"]}
     assert all(list(row) == KEYS and row["value"] > 0 and row["floor"] > 0 for row in rows.values())
     flops = report["geometry"]["flop_shares"]
-    assert flops["dualspeed.next.slow"]["teacher"] > 0 and "teacher" not in flops["dualspeed.next.fast"]
+    assert flops["dualspeed.next.slow"]["teacher"] > 0 and "teacher" not in flops["dualspeed.next.pruned"]
     names = [f"cos.stage1.time.{name}" for name in ("32", "48", "80", "linear256", "resampler336")]
     names += [f"cos.stage1.budget.{name}" for name in ("32", "48", "80", "linear256")]
     dual = ["fast.t200", "slow.t200", "speedup", "r05.speedup", "t100.speedup", "t300.speedup"]

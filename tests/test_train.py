@@ -11,14 +11,16 @@ from helpers import (
     Killed,
     assert_ranks_equal_one_process,
     assert_same_step,
+    assert_same_weights,
     log_of,
+    losses_of,
     one_step,
     run_stage,
     small_batch,
     small_config,
     small_run,
-)  # fmt: skip
-from safetensors.torch import load_file
+    weights_of,
+)
 
 import model
 import train_pretrain
@@ -59,15 +61,6 @@ def test_micro_steps_equal_one_batch(picks, sizes):
 # --- Going on
 
 
-def weights_of(run) -> dict[str, torch.Tensor]:
-    return load_file(model.find_step(run) / "model.safetensors")
-
-
-def assert_same_weights(run, expected) -> None:
-    weights = weights_of(run)
-    assert all(torch.equal(weights[name], value) for name, value in weights_of(expected).items())
-
-
 @pytest.mark.parametrize("stage", [train_pretrain, train_sft])
 def test_resume_is_exact(stage, tmp_path, monkeypatch, small_halves):
     """Five steps, a kill at the eighth, and on from the checkpoint: the same bits as ten in one go."""
@@ -79,8 +72,8 @@ def test_resume_is_exact(stage, tmp_path, monkeypatch, small_halves):
     assert (tmp_path / "cut" / "latest").read_text().strip() == "step-00000005"
     run_stage(stage, ["--out", str(tmp_path / "cut"), "--resume", "auto", *flags], None, monkeypatch)
     assert_same_weights(tmp_path / "cut", tmp_path / "whole")
-    losses = [[(line["step"], line["loss"]) for line in log_of(tmp_path / run)] for run in ("whole", "cut")]
-    assert losses[0] == losses[1] and len(losses[0]) == 10  # every step is logged once
+    losses = losses_of(tmp_path / "cut")
+    assert losses == losses_of(tmp_path / "whole") and len(losses) == 10
 
 
 def test_another_rate_on_resume_keeps_the_momenta(tmp_path, monkeypatch, small_halves):
@@ -242,15 +235,15 @@ def test_training_lowers_the_loss_end_to_end(tmp_path, small_halves, capsys):
     """Both stages with scaling between them, from random halves: the loss falls by a third."""
     flags = [*SMALL, "--lr", "3e-3", "--log_every", "5"]
     train_pretrain.main([*flags, *small_halves, "--steps", "60", "--out", str(tmp_path / "a")])
-    log = log_of(tmp_path / "a")
-    assert log[-1]["loss"] < 0.66 * log[0]["loss"]
+    losses = losses_of(tmp_path / "a")
+    assert losses[60] < 0.66 * losses[5]
     capsys.readouterr()
     sft = [*flags, "--init", str(tmp_path / "a"), "--scale", "32to144", "--steps", "20", "--eval_every", "20"]
     train_sft.main([*sft, "--out", str(tmp_path / "b")])
     vlm = model.VLM.from_pretrained(tmp_path / "b")
     assert vlm.cfg.visual_tokens() == 144 and vlm.cfg.side == 16
     assert (tmp_path / "b" / "best").read_text() == (tmp_path / "b" / "latest").read_text()
-    assert np.isfinite([line["loss"] for line in log_of(tmp_path / "b") if "loss" in line]).all()
+    assert np.isfinite([*losses_of(tmp_path / "b").values()]).all()
     lines = capsys.readouterr().out.splitlines()
     parameters = sum(p.numel() for p in vlm.parameters()) / 1e6
     start = f"model   {model.find_step(tmp_path / 'a')}: {parameters:,.2f}M parameters"

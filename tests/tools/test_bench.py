@@ -50,8 +50,8 @@ def test_the_floors_at_7b_are_those_of_the_plan():
     assert flops["resampler336"] == pytest.approx(flops["336"], rel=0.01)
 
 
-@pytest.mark.parametrize("views", [1, 5])
-def test_flops_of_dualspeed_by_hand(views):
+@pytest.mark.parametrize("tiles", [1, 5])
+def test_flops_of_dualspeed_by_hand(tiles):
     cfg = bench.dual_config(bench.GEOMETRY, "llava15")
     d, v, text, answers = cfg.decoder, cfg.vit, 200, 80
 
@@ -62,11 +62,11 @@ def test_flops_of_dualspeed_by_hand(views):
     P = 24 * 24 + 1
     vit = v.layers * (2 * 12 * v.width**2 * P + 4 * P * P * v.width) + 2 * (P - 1) * 3 * 8 * 8 * v.width
     mlp = 2 * (P - 1) * (2 * v.width * d.width + 3 * d.width**2)  # nothing behind its first layer trains
-    full, fast = (views * (vit + mlp) + 3 * forward(views * n) for n in (576, 58 + 4))
-    slow = full + forward(views * (58 + 4))
+    full, fast = (tiles * (vit + mlp) + 3 * forward(tiles * n) for n in (576, 58 + 4))
+    slow = full + forward(tiles * (58 + 4))
     for mode, flops in (("full", full), ("pruned", fast), ("slow", slow)):
-        assert bench.dual_flops(cfg, ((mode,), text), views) == pytest.approx(flops, rel=1e-9)
-    nine_to_one = bench.dual_flops(cfg, (("slow", *["pruned"] * 9), text), views)
+        assert bench.dual_flops(cfg, ((mode,), text), tiles) == pytest.approx(flops, rel=1e-9)
+    nine_to_one = bench.dual_flops(cfg, (("slow", *["pruned"] * 9), text), tiles)
     assert 10 * full / nine_to_one == pytest.approx(bench.one_in_ten(full, fast, slow))
 
 
@@ -75,28 +75,28 @@ def test_the_speedups_at_7b_are_those_of_the_plan():
     lines = plan.savings(*plan.stages_of(seven, seven["model"]))
     told = [float(line.split("text: ")[1].split()[0]) for line in lines if "200 of text" in line]
     steps = [((mode,), 200) for mode in ("full", "pruned", "slow")]
-    flops = ([bench.dual_flops(seven["model"], step, views) for step in steps] for views in (1, 5))
+    flops = ([bench.dual_flops(seven["model"], step, tiles) for step in steps] for tiles in (1, 5))
     assert [bench.one_in_ten(*three) for three in flops] == pytest.approx(told, abs=0.1)  # of one decimal
 
 
-@pytest.mark.parametrize("views", [1, 5])
+@pytest.mark.parametrize("tiles", [1, 5])
 @pytest.mark.parametrize("text", bench.DUAL_TEXT)
-def test_a_dualspeed_batch_has_the_tokens_it_is_named_for(views, text):
+def test_a_dualspeed_batch_has_the_tokens_it_is_named_for(tiles, text):
     cfg = bench.dual_config(SMALL, "llava15")
     for mode, visual in (("full", 576), ("pruned", 62), ("slow", 576)):
-        batch = bench.dual_batch(cfg, ((mode,) * 2, text), views)
+        batch = bench.dual_batch(cfg, ((mode,) * 2, text), tiles)
         rows = batch.student
-        assert len(batch.pixels) == 2 * views and len(rows.ids) == 2  # a sample a row
-        assert [(rows.doc_ids == i).sum() for i in (0, 1)] == [views * visual + text] * 2
-        assert rows.ids.shape[1] - views * visual - text < 16
+        assert len(batch.pixels) == 2 * tiles and len(rows.ids) == 2  # a sample a row
+        assert [(rows.doc_ids == i).sum() for i in (0, 1)] == [tiles * visual + text] * 2
+        assert rows.ids.shape[1] - tiles * visual - text < 16
         assert len(rows.targets) == 2 * 0.4 * text
         last = rows.supervised.view(2, -1) - torch.tensor([[0], [rows.ids.shape[1]]])
-        assert last.tolist() == 2 * [[*range(views * visual + text * 6 // 10 - 1, views * visual + text - 1)]]
+        assert last.tolist() == 2 * [[*range(tiles * visual + text * 6 // 10 - 1, tiles * visual + text - 1)]]
         assert (batch.teacher is None) == (mode != "slow")
         if mode == "slow":
             assert len(batch.distill) == len(rows.targets)
             assert batch.teacher.targets.tolist() == rows.targets[batch.distill].tolist()
-            assert (batch.teacher.doc_ids == 0).sum() == views * 62 + text
+            assert (batch.teacher.doc_ids == 0).sum() == tiles * 62 + text
 
 
 def test_a_mixed_batch_is_packed():

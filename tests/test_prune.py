@@ -69,17 +69,6 @@ def test_kept_tokens(tokens, keep, expected):
     assert prune.kept_tokens("divprune", keep, tokens) == expected
 
 
-def test_gather_keeps_the_gradient():
-    x = features().requires_grad_()
-    kept = prune.select("divprune", x, 5)
-    assert not kept.requires_grad
-    taken = prune.gather(x, kept)
-    assert torch.equal(taken[1, 2], x[1, kept[1, 2]])
-    taken.sum().backward()
-    expected = torch.zeros(3, 30).scatter(1, kept, 1.0)[..., None].expand(-1, -1, 8)
-    assert torch.equal(x.grad, expected)
-
-
 # --- Mode isolator and mode
 def test_isolator_comes_before_the_kept_tokens():
     torch.manual_seed(0)

@@ -26,9 +26,9 @@ def test_errors_are_those_of_the_formula():
 def test_paired_difference():
     a, b = np.array([1, 1, 1, 0, 1, 0], bool), np.array([1, 0, 1, 0, 0, 1], bool)
     one = {"right": a, "picture": np.arange(6)}, {"right": b, "picture": np.arange(6)}
-    each = 100 * np.array([0, 1, 0, 0, 1, -1])
+    points = 100 * np.array([0, 1, 0, 0, 1, -1])
     mean, error, spread = claims.difference(*([side] for side in one))
-    assert np.isclose(mean, 100 / 6) and np.isclose(error, each.std(ddof=1) / 6**0.5) and spread == 0
+    assert np.isclose(mean, 100 / 6) and np.isclose(error, points.std(ddof=1) / 6**0.5) and spread == 0
     mean, _, spread = claims.difference([one[0], one[1]], [one[1], one[1]])  # two seeds: 16.7 and 0
     assert np.isclose(mean, 100 / 12) and np.isclose(spread, 100 / 12)
 
@@ -180,29 +180,28 @@ LINEAR = "--connector.kind linear"
 
 
 @pytest.mark.parametrize(
-    "flags, mode",
+    "flags, view",
     [(claims.FEW, "full"), (LINEAR, "full"), ("--connector.kind resampler", "full"), (LINEAR, "pruned"),
      (f"{LINEAR} --prune.name cdpruner", "pruned"), (f"{LINEAR} --prune.name random", "pruned")],
 )  # fmt: skip
-def test_one_pass_equals_greedy_decoding_for_all_questions(flags, mode):
+def test_one_pass_equals_greedy_decoding_for_all_questions(flags, view):
     """The shipped decoder already answers, often wrongly: nobody has shown it a picture."""
     torch.manual_seed(0)
     cfg = model.copy_config(model.preset("tiny")["model"])
     model.parse_cli(flags.split(), "", cfg)
     vlm, tokenizer = model.VLM.build(cfg).eval(), data.find_tokenizer(cfg)
-    questions, pixels, own, other = claims.exam(24, cfg.vit.image_size, cfg.image.resample)
-    right = claims.right_answers(vlm, tokenizer, questions * 2, pixels, own + other, 5, mode)
-    images = [q.images for q in questions]
+    questions, pixels, *pictures = claims.exam(24, cfg.vit.image_size, cfg.image.resample)
+    images = [question.images for question in questions]
     task = evaluation.Task("scenes_vqa", "vqa", questions, max_new_tokens=16)
-    for mine, shown in zip(right.reshape(2, -1), (images, evaluation.derange(images, 0))):
-        said = evaluation.answer_all(vlm, tokenizer, task, shown, mode, evaluation.EvalConfig())
-        assert [*mine] == [s == q.answers[0] for s, q in zip(said, questions)]
-        assert [*mine] == evaluation.score_answers(task, said)  # here nobody says "two" for 2
-        assert 0 < mine.mean() < 1
-        asked = [evaluation.Question(q.images, q.text, [s]) for q, s in zip(questions, said)]
-        whole = [len(tokenizer.encode(s)) < 16 for s in said]  # ended by itself
-        pictures = own if shown is images else other
-        assert (claims.right_answers(vlm, tokenizer, asked, pixels, pictures, view=mode)[whole]).all()
+    both = claims.right_answers(vlm, tokenizer, questions * 2, pixels, sum(pictures, []), 5, view)
+    for right, numbers, shown in zip(both.reshape(2, -1), pictures, (images, evaluation.derange(images, 0))):
+        answers = evaluation.answer_all(vlm, tokenizer, task, shown, view, evaluation.EvalConfig())
+        assert [*right] == [answer == q.answers[0] for answer, q in zip(answers, questions)]
+        assert [*right] == evaluation.score_answers(task, answers)  # here nobody says "two" for 2
+        assert 0 < right.mean() < 1
+        easy = [evaluation.Question(q.images, q.text, [answer]) for q, answer in zip(questions, answers)]
+        ended = [len(tokenizer.encode(answer)) < 16 for answer in answers]  # by themselves
+        assert (claims.right_answers(vlm, tokenizer, easy, pixels, numbers, view=view)[ended]).all()
 
 
 def test_a_whole_cell(small_halves, tmp_path, monkeypatch):
@@ -213,9 +212,8 @@ def test_a_whole_cell(small_halves, tmp_path, monkeypatch):
     claims.main([*flags, "--out", str(tmp_path / "c")])
     row = json.loads((tmp_path / "c.json").read_text())["rows"][0]
     assert row["visual_tokens"] == {"stage1": 32, "stage2": 144} and row["n"] == 30
-    assert (
-        row["seconds"].keys() == {"stage1", "stage2", "eval"} and row["commit"] and 0 <= row["score"] <= 100
-    )
+    assert row["seconds"].keys() == {"stage1", "stage2", "eval"}
+    assert row["commit"] and 0 <= row["score"] <= 100
     (tmp_path / "c.json").unlink()  # lost: only the questions are asked again
     monkeypatch.setattr(claims, "TRAIN", {})
     claims.main([*flags, "--out", str(tmp_path / "c")])

@@ -6,12 +6,16 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+import torch.multiprocessing as mp
 from PIL import Image
+from safetensors.torch import load_file
 
 import data
 import model
 import train_pretrain
+import train_sft
 
 TOKENIZER = data.Tokenizer.from_pretrained(model.ASSETS / "scenes.tiktoken")
 SMALL = "--batch_size 8 --row_length 128 --workers 0 --log_every 1 --dtype float32 --device cpu".split()
@@ -85,6 +89,23 @@ def log_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
+def losses_of(folder: Path) -> dict[int, float]:
+    """Step -> loss; every step is logged once."""
+    lines = [line for line in log_of(folder) if "loss" in line]
+    losses = {line["step"]: line["loss"] for line in lines}
+    assert len(losses) == len(lines)
+    return losses
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(model.find_step(run) / "model.safetensors")
+
+
+def assert_same_weights(run: Path, expected: Path) -> None:
+    weights = weights_of(run)
+    assert all(torch.equal(weights[name], value) for name, value in weights_of(expected).items())
+
+
 # --- Files of records and pictures
 def turns(*values: str) -> list[dict]:
     return [{"from": ("human", "gpt")[n % 2], "value": value} for n, value in enumerate(values)]
@@ -143,3 +164,59 @@ def broken_set(folder: Path, n: int = 200) -> Path:
         record = chat(None, "What now?", f"Text {i}.") if i % 5 == 0 else record
         records.append(chat("a.png", "no mark") if i % 20 == 11 else record)
     return write(folder / "train.json", records)
+
+
+# --- Steps
+def small_batch(picks: list[tuple[str, str]], cfg: model.ModelConfig, start: int = 0) -> data.Batch:
+    """picks: (kind, mode) of each sample; number n, counted from `start`, is always the same record."""
+    records = [data.Scenes(kind)[int(kind == "text") * 100 + n] for n, (kind, _) in enumerate(picks, start)]
+    return data.make_batch(samples_of(records, cfg), [mode for _, mode in picks], cfg, 128, 512)
+
+
+def small_run(rank: int = 0, world: int = 1, **flags) -> train_pretrain.Run:
+    """A run on the CPU that is never written."""
+    flags = {"compile": "false", "dtype": "float32", **flags}
+    return train_pretrain.Run("sft", train_pretrain.RunConfig(**flags), rank, world, torch.device("cpu"))
+
+
+def one_step(rank: int, world: int, micro: list[data.Batch], cfg: model.ModelConfig) -> tuple[dict, dict]:
+    """A plain SGD step, whose change is the gradient: new weights and the logged numbers."""
+    torch.manual_seed(0)
+    vlm = model.VLM(cfg)
+    vlm.set_trainable(["vit", "connector", "decoder"], isolator=True)
+    run = small_run(rank, world, clip=1e9, warmup=0, steps=10)
+    trained = [{"params": [p for p in vlm.parameters() if p.requires_grad], "peak": 1.0}]
+    optimizers, ddp = [torch.optim.SGD(trained, lr=1.0)], train_pretrain.prepare(run, vlm)
+    stats = train_pretrain.optimizer_step(run, ddp, micro, optimizers, 0, train_sft.fast_slow_loss)
+    return vlm.state_dict(), {name: float(value) for name, value in stats.items()}
+
+
+def assert_same_step(a: tuple[dict, dict], b: tuple[dict, dict]) -> None:
+    """Of two results of one_step."""
+    for name, value in a[1].items():
+        assert b[1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    for name, weight in a[0].items():
+        torch.testing.assert_close(b[0][name], weight, rtol=1e-4, atol=2e-6, msg=name)
+
+
+def on_two_ranks(function, folder: Path, *arguments) -> list:
+    """What function(rank, *arguments) returns in either of two processes that talk over gloo."""
+    mp.spawn(run_rank, (function, str(folder), arguments), nprocs=2)
+    return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def run_rank(rank: int, function, folder: str, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(function(rank, *arguments), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def step_of_rank(rank: int, ranks: tuple[list, list], cfg: model.ModelConfig) -> tuple[dict, dict]:
+    """one_step of a rank, which holds the samples ranks[rank]; numbers go on from rank to rank."""
+    return one_step(rank, 2, [small_batch(ranks[rank], cfg, rank * len(ranks[0]))], cfg)
+
+
+def assert_ranks_equal_one_process(ranks: tuple[list, list], cfg: model.ModelConfig, folder: Path) -> None:
+    together = small_batch([*ranks[0], *ranks[1]], cfg)
+    assert_same_step(one_step(0, 1, [together], cfg), on_two_ranks(step_of_rank, folder, ranks, cfg)[0])

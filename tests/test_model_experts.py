@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from helpers import SMALL, TOKENIZER, small_config
+from helpers import SMALL, TOKENIZER, small_batch, small_config
 
 import data
 import model
@@ -20,15 +20,6 @@ from tools import export, plan
 
 CFG = DecoderConfig(width=16, mlp_width=24, experts=4)
 CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a cuda device")]
-
-
-def small_batch(picks: list[tuple[str, str]], cfg: model.ModelConfig, start: int = 0) -> data.Batch:
-    """picks: (kind, mode) of each sample; number n, counted from `start`, is always the same record."""
-    samples = []
-    for n, (kind, _) in enumerate(picks, start):
-        record = data.Scenes(kind)[int(kind == "text") * 100 + n]
-        samples.append((data.pieces_of(record, TOKENIZER), data.load_images(record.images, cfg)))
-    return data.make_batch(samples, [mode for _, mode in picks], cfg, 128, 512)
 
 
 def make_experts(capacity: float, **changes) -> model.Experts:

@@ -1,238 +1,248 @@
-"""The two stages: exact resume, ranks, accumulation, modes, and that training lowers the loss."""
+"""The two stages: ranks, accumulation, exact resume, which flags may change, and that the loss falls."""
 
 import json
-import os
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
-from safetensors.torch import load_file
+from helpers import (
+    SMALL,
+    TOKENIZER,
+    Killed,
+    assert_ranks_equal_one_process,
+    assert_same_step,
+    assert_same_weights,
+    log_of,
+    losses_of,
+    one_step,
+    run_stage,
+    small_batch,
+    small_config,
+    small_run,
+    weights_of,
+)
 
-import data
 import model
 import train_pretrain
 import train_sft
+from model import UserError
 
-TOKENIZER = data.Tokenizer.from_pretrained(model.ASSETS / "scenes.tiktoken")
-SMALL = "--batch_size 8 --row_length 128 --workers 0 --log_every 1 --dtype float32 --device cpu".split()
-
-
-def small_config(**changes) -> model.ModelConfig:
-    cfg = model.ModelConfig(
-        vit=model.ViTConfig(image_size=32, width=32, layers=2, heads=2, mlp_width=64),
-        decoder=model.DecoderConfig(TOKENIZER.vocab_size, 32, 2, 2, 1, 16, 64),
-        connector=model.ConnectorConfig(levels=[1, 2], width=32, heads=2, windows=[4, 2], queries=[4, 1]),
-        prune=model.PruneConfig(keep=0.5, isolator=2),
-    )
-    return model.dataclasses.replace(cfg, **changes)
+# --- One step, however it is spread over ranks and micro-batches
 
 
-def small_batch(picks: list[tuple[str, str]], cfg: model.ModelConfig, start: int = 0) -> data.Batch:
-    """picks: (kind, mode) of each sample; number n, counted from `start`, is always the same record."""
-    samples = []
-    for n, (kind, _) in enumerate(picks, start):
-        record = data.Scenes(kind)[int(kind == "text") * 100 + n]
-        samples.append((data.pieces_of(record, TOKENIZER), data.load_images(record.images, cfg)))
-    return data.make_batch(samples, [mode for _, mode in picks], cfg, 128, 512)
+@pytest.mark.parametrize("ranks", [
+    ([("chat", "slow"), ("chat", "pruned")], [("chat", "pruned"), ("chat", "pruned")]),
+    ([("chat", "pruned"), ("chat", "slow")], [("text", "pruned"), ("text", "slow")]),
+    ([("chat", "slow")], [("chat", "slow")]),
+    ([("text", "pruned")], [("text", "pruned")]),
+], ids=["slow on one rank only", "image-free rank", "only slow", "no image at all"])  # fmt: skip
+def test_two_ranks_equal_one_process(ranks, tmp_path):
+    """Losses and gradients, with pruned, slow and image-free batches on one rank or on both."""
+    assert_ranks_equal_one_process(ranks, small_config(), tmp_path)
 
 
-fast_slow_sums = train_sft.fast_slow_loss  # T = 1, weight 1
+KINDS = [(kind, "full") for kind in ("caption", "text", "interleaved", "chat")] * 2
 
 
-def one_step(rank: int, world: int, micro: list[data.Batch]) -> tuple[dict, dict]:
-    """A plain SGD step, whose change is the gradient: new weights and the logged numbers."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    vlm = model.VLM(small_config())
-    vlm.set_trainable(["vit", "connector", "decoder"], isolator=True)
-    cfg = train_pretrain.RunConfig(clip=1e9, warmup=0, steps=10, compile="false", dtype="float32")
-    run = train_pretrain.Run("sft", cfg, rank, world, torch.device("cpu"))
-    trained = [{"params": [p for p in vlm.parameters() if p.requires_grad], "peak": 1.0}]
-    optimizers = [torch.optim.SGD(trained, lr=1.0)]
-    stats = train_pretrain.optimizer_step(
-        run, train_pretrain.prepare(run, vlm), micro, optimizers, 0, fast_slow_sums
-    )
-    return vlm.state_dict(), {name: float(value) for name, value in stats.items()}
+@pytest.mark.parametrize("picks, sizes", [
+    ([("chat", "pruned"), ("chat", "slow"), ("text", "pruned")], (1, 2)),
+    (KINDS, (1,) * 8),
+])  # fmt: skip
+def test_micro_steps_equal_one_batch(picks, sizes):
+    cfg, micro, first = small_config(), [], 0
+    for size in sizes:
+        micro.append(small_batch(picks[first : first + size], cfg, first))
+        first += size
+    targets = {len(batch.student.targets) for batch in micro}
+    assert len(targets) > min(3, len(sizes) - 1)  # a mean of means would differ
+    assert_same_step(one_step(0, 1, [small_batch(picks, cfg)], cfg), one_step(0, 1, micro, cfg))
 
 
-MIXES = {  # what rank 0 and rank 1 hold
-    "slow on one rank only": ([("chat", "slow"), ("chat", "fast")], [("chat", "fast"), ("chat", "fast")]),
-    "image-free rank": ([("chat", "fast"), ("chat", "slow")], [("text", "fast"), ("text", "slow")]),
-    "only slow": ([("chat", "slow")], [("chat", "slow")]),
-    "no image at all": ([("text", "fast")], [("text", "fast")]),
-}
-
-
-def rank_main(rank: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE="2")
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
-    results = {}
-    for name, ranks in MIXES.items():
-        batch = small_batch(ranks[rank], small_config(), start=rank * len(ranks[0]))
-        results[name] = one_step(rank, 2, [batch])
-    if rank == 0:
-        torch.save(results, f"{folder}/ranks.pt")
-    torch.distributed.destroy_process_group()
-
-
-def assert_same(a: tuple[dict, dict], b: tuple[dict, dict]) -> None:
-    for name, value in a[1].items():
-        assert b[1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
-    for name, weight in a[0].items():
-        torch.testing.assert_close(b[0][name], weight, rtol=1e-4, atol=2e-6, msg=name)
-
-
-def test_two_ranks_equal_one_process(tmp_path):
-    """Losses and gradients, with fast, slow and image-free batches on one rank or on both."""
-    mp.spawn(rank_main, args=(str(tmp_path),), nprocs=2)
-    results = torch.load(tmp_path / "ranks.pt", weights_only=True)
-    for name, ranks in MIXES.items():
-        together = small_batch([*ranks[0], *ranks[1]], small_config())
-        assert_same(one_step(0, 1, [together]), results[name])
-
-
-def test_accumulation_equals_one_batch():
-    picks = [("chat", "fast"), ("chat", "slow"), ("text", "fast")]
-    assert_same(
-        one_step(0, 1, [small_batch(picks, small_config())]),
-        one_step(
-            0, 1, [small_batch(picks[:1], small_config()), small_batch(picks[1:], small_config(), start=1)]
-        ),
-    )
-
-
-def gradients(picks: list[tuple[str, str]], distill: bool = True) -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    vlm = model.VLM(small_config())
-    vlm.set_trainable(["connector", "decoder"], isolator=True)
-    batch = small_batch(picks, vlm.cfg)
-    logits, teacher, _ = vlm(batch)
-    fast_slow_sums(logits, teacher if distill else None, batch)["loss"].backward()
-    return {name: p.grad for name, p in vlm.named_parameters() if p.requires_grad}
-
-
-def test_isolator_learns_from_fast_samples_only():
-    assert gradients([("chat", "slow"), ("chat", "slow")])["isolator.weight"].abs().max() == 0
-    assert gradients([("chat", "fast")])["isolator.weight"].abs().max() > 0
-
-
-def test_teacher_sees_pruned_tokens_and_carries_no_gradient():
-    torch.manual_seed(0)
-    vlm = model.VLM(small_config())
-    slow = small_batch([("chat", "slow")], vlm.cfg)
-    fast = small_batch([("chat", "fast")], vlm.cfg)
-    logits, teacher, _ = vlm(slow)
-    torch.testing.assert_close(teacher, vlm(fast)[0])  # the teacher is the fast view of the same sample
-    assert not teacher.requires_grad and not torch.allclose(logits, teacher)
-    assert slow.teacher.targets.tolist() == slow.student.targets[slow.distill].tolist()
-
-
-def test_slow_loss_equals_the_formula_in_double():
-    """CE, KL and the gradients of connector, isolator and decoder, from the plain formulas in fp64."""
-    torch.manual_seed(0)
-    vlm = model.VLM(small_config()).double()
-    for p in vlm.decoder.parameters():
-        p.data *= 3  # peaked attention and predictions, so that there is a KL to measure
-    vlm.set_trainable(["connector", "decoder"], isolator=True)
-    batch = small_batch([("chat", "slow"), ("chat", "fast")], vlm.cfg)
-    logits, teacher, _ = vlm(batch)
-    sums = fast_slow_sums(logits, teacher, batch)
-    log_p = logits.double().log_softmax(-1)
-    ce = -log_p[torch.arange(len(log_p)), batch.student.targets].sum()
-    q = teacher.double().softmax(-1)
-    kl = (q * (q.log() - log_p[batch.distill])).sum()
-    assert sums["ce"].item() == pytest.approx(ce.item(), rel=1e-6)
-    assert sums["kl"].item() == pytest.approx(kl.item(), rel=1e-4) and kl > 1e-2
-    trained = [p for p in vlm.parameters() if p.requires_grad]
-    ours = torch.autograd.grad(sums["loss"], trained, retain_graph=True)
-    for a, b in zip(ours, torch.autograd.grad(ce + kl, trained)):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-class Killed(Exception):
-    pass
-
-
-REAL_STEP = train_pretrain.optimizer_step
-
-
-def run_stage(stage, argv: list[str], stop: int | None, monkeypatch) -> None:
-    """main(), killed at the start of step `stop` if given."""
-
-    def step_or_die(run, ddp, micro, optimizers, step, loss_of):
-        if step == stop:
-            raise Killed
-        return REAL_STEP(run, ddp, micro, optimizers, step, loss_of)
-
-    monkeypatch.setattr(stage, "optimizer_step", step_or_die)
-    stage.main(argv)
+# --- Going on
 
 
 @pytest.mark.parametrize("stage", [train_pretrain, train_sft])
 def test_resume_is_exact(stage, tmp_path, monkeypatch, small_halves):
     """Five steps, a kill at the eighth, and on from the checkpoint: the same bits as ten in one go."""
-    flags = [
-        *SMALL,
-        *small_halves,
-        *"--steps 10 --save_every 5 --muon_lr 0.01 --train vit,connector,decoder".split(),
-    ]
-    if stage is train_sft:
-        flags += ["--slow_share", "0.5"]
+    flags = "--steps 10 --save_every 5 --muon_lr 0.01 --train vit,connector,decoder".split()
+    flags = [*SMALL, *small_halves, *flags, *(["--slow_share", "0.5"] if stage is train_sft else [])]
     run_stage(stage, [*flags, "--out", str(tmp_path / "whole")], None, monkeypatch)
     with pytest.raises(Killed):
         run_stage(stage, [*flags, "--out", str(tmp_path / "cut")], 7, monkeypatch)
     assert (tmp_path / "cut" / "latest").read_text().strip() == "step-00000005"
     run_stage(stage, ["--out", str(tmp_path / "cut"), "--resume", "auto", *flags], None, monkeypatch)
-    weights = [
-        (tmp_path / run / "step-00000010" / "model.safetensors").read_bytes() for run in ("whole", "cut")
-    ]
-    assert weights[0] == weights[1]
-    logs = [
-        [json.loads(x) for x in (tmp_path / r / "metrics.jsonl").read_text().splitlines()]
-        for r in ("whole", "cut")
-    ]
-    losses = [[(line["step"], line["loss"]) for line in log] for log in logs]
-    assert losses[0] == losses[1] and len(losses[0]) == 10  # every step is told once
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+    losses = losses_of(tmp_path / "cut")
+    assert losses == losses_of(tmp_path / "whole") and len(losses) == 10
 
 
-def test_resume_takes_new_rates_keeps_the_best_and_refuses_what_cannot_go_on(tmp_path, small_halves):
+def test_another_rate_on_resume_keeps_the_momenta(tmp_path, monkeypatch, small_halves):
+    """The bits of a run whose rate of AdamW changes on the way, of whose optimizers nothing else does."""
+    flags = [*SMALL, *small_halves, *"--steps 4 --save_every 2 --lr 1e-3 --muon_lr 0.01".split()]
+    with pytest.raises(Killed):
+        run_stage(train_pretrain, [*flags, "--out", str(tmp_path / "cut")], 3, monkeypatch)
+    train_pretrain.main([*flags, "--out", str(tmp_path / "cut"), "--resume", "auto", "--lr", "3e-3"])
+    real = train_pretrain.optimizer_step
+
+    def step_at_another_rate(run, ddp, micro, optimizers, step, loss_of):
+        for group in optimizers[0].param_groups if step == 2 else ():
+            assert group["peak"] == 1e-3
+            group["peak"] = 3e-3
+        return real(run, ddp, micro, optimizers, step, loss_of)
+
+    monkeypatch.setattr(train_pretrain, "optimizer_step", step_at_another_rate)
+    train_pretrain.main([*flags, "--out", str(tmp_path / "whole")])
+    assert_same_weights(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_the_log_is_cut_behind_the_checkpoint(tmp_path, monkeypatch, small_halves):
+    flags = [*SMALL, *small_halves, *"--steps 4 --save_every 2".split(), "--out", str(tmp_path)]
+    with pytest.raises(Killed):
+        run_stage(train_pretrain, flags, 3, monkeypatch)
+    log = tmp_path / "metrics.jsonl"
+    lines = [*log_of(tmp_path), {"step": 2, "val_loss": 0.5, "skipped": 3}, {"step": 4, "val_loss": 0.1}]
+    assert [line["step"] for line in lines] == [1, 2, 3, 2, 4]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    argv = [*flags, "--resume", "auto"]
+    run, vlm, _, cfg = train_pretrain.start("pretrain", train_pretrain.PretrainConfig, argv, "")
+    assert log_of(tmp_path) == lines  # nothing is written before all checks have passed
+    assert train_pretrain.begin(run, vlm, train_pretrain.make_optimizers(vlm, cfg)) == 2
+    assert log_of(tmp_path) == [lines[0], lines[1], lines[3]]
+    assert (run.best, run.skipped.total()) == (0.5, 3)
+
+
+def test_resume_keeps_the_best_and_refuses_another_stage(tmp_path, small_halves):
     flags = [*SMALL, *small_halves, "--muon_lr", "0", "--out", str(tmp_path / "a")]
     train_pretrain.main([*flags, *"--steps 4 --eval_every 2".split()])
-    log = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
-    best = min(line["val_loss"] for line in log if "val_loss" in line)
-    weights = load_file(model.find_step(tmp_path / "a") / "model.safetensors")
-    again = [*flags, *"--resume auto --steps 6 --lr 0 --eval_every 2".split()]
-    train_pretrain.main(again)
-    after = load_file(model.find_step(tmp_path / "a") / "model.safetensors")
+    weights = weights_of(tmp_path / "a")
+    train_pretrain.main([*flags, *"--resume auto --steps 6 --lr 0 --eval_every 2".split()])
+    after = weights_of(tmp_path / "a")
     assert all(torch.equal(weights[name], after[name]) for name in weights)  # a rate of 0 changes nothing
-    state = (tmp_path / "a" / "best").read_text().strip()
-    assert (tmp_path / "a" / state).is_dir() and best > 0
+    assert (tmp_path / "a" / (tmp_path / "a" / "best").read_text().strip()).is_dir()
     config = (tmp_path / "a" / "config.json").read_text()
-    for stage, extra in ((train_pretrain, ["--train", "connector"]), (train_pretrain, ["--muon_lr", "0.1"])):
-        with pytest.raises(model.UserError, match="another --train or --muon_lr"):
-            stage.main([*again, "--steps", "8", *extra])
-    with pytest.raises(model.UserError, match="holds a run of stage pretrain"):
+    with pytest.raises(UserError, match="holds a run of stage pretrain"):
         train_sft.main([*SMALL, "--out", str(tmp_path / "a"), "--resume", "auto"])
     assert (tmp_path / "a" / "config.json").read_text() == config  # nothing was overwritten
 
 
-def test_training_lowers_the_loss_end_to_end(tmp_path, small_halves):
+# --- What may change
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, small_halves) -> str:
+    folder = tmp_path_factory.mktemp("begun") / "a"
+    train_pretrain.main([*SMALL, *small_halves, "--steps", "1", "--out", str(folder)])
+    return str(folder)
+
+
+RUN_FLAGS = {  # flag -> another value
+    "steps": 9, "val_data": "scenes", "workers": 3, "lr": 0.5, "vit_lr": 0.5, "warmup": 0.5, "final_lr": 0.5,
+    "weight_decay": 0.5, "clip": 2.0, "z_loss": 0.5, "balance": 0.5, "router_z": 0.5, "device": "auto",
+    "dtype": "auto", "frozen": "bfloat16", "compile": "true", "log_every": 3, "save_every": 3,
+    "eval_every": 3,
+}  # fmt: skip
+DATA_AND_OPTIMIZERS = {
+    "seed": 3, "rows": 32, "batch_size": 4, "micro_steps": 2, "row_length": 64, "row_images": 3,
+    "row_limit": 500, "data": "caption.json", "train": "connector", "muon_lr": 0.5, "decay": "all",
+    "pure_bf16": "true", "pruner": "grid", "scale_init": "random", "resolution": "128",
+}  # fmt: skip
+PRUNING = {"prune.keep": 0.3, "prune.isolator": 7, "prune.name": "grid", "lora.rank": 2, "lora.alpha": 3.0}
+EXPERTS = {"decoder.experts": 4}
+GEOMETRY = {"vit.width": 48, "image.resample": 2, "decoder.layers": 3}
+CONNECTOR = {"connector.kind": "linear", "connector.windows": "4,2", "connector.levels": "1,2"}
+SCALE, NEITHER = {"scale": "32to144"}, {"preset": "tiny-moe", "decoder_from": ""}
+HALVES = {"vit.image_size": 128, "vit.align_corners": "true"}
+
+
+def resolve(words: list[str], flag: str, value) -> tuple:
+    words = [*words, f"--{flag}", str(value)]
+    return train_pretrain.resolve_flags(train_pretrain.PretrainConfig, "pretrain", words, "")
+
+
+def text_of(resolved: tuple, flag: str) -> str:
+    """What was resolved for a flag, as it is written on the command line."""
+    flags = {**model.flags_of(resolved[0]), **model.flags_of(resolved[1])}
+    value = getattr(flags[flag].config, flags[flag].attribute)
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value).lower()
+
+
+ACCEPTED = {
+    "resume": [RUN_FLAGS],
+    "init": [RUN_FLAGS, DATA_AND_OPTIMIZERS, PRUNING, EXPERTS, SCALE],
+    "preset": [RUN_FLAGS, DATA_AND_OPTIMIZERS, PRUNING, EXPERTS, CONNECTOR, HALVES],
+}
+REFUSED = {
+    "resume": [DATA_AND_OPTIMIZERS, PRUNING, EXPERTS, CONNECTOR, HALVES, GEOMETRY, NEITHER, SCALE],
+    "init": [CONNECTOR, HALVES, GEOMETRY, NEITHER],
+    "preset": [GEOMETRY],
+}
+
+
+@pytest.mark.parametrize("origin", ACCEPTED)
+def test_what_may_change(origin, begun, small_halves, tmp_path):
+    """When a run goes on, when one starts from another, and when its halves come from folders."""
+    words = {
+        "resume": [*SMALL, "--out", begun, "--resume", "auto", "--init", begun],
+        "init": ["--init", begun, "--out", str(tmp_path)],
+        "preset": [*small_halves, "--out", str(tmp_path)],
+    }[origin]
+    for group in ACCEPTED[origin]:
+        for flag, value in group.items():
+            resolved = resolve(words, flag, value)
+            assert resolved[3] == origin and (resolved[2] is None) == (origin == "preset")
+            assert text_of(resolved, flag) == str(value), flag
+    for group in REFUSED[origin]:
+        for flag, value in group.items():
+            with pytest.raises(UserError, match=f"--{flag} cannot change: .* has its own"):
+                resolve(words, flag, value)
+
+
+def test_everything_may_change_where_nothing_is_loaded():
+    words = ["--out", "nowhere", "--encoder_from", "", "--decoder_from", ""]
+    for flag, value in {**GEOMETRY, **CONNECTOR, **HALVES, **PRUNING, **EXPERTS}.items():
+        assert resolve(words, flag, value)[2] is None
+
+
+def test_every_flag_is_in_one_list():
+    """Of those that may change when a run goes on, or of those that may not."""
+    free = {"out", "init", "resume"} | RUN_FLAGS.keys()
+    assert train_pretrain.MAY_CHANGE["resume"] == free
+    names = {*model.flags_of(train_pretrain.PretrainConfig())}
+    assert names == free | DATA_AND_OPTIMIZERS.keys() | {"scale", "preset"}
+
+
+@pytest.mark.parametrize("flags, world, fix", [
+    ({"rows": 32, "micro_steps": 8}, 8, "--rows 32 is .* 8 micro-steps x 8 ranks: .* 1 or 2 or 4$"),
+    ({"batch_size": 6, "micro_steps": 4}, 1, "--batch_size 6 is .* take --micro_steps 1 or 2 or 3 or 6$"),
+    ({"rows": 12}, 8, "--rows 12 is .* 1 micro-steps x 8 ranks: take a multiple of 8$"),
+])  # fmt: skip
+def test_a_step_that_does_not_divide_names_what_does(flags, world, fix):
+    with pytest.raises(UserError, match=fix):
+        train_pretrain.resolve_device(train_pretrain.RunConfig(**flags), torch.device("cpu"), world)
+
+
+# --- Whole runs
+
+
+def test_training_lowers_the_loss_end_to_end(tmp_path, small_halves, capsys):
     """Both stages with scaling between them, from random halves: the loss falls by a third."""
     flags = [*SMALL, "--lr", "3e-3", "--log_every", "5"]
     train_pretrain.main([*flags, *small_halves, "--steps", "60", "--out", str(tmp_path / "a")])
-    log = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
-    assert log[-1]["loss"] < 0.66 * log[0]["loss"]
+    losses = losses_of(tmp_path / "a")
+    assert losses[60] < 0.66 * losses[5]
+    capsys.readouterr()
     sft = [*flags, "--init", str(tmp_path / "a"), "--scale", "32to144", "--steps", "20", "--eval_every", "20"]
     train_sft.main([*sft, "--out", str(tmp_path / "b")])
     vlm = model.VLM.from_pretrained(tmp_path / "b")
     assert vlm.cfg.visual_tokens() == 144 and vlm.cfg.side == 16
-    log = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
-    assert {"loss before", "loss inflate", "loss random"} <= log[0].keys()
     assert (tmp_path / "b" / "best").read_text() == (tmp_path / "b" / "latest").read_text()
-    assert np.isfinite([line["loss"] for line in log if "loss" in line]).all()
+    assert np.isfinite([*losses_of(tmp_path / "b").values()]).all()
+    lines = capsys.readouterr().out.splitlines()
+    parameters = sum(p.numel() for p in vlm.parameters()) / 1e6
+    start = f"model   {model.find_step(tmp_path / 'a')}: {parameters:,.2f}M parameters"
+    assert lines[0].startswith(start) and lines[0].endswith("144 tokens for a picture of 128 px")
+    assert lines[1].startswith("data    scenes") and lines[1].endswith("; a step takes 8 samples")
+    assert lines[2].startswith("run     20 steps, rate 0.003, float32, 1 x cpu (")
 
 
 def test_stage_1_on_pruned_tokens_learns_the_isolator(tmp_path, small_halves):
@@ -242,8 +252,18 @@ def test_stage_1_on_pruned_tokens_learns_the_isolator(tmp_path, small_halves):
     torch.manual_seed(0)  # the run's seed: where its isolator started
     start = model.VLM.build(model.copy_config(vlm.cfg))
     assert vlm.cfg.prune.name == "grid" and not torch.equal(vlm.isolator.weight, start.isolator.weight)
-    log = json.loads((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert log["visual_tokens"] == vlm.cfg.visual_tokens("pruned")
+    assert log_of(tmp_path / "a")[-1]["visual_tokens"] == vlm.cfg.visual_tokens("pruned")
+
+
+def test_validation_weighs_sources_as_the_data_does(tmp_path):
+    mixture = tmp_path / "mix.json"
+    caption, text = ({"kind": kind, "path": "scenes"} for kind in ("caption", "text"))
+    model.write_json(mixture, [{**caption, "weight": 3}, {**text, "weight": 1}])
+    torch.manual_seed(0)
+    vlm, run = model.VLM(small_config()), small_run(row_length=128)
+    losses = train_pretrain.validation_loss(run, vlm, TOKENIZER, str(mixture), "pretrain")
+    assert losses.keys() == {"all", "caption", "text"} and abs(losses["caption"] - losses["text"]) > 1e-3
+    assert losses["all"] == pytest.approx(0.75 * losses["caption"] + 0.25 * losses["text"])
 
 
 @pytest.mark.slow

@@ -1,13 +1,12 @@
 """The scripts themselves under torchrun on two CPU processes, and the CUDA paths where there is a GPU."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import test_training
 import torch
+from helpers import losses_of, small_batch, small_config
 
 import model
 import train_pretrain
@@ -20,37 +19,26 @@ FLAGS = (
 PACKED = [*FLAGS, *"--batch_size 0 --rows 8".split()]
 
 
-def losses(folder: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+def run_script(script: str, ranks: int, flags: list[str]) -> None:
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    )
+    command = [sys.executable, *torchrun, script, *flags]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
 
 
 @pytest.mark.slow
 def test_torchrun_gives_the_losses_of_one_process(tmp_path, small_halves):
-    """Both stages, packed: scaling, fast and slow samples, validation, best checkpoint. Rows of a single kind
-    make micro-batches of text alone on one rank.
+    """Both stages, packed: scaling, pruned and slow samples, validation. Rows of one kind make
+    micro-batches of text alone on one rank.
     """
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    for name, launch in (("one", [sys.executable]), ("two", torchrun)):
+    for name, ranks in (("one", 1), ("two", 2)):
         a, b = str(tmp_path / name / "a"), str(tmp_path / name / "b")
-        first = [*launch, "train_pretrain.py", *small_halves, *PACKED, "--out", a]
-        second = [
-            *launch,
-            "train_sft.py",
-            *PACKED,
-            "--init",
-            a,
-            "--out",
-            b,
-            "--slow_share",
-            "0.5",
-            "--eval_every",
-            "2",
-        ]
-        for command in (first, [*second, "--scale", "32to144"]):
-            subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+        run_script("train_pretrain.py", ranks, [*small_halves, *PACKED, "--out", a])
+        sft = ["--scale", "32to144", *"--slow_share 0.5 --eval_every 2".split()]
+        run_script("train_sft.py", ranks, [*PACKED, *sft, "--init", a, "--out", b])
     for stage in ("a", "b"):
-        one, two = losses(tmp_path / "one" / stage), losses(tmp_path / "two" / stage)
+        one, two = losses_of(tmp_path / "one" / stage), losses_of(tmp_path / "two" / stage)
         assert one.keys() == two.keys() == {1, 2, 3, 4}
         for step, loss in one.items():
             assert two[step] == pytest.approx(loss, rel=2e-3), (stage, step)
@@ -63,26 +51,24 @@ def test_torchrun_gives_the_losses_of_one_process(tmp_path, small_halves):
 )
 def test_two_ranks_where_a_part_is_not_used(flags, tmp_path, small_halves):
     """Without distillation a batch may hold no pruned tokens: then the isolator has no gradient."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    rest = ["--distill_weight", "0", *flags.split(), "--out", str(tmp_path / "run")]
-    command = [*torchrun, "train_sft.py", *small_halves, *FLAGS, *rest]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
-    assert losses(tmp_path / "run").keys() == {1, 2, 3, 4}
+    out = ["--distill_weight", "0", *flags.split(), "--out", str(tmp_path / "run")]
+    run_script("train_sft.py", 2, [*small_halves, *FLAGS, *out])
+    assert losses_of(tmp_path / "run").keys() == {1, 2, 3, 4}
 
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a cuda device")
 def test_cuda_gives_the_gradients_of_the_cpu():
     torch.backends.cudnn.allow_tf32 = False  # the patch convolution
-    picks = [("chat", "fast"), ("chat", "slow"), ("text", "fast")]
+    picks = [("chat", "pruned"), ("chat", "slow"), ("text", "pruned")]
     grads = {}
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)
-        vlm = model.VLM(test_training.small_config()).to(device)
+        vlm = model.VLM(small_config()).to(device)
         vlm.set_trainable(["vit", "connector", "decoder"], isolator=True)
-        batch = test_training.small_batch(picks, vlm.cfg).to(torch.device(device))
+        batch = small_batch(picks, vlm.cfg).to(torch.device(device))
         logits, teacher, _ = vlm(batch)
-        test_training.fast_slow_sums(logits, teacher, batch)["loss"].backward()
+        train_sft.fast_slow_loss(logits, teacher, batch)["loss"].backward()
         grads[device] = {name: p.grad.cpu() for name, p in vlm.named_parameters() if p.grad is not None}
     assert grads["cpu"].keys() == grads["cuda"].keys()
     for name, gradient in grads["cpu"].items():
@@ -94,15 +80,6 @@ def test_cuda_gives_the_gradients_of_the_cpu():
 def test_both_stages_run_compiled_in_bfloat16_on_cuda(tmp_path, small_halves):
     flags = "--steps 3 --rows 8 --device cuda --dtype bfloat16 --compile true".split()
     train_pretrain.main([*flags, *small_halves, "--out", str(tmp_path / "a")])
-    sft = [
-        "--init",
-        str(tmp_path / "a"),
-        "--scale",
-        "32to144",
-        "--slow_share",
-        "0.5",
-        "--out",
-        str(tmp_path / "b"),
-    ]
-    train_sft.main([*flags, *sft])
+    sft = ["--init", str(tmp_path / "a"), *"--scale 32to144 --slow_share 0.5".split()]
+    train_sft.main([*flags, *sft, "--out", str(tmp_path / "b")])
     assert (tmp_path / "b" / "latest").is_file()

@@ -4,8 +4,8 @@ import json
 import math
 
 import pytest
-import test_training
 import torch
+from helpers import SMALL, small_batch, small_config, small_run
 
 import data
 import model
@@ -32,7 +32,7 @@ def test_the_law_is_a_line_in_logarithms():
 
 
 def test_the_law_sets_the_rate_unless_a_flag_does(tmp_path, small_halves):
-    flags = [*test_training.SMALL, *small_halves, "--steps", "1", "--muon_lr", "0"]
+    flags = [*SMALL, *small_halves, "--steps", "1", "--muon_lr", "0"]
     for out, more, rate in (("a", ["--lr", "-1"], None), ("b", ["--lr", "0.5"], 0.5)):
         train_pretrain.main([*flags, *more, "--out", str(tmp_path / out)])
         saved = json.loads((tmp_path / out / "config.json").read_text())["train"]["lr"]
@@ -54,18 +54,15 @@ def test_the_schedule():
 
 def step_without_gradient(done: int, **flags) -> tuple[dict, dict]:
     """The weights before and after a step whose gradients are zero."""
-    cfg = train_pretrain.RunConfig(
-        lr=mm1_rate(1.2e9), vit_lr=5e-5, weight_decay=0.1, warmup=0.01, steps=1000,
-        train="vit,connector,decoder", compile="false", dtype="float32", **flags,
-    )  # fmt: skip
+    flags |= {"lr": mm1_rate(1.2e9), "vit_lr": 5e-5, "weight_decay": 0.1, "warmup": 0.01, "steps": 1000}
+    run = small_run(**flags)
     torch.manual_seed(0)
-    vlm = model.VLM(test_training.small_config())
+    vlm = model.VLM(small_config())
     vlm.set_trainable(["vit", "connector", "decoder"], isolator=False)
     vlm.double()
     before = {name: p.detach().clone() for name, p in vlm.named_parameters()}
-    run = train_pretrain.Run("pretrain", cfg, 0, 1, torch.device("cpu"))
-    optimizers = train_pretrain.make_optimizers(vlm, cfg)
-    batch = test_training.small_batch([("caption", "full")], vlm.cfg)
+    optimizers = train_pretrain.make_optimizers(vlm, run.cfg)
+    batch = small_batch([("caption", "full")], vlm.cfg)
 
     def nothing(logits, teacher, batch) -> dict:
         return {"loss": 0.0 * logits.sum()}
@@ -94,27 +91,14 @@ def test_by_default_only_matrices_decay():
     assert not kept & {"decoder.layers.0.mlp.up_proj.weight", "vit.embeddings.patch_embedding.weight"}
 
 
-def test_eight_micro_steps_of_one_equal_one_of_eight():
-    picks = [(kind, "full") for kind in ("caption", "text", "interleaved", "chat")] * 2
-    whole = test_training.small_batch(picks, test_training.small_config())
-    parts = [
-        test_training.small_batch([pick], test_training.small_config(), n) for n, pick in enumerate(picks)
-    ]
-    assert len({len(part.student.targets) for part in parts}) > 3  # a mean of means would differ
-    test_training.assert_same(test_training.one_step(0, 1, [whole]), test_training.one_step(0, 1, parts))
-
-
 def test_z_loss_is_the_mean_squared_log_of_the_denominator():
     torch.manual_seed(0)
-    vlm = model.VLM(test_training.small_config())
+    vlm = model.VLM(small_config())
     vlm.set_trainable(["decoder"], isolator=False)
-    batch = test_training.small_batch([("caption", "full"), ("text", "full")], vlm.cfg)
+    batch = small_batch([("caption", "full"), ("text", "full")], vlm.cfg)
     logits = vlm(batch)[0].detach().double()
-    cfg = train_pretrain.RunConfig(
-        z_loss=0.5, lr=0.0, steps=10, compile="false", dtype="float32", train="decoder"
-    )
-    run = train_pretrain.Run("pretrain", cfg, 0, 1, torch.device("cpu"))
-    optimizers = train_pretrain.make_optimizers(vlm, cfg)
+    run = small_run(z_loss=0.5, lr=0.0, steps=10)
+    optimizers = train_pretrain.make_optimizers(vlm, run.cfg)
     stats = train_pretrain.optimizer_step(run, vlm, [batch], optimizers, 0, train_pretrain.caption_loss)
     z = logits.exp().sum(-1).log().pow(2).mean()
     ce = torch.nn.functional.cross_entropy(logits, batch.student.targets)
@@ -169,5 +153,5 @@ def test_orthogonalised_matrices_keep_their_directions(shape):
 
 
 def test_fast_dtype_is_measured():
-    assert train_pretrain.fast_dtype(torch.device("cuda")) == torch.bfloat16
-    assert train_pretrain.fast_dtype(torch.device("cpu")) in (torch.float32, torch.bfloat16)
+    assert model.fast_dtype(torch.device("cuda")) == torch.bfloat16
+    assert model.fast_dtype(torch.device("cpu")) in (torch.float32, torch.bfloat16)

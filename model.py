@@ -13,6 +13,7 @@ N vocabulary, R supervised positions.
 """
 
 import argparse
+import ast
 import copy
 import dataclasses
 import difflib
@@ -25,6 +26,7 @@ import pickle
 import re
 import sys
 import timeit
+import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,6 +34,8 @@ from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE / "assets"
@@ -216,25 +220,21 @@ class ModelConfig:
         """Reject geometry that cannot work, before anything is built."""
         v, c, d = self.vit, self.connector, self.decoder
         require(v.image_size > 0, f"vit.image_size {v.image_size} must be above 0")
-        fit = f"vit.image_size {v.image_size} is no multiple of vit.patch_size {v.patch_size}"
-        require(v.image_size % v.patch_size == 0, fit)
+        divides = v.image_size % v.patch_size == 0
+        require(divides, f"vit.image_size {v.image_size} is no multiple of vit.patch_size {v.patch_size}")
         require_one_of("vit.activation", v.activation, ACTIVATIONS)
         require_one_of("vit.pre_norm", v.pre_norm, ("before", "after", ""))
-        levels = (
-            f"connector.levels {c.levels} must lie in 0..{v.layers}, the ViT's hidden states, low to high"
-        )
-        require(bool(c.levels) and c.levels == sorted(c.levels), levels)
-        require(0 <= c.levels[0] and c.levels[-1] <= v.layers, levels)
-        heads = f"connector.width {c.width} is not a multiple of connector.heads {c.heads}"
-        require(c.width % c.heads == 0, heads)
+        ordered = c.levels and c.levels == sorted(c.levels) and c.levels[0] >= 0 and c.levels[-1] <= v.layers
+        states = f"0..{v.layers}, the ViT's hidden states, low to high"
+        require(ordered, f"connector.levels {c.levels} must lie in {states}")
+        divides = c.width % c.heads == 0
+        require(divides, f"connector.width {c.width} is not a multiple of connector.heads {c.heads}")
         require(c.tokens > 0, f"connector.tokens {c.tokens}: must be at least 1")
         require_one_of("connector.kind", c.kind, CONNECTORS)
         CONNECTORS[c.kind].check(self)
         require_one_of("image.cut", self.image.cut, CUTS)
-        cut = (
-            f"image.cut unpad needs a grid of tokens (as of linear, mlp, avgpool, cabstractor), not {c.kind}"
-        )
-        require(self.image.cut != "unpad" or self.grid() > 0, cut)
+        fits = self.image.cut != "unpad" or self.grid() > 0
+        require(fits, f"image.cut unpad needs a grid of tokens (mlp, avgpool, cabstractor), not {c.kind}")
         self.check_pruner()
         require(self.lora.rank >= 0, f"lora.rank {self.lora.rank} must be at least 0")
         if d.experts:
@@ -267,14 +267,17 @@ class ModelConfig:
 # Presets and JSON files
 
 
-def read_json(path: Path):
+def read_json(path: Path, kind: type = object):
+    """The value in a JSON file, which must be of that kind: dict for a config."""
     require(path.is_file(), f"{path} does not exist")
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 text ({e})") from None
     except json.JSONDecodeError as e:
         raise UserError(f"{path} line {e.lineno} column {e.colno}: not valid JSON ({e.msg})") from None
+    require(isinstance(value, kind), f"{path} is no JSON object, as a Hugging Face config.json is")
+    return value
 
 
 def write_text(path: Path, text: str) -> None:
@@ -289,8 +292,7 @@ def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def copy_config(config):
-    return copy.deepcopy(config)
+copy_config = copy.deepcopy
 
 
 def from_dict(cls, values: dict):
@@ -325,28 +327,20 @@ def preset(name: str) -> dict:
 # The command line: every script has a dataclass of flags; nested fields get dotted names.
 
 
-class Flag(NamedTuple):
-    config: object
-    attribute: str
-    kind: type
-    help: str
-    group: str
-
-
-def flags_of(config, prefix: str = "", group: str = "") -> dict[str, Flag]:
-    """Flag name -> where its value is, its type, its help and its group."""
-    flags, helps = {}, {}
+def flags_of(config, prefix: str = "") -> dict[str, tuple]:
+    """Flag name -> (object, field, type, help, group), those of nested configs with dotted names."""
+    flags, comments, group = {}, {}, "flags"
     for cls in reversed(type(config).__mro__[:-1]):
         source = Path(inspect.getfile(cls)).read_text()
         body = re.search(rf"^class {cls.__name__}\b.*?(?=^\S|\Z)", source, re.M | re.S)[0]
-        for opened, name, comment in re.findall(r"^    (?:# -- (.+)|(\w+):[^#\n]*(?:# *(.*))?)$", body, re.M):
-            group = opened or group
-            helps[name] = (comment, group)
+        for title, name, comment in re.findall(r"^    (?:# -- (.+)|(\w+):[^#\n]*(?:# *(.*))?)$", body, re.M):
+            group = title or group
+            comments[name] = (comment, group)
     for name, kind in typing.get_type_hints(type(config)).items():
         if dataclasses.is_dataclass(kind):
             flags.update(flags_of(getattr(config, name), f"{prefix}{name}."))
         else:
-            flags[prefix + name] = Flag(config, name, kind, *helps[name])
+            flags[prefix + name] = (config, name, kind, *comments[name])
     return flags
 
 
@@ -385,25 +379,23 @@ def parse_cli(argv: list[str], doc: str | None, *configs) -> None:
     flags, groups = {}, {}
     for config in configs:
         flags.update(flags_of(config))
-    for name, flag in flags.items():
-        if flag.group not in groups:
-            groups[flag.group] = parser.add_argument_group(flag.group or "flags")
-        value = getattr(flag.config, flag.attribute)
+    for name, (config, attribute, kind, comment, title) in flags.items():
+        value = getattr(config, attribute)
         default = f"[{','.join(map(str, value)) if isinstance(value, list) else value}]"
-        options = {"type": functools.partial(read_value, flag.kind), "metavar": default.replace("%", "%%")}
-        if flag.kind is bool:  # --compile is --compile true; argparse adds the brackets
+        options = {"type": functools.partial(read_value, kind), "metavar": default}
+        if kind is bool:  # --compile is --compile true; argparse adds the brackets
             options |= {"nargs": "?", "const": True, "metavar": str(value).lower()}
-        group, text = groups[flag.group], flag.help.replace("%", "%%")
-        group.add_argument(f"--{name}", dest=name, default=argparse.SUPPRESS, help=text, **options)
+        groups[title] = groups.get(title) or parser.add_argument_group(title)
+        text = comment.replace("%", "%%")
+        groups[title].add_argument(f"--{name}", dest=name, default=argparse.SUPPRESS, help=text, **options)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
         close = difflib.get_close_matches(name.lstrip("-"), flags, 1)
-        raise UserError(
-            f"unknown flag '{name}'{f', did you mean --{close[0]}?' if close else '; see --help'}"
-        )
+        hint = f", did you mean --{close[0]}?" if close else "; see --help"
+        raise UserError(f"unknown flag '{name}'{hint}")
     for name, value in vars(given).items():
-        setattr(flags[name].config, flags[name].attribute, value)
+        setattr(*flags[name][:2], value)
 
 
 def run_cli(main) -> None:
@@ -415,11 +407,41 @@ def run_cli(main) -> None:
         raise SystemExit(2) from None
 
 
-# The head of this file knows nothing of torch.
+SCRIPTS = {"train_pretrain": "pretrain", "train_sft": "sft", "eval": ""}  # and their recipe in a preset
+
+
+def answer_early(argv: list[str]) -> None:
+    """Answer --help and mistyped flags of a script before torch is imported, which takes seconds.
+
+    A script imports this file first, so its dataclass of flags does not exist yet. That class and those it
+    extends, all classes named …Config, are executed here from the source: they need nothing but each other.
+    """
+    script = Path(sys.argv[0]).resolve()
+    if script.parent != HERE or script.stem not in SCRIPTS:
+        return
+    names = dict(globals())
+    for stem in ("data", "train_pretrain", script.stem):
+        module = types.ModuleType(f"flags of {stem}")
+        names |= {"__name__": module.__name__, "__file__": str(HERE / f"{stem}.py")}
+        module.__dict__.update(names)
+        sys.modules[module.__name__] = module  # where the dataclasses look for themselves
+        tree = ast.parse((HERE / f"{stem}.py").read_text())
+        classes = [node for node in tree.body if getattr(node, "name", "").endswith("Config")]
+        exec(compile(ast.Module(classes, []), str(HERE / f"{stem}.py"), "exec"), module.__dict__)
+        names |= {**module.__dict__, stem: module}
+    flags, recipe, cfg = names[classes[-1].name](), SCRIPTS[script.stem], ModelConfig()
+    parse_cli(argv, None, flags, *([cfg] if recipe else []))
+    if {"-h", "--help"} & {*argv}:
+        if recipe:
+            values = preset(flags.preset)
+            flags, cfg = dataclasses.replace(flags, **values[recipe]), values["model"]
+        parse_cli(argv, ast.get_docstring(tree), flags, *([cfg] if recipe else []))
+
+
+run_cli(answer_early)
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from safetensors import SafetensorError, safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -469,8 +491,8 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def run_block(block: nn.Module, compiled: bool, *inputs):
-    """Call a transformer block, past torch.compile unless `compiled`: forward() is the plain function. A
-    compiled block would recompile for every new shape that evaluation, or a teacher's pass, brings.
+    """Call a transformer block, without its torch.compile unless `compiled`: forward() is the plain function.
+    A compiled block would recompile for every new shape that evaluation or a teacher's pass brings.
     """
     return block(*inputs) if compiled else block.forward(*inputs)
 
@@ -637,11 +659,11 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def attention(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """How much block `layer`, given its input (I, 1 + P, D), looks at each patch: (I, P), fp32, mean over
-        heads; and the patches' keys (I, H, P, d). Queries and keys come in the run's precision.
+        """Attention that block `layer`, given its input x (I, 1 + P, D), pays to each patch: (I, P), fp32,
+        mean over heads; and the patches' keys (I, H, P, d), in the run's precision.
 
-        The CLS token looks: one row of the matrix that fused attention never shows. Encoders without one
-        (SigLIP, AIMv2) take the mean over all patches, a substitute: the whole matrix, head after head.
+        The query is the CLS token. Encoders without one (SigLIP, AIMv2) average over the queries of all
+        patches, a substitute: it takes the attention matrix, which is computed one head after the other.
         """
         block, first = self.encoder["layers"][layer], int(self.cfg.cls_token)
         x, heads = block.layer_norm1(x), block.self_attn.heads
@@ -652,7 +674,7 @@ class ViT(nn.Module):
         return sum(looks)[:, first:] / heads, k[:, :, first:]
 
     def resize(self, image_size: int) -> None:
-        """Keep the weights, move to another resolution: the position table is resized once and for all."""
+        """Move to another resolution: the position table is resized once and for all, all else is kept."""
         with torch.no_grad():
             positions = self.embeddings.positions(image_size // self.cfg.patch_size)
         self.embeddings.position_embedding = nn.Embedding.from_pretrained(positions.clone(), freeze=False)
@@ -680,7 +702,7 @@ ENCODERS = KEY_MAPS["encoders"]
 
 def read_vit_config(file: Path) -> ViTConfig:
     """config.json of a vision model, or the vision half of a full one."""
-    config = read_config(file)
+    config = read_json(file, dict)
     kind = str(config.get("model_type"))
     family = kind.removesuffix("_vision_model")
     if family not in ENCODERS:
@@ -844,11 +866,13 @@ class Experts(nn.Module):
             gates = gates / (gates.sum(-1, keepdim=True) + 1e-9)
             losses = router_losses(logits, probabilities, chosen[:, 0], real)
 
-        # A choice is a token and its expert: here all first choices, then all second ones (2M,). Sorted by
-        # expert they stay in this order, except that padding (an odd key) comes last and takes no place.
-        expert = chosen.T.flatten()
+        # 1. List the choices of all tokens: the first ones, then the second ones.
+        expert = chosen.T.flatten()  # (2M,)
+        # 2. Sort them by expert. The sort is stable, so that first choices stay ahead and positions in order;
+        # padding has the odd key, comes last at its expert and takes no token's place.
         order = (2 * expert + ~real.repeat(2)).argsort(stable=True)
         expert, token, gates = expert[order], order % len(tokens), gates.T.flatten()[order]
+        # 3. While the experts train, a choice beyond the capacity of its expert gets the gate 0.
         n_experts = len(self.gate_proj)
         if self.training and torch.is_grad_enabled() and self.gate_proj.requires_grad:
             share = int(len(tokens) * self.capacity / n_experts)
@@ -856,9 +880,9 @@ class Experts(nn.Module):
             first_of_expert = torch.searchsorted(expert, expert)
             place = torch.arange(len(order), device=x.device) - first_of_expert  # 0, 1, … at each expert
             gates = gates * (place < limit)
+        # 4. Run each expert on its rows, which end before ends[e], and add the results up at their tokens.
         numbers = torch.arange(n_experts, device=x.device)
-        ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)  # (E,) behind each one's rows
-
+        ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)  # (E,)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         gate, up, down = (w.to(dtype).transpose(1, 2) for w in (self.gate_proj, self.up_proj, self.down_proj))
         rows = tokens.to(dtype).index_select(0, token)  # (2M, D)
@@ -999,7 +1023,7 @@ DECODERS = ("llama", "qwen2", "qwen3")
 
 def read_decoder_config(file: Path) -> DecoderConfig:
     """config.json of a decoder, in today's form (rope_parameters) or the older (rope_theta, rope_scaling)."""
-    config = read_config(file)
+    config = read_json(file, dict)
     family = config.get("model_type")
     known = f"is not one of {', '.join(DECODERS)} (SmolLM2 is a llama)"
     require(family in DECODERS, f"{file}: model_type '{family}' {known}")
@@ -1060,7 +1084,7 @@ def add_lora(decoder: Decoder, cfg: LoraConfig) -> None:
 
 @torch.no_grad()
 def merged(decoder: Decoder) -> dict[str, Tensor]:
-    """The decoder's weights with the adapters added to the matrices they stand beside, names without them."""
+    """The decoder's weights, adapters added to the matrices that they stand beside."""
     weights = {name: value for name, value in decoder.state_dict().items() if ".lora_" not in name}
     for name, part in decoder.named_modules():
         if isinstance(part, LoraLinear):
@@ -1075,28 +1099,39 @@ def merged(decoder: Decoder) -> dict[str, Tensor]:
 
 class Connector(nn.Module):
     """A new connector is a subclass and a line in CONNECTORS. `forward` takes the patches at
-    cfg.connector.levels, low to high, each (I, P, C), and returns (I, V, D). What else the model has to know
-    of it, how many tokens it gives, whether they form a grid and which pruners fit, the class tells.
+    cfg.connector.levels, low to high, each (I, P, C), and returns (I, V, D). The class tells all else that
+    the model has to know: how many tokens it gives, whether they form a grid, which pruners fit. If it ends
+    in a LayerNorm `norm` and a Linear `proj`, VLM.build gives proj the scale of the text embeddings.
     """
+
+    per_patch = False  # a token for every patch; else cfg.connector.tokens of them
+    on_grid = False  # those form a square raster
 
     @classmethod
     def scales_of(cls, cfg: ModelConfig) -> list[tuple[int, int]]:
         """(window side in patches, tokens a window), coarse to fine; here one window over all patches."""
-        return [(cfg.side, cfg.connector.tokens)]
+        return [(1, 1)] if cls.per_patch else [(cfg.side, cfg.connector.tokens)]
 
     @classmethod
     def grid(cls, cfg: ModelConfig) -> int:
         """Side of the square raster that the tokens form, 0 if they form none."""
-        return 0
+        if cls.per_patch:
+            return cfg.side
+        return math.isqrt(cfg.connector.tokens) if cls.on_grid else 0
 
     @classmethod
     def pruner_places(cls, cfg: ModelConfig) -> set[str]:
         """The values of prune.Pruner.where that fit."""
-        return {"tokens", "grid"} if cls.grid(cfg) else {"tokens"}
+        has_block = max(cfg.connector.levels) > 0  # whose attention and keys such pruners read
+        fits = {"tokens": True, "grid": cls.grid(cfg) > 0, "patches": cls.per_patch and has_block}
+        return {place for place in fits if fits[place]}
 
     @classmethod
     def check(cls, cfg: ModelConfig) -> None:
         """Raise UserError for a config that cannot work."""
+        c = cfg.connector
+        square = f"connector.tokens {c.tokens}: {c.kind} needs a square number, such as 64 or 144"
+        require(not cls.on_grid or math.isqrt(c.tokens) ** 2 == c.tokens, square)
 
 
 class WindowBlock(nn.Module):
@@ -1155,24 +1190,6 @@ class Scale(nn.Module):
         for block, level in zip(self.blocks, levels):
             x = block(x, cut_windows(level, self.window), self.key_positions)
         return x.flatten(1, 2)
-
-    @torch.no_grad()
-    def attention(self, levels: list[Tensor]) -> Tensor:
-        """Which patches each token looks at in the block of the highest level: (I, windows * q, P), fp32.
-
-        Mean over heads; rows sum to 1 and are 0 outside the token's own window. Only for pictures: computed
-        anew from queries and keys, as fused attention never holds these weights.
-        """
-        x, cut = self.queries[None], [cut_windows(level, self.window) for level in levels]
-        for block, context in zip(self.blocks[:-1], cut):
-            x = block(x, context, self.key_positions)
-        q, k, _ = self.blocks[-1].project(x, cut[-1], self.key_positions)
-        scores = q.float() @ k.float().mT / math.sqrt(q.shape[-1])
-        inside = scores.softmax(-1).mean(1).unflatten(0, cut[-1].shape[:2])  # (I, windows, q, W*W)
-        P = levels[-1].shape[1]
-        patches = torch.arange(P, device=q.device).view(1, P, 1)
-        where = cut_windows(patches, self.window).mT.expand_as(inside)  # a patch's number in the whole grid
-        return inside.new_zeros(*inside.shape[:3], P).scatter_(3, where, inside).flatten(1, 2)
 
     @torch.no_grad()
     def inflate_from(self, source: "Scale", factor: int) -> None:
@@ -1256,29 +1273,13 @@ def window_side(cfg: ModelConfig, per_side: int) -> int:
 class Resampler(ChainOfSight):
     """One window over all patches: the baseline of the same levels and depth."""
 
-    scales_of, check = Connector.scales_of, Connector.check
-    pruner_places = Connector.pruner_places
+    scales_of, pruner_places, check = Connector.scales_of, Connector.pruner_places, Connector.check
 
 
-class PerPatch(Connector):
-    """A token for every patch of the highest level: the baselines with all tokens."""
+class Linear(Connector):
+    """Every patch of the highest level by itself: the baseline with all tokens (the LayerNorm is ours)."""
 
-    @classmethod
-    def scales_of(cls, cfg: ModelConfig) -> list[tuple[int, int]]:
-        return [(1, 1)]
-
-    @classmethod
-    def grid(cls, cfg: ModelConfig) -> int:
-        return cfg.side
-
-    @classmethod
-    def pruner_places(cls, cfg: ModelConfig) -> set[str]:
-        has_block = max(cfg.connector.levels) > 0  # whose attention and keys such pruners read
-        return {"tokens", "grid", "patches"} if has_block else {"tokens", "grid"}
-
-
-class Linear(PerPatch):
-    """The LayerNorm is ours."""
+    per_patch = True
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -1290,8 +1291,10 @@ class Linear(PerPatch):
         return self.proj(self.norm(levels[-1]))  # (I, P, C) -> (I, P, D)
 
 
-class TwoLayers(PerPatch, MLP):
-    """LLaVA-1.5's mlp2x_gelu."""
+class TwoLayers(Connector, MLP):
+    """LLaVA-1.5's mlp2x_gelu on every patch of the highest level."""
+
+    per_patch = True
 
     def __init__(self, cfg: ModelConfig):
         super().__init__(cfg.vit.width, cfg.decoder.width, out=cfg.decoder.width)
@@ -1300,40 +1303,25 @@ class TwoLayers(PerPatch, MLP):
         return MLP.forward(self, levels[-1])  # (I, P, C) -> (I, P, D)
 
 
-class OnGrid(Connector):
-    """connector.tokens in a square raster, pooled from the patches of the highest level."""
-
-    @classmethod
-    def grid(cls, cfg: ModelConfig) -> int:
-        return math.isqrt(cfg.connector.tokens)
-
-    @classmethod
-    def check(cls, cfg: ModelConfig) -> None:
-        c = cfg.connector
-        square = f"connector.tokens {c.tokens}: {c.kind} needs a square number, such as 64 or 144"
-        require(cls.grid(cfg) ** 2 == c.tokens, square)
-
-
 def as_grid(patches: Tensor) -> Tensor:
     """(I, P, C) -> (I, C, S, S)"""
     side = math.isqrt(patches.shape[1])
     return patches.transpose(1, 2).unflatten(2, (side, side))
 
 
-class AvgPool(OnGrid):
+class AvgPool(Linear):
     """MM1's average pooling: means over the patch grid, then one linear (the LayerNorm between is ours)."""
 
+    per_patch, on_grid = False, True
+
     def __init__(self, cfg: ModelConfig):
-        super().__init__()
+        super().__init__(cfg)
         self.new_side = self.grid(cfg)
-        self.norm = nn.LayerNorm(cfg.vit.width)
-        self.proj = nn.Linear(cfg.vit.width, cfg.decoder.width)
-        init_linear(self.proj)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
         # Windows overlap where the sides do not divide.
         pooled = F.adaptive_avg_pool2d(as_grid(levels[-1]), self.new_side)  # (I, C, new, new)
-        return self.proj(self.norm(pooled.flatten(2).transpose(1, 2)))  # (I, tokens, D)
+        return super().forward([pooled.flatten(2).transpose(1, 2)])  # (I, tokens, D)
 
 
 class AttnPool(Connector):
@@ -1389,8 +1377,10 @@ class ConvBlock(nn.Module):
         return F.silu(y + self.shortcut(x))
 
 
-class CAbstractor(OnGrid):
+class CAbstractor(Connector):
     """Honeybee's C-Abstractor (arXiv 2312.06742), MM1's connector: convolutions, pooling, convolutions."""
+
+    on_grid = True
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -1558,7 +1548,7 @@ def make_newline(cfg: ModelConfig, table: Tensor) -> nn.Parameter | None:
 
 
 def of_tiles(x: Tensor, tiles: Tensor | None) -> Tensor:
-    """Those rows of x; no copy where they are all (tiles are sorted)."""
+    """The rows of x that belong to these tiles (sorted); x itself if they are all."""
     return x if tiles is None or len(tiles) == len(x) else x[tiles]
 
 
@@ -1600,7 +1590,7 @@ class VLM(nn.Module):
             cfg.decoder = dataclasses.replace(decoder.cfg, **sparse)
             upcycle(decoder, cfg.check().decoder)
         vlm = cls(cfg, vit, decoder)
-        if hasattr(vlm.connector, "norm"):
+        if hasattr(vlm.connector, "norm") and hasattr(vlm.connector, "proj"):
             # Visual tokens enter at the scale of text embeddings: behind a LayerNorm every input of the
             # last Linear has unit variance, so weights of std rms / sqrt(fan in) give the rms of the table.
             rms = vlm.decoder.embed_tokens.weight.float().pow(2).mean().sqrt().item()
@@ -1608,8 +1598,8 @@ class VLM(nn.Module):
         return vlm
 
     def states(self, pixels: Tensor) -> tuple[Tensor | None, ...]:
-        """uint8 (I, 3, size, size) -> the encoder's hidden states up to the highest level that is read: those
-        of the connector's levels and the one that the last block starts from, which pruners ask for.
+        """uint8 (I, 3, size, size) -> the encoder's hidden states up to the highest level that is read; None
+        but for the connector's levels and the input of the last block, which pruners ask for.
         """
         trains = self.vit.embeddings.patch_embedding.weight.requires_grad and torch.is_grad_enabled()
         with torch.set_grad_enabled(trains):  # a frozen encoder keeps no activations
@@ -1653,7 +1643,8 @@ class VLM(nn.Module):
     def pruned_tokens(self, states: tuple, batch, tokens: Tensor | None = None) -> Tensor:
         """What the fast mode sees of batch.pruned_tiles, behind the isolator: (F, l + K, D).
 
-        tokens (F, V, D): where the pruner chooses among the connector's. Others spare the connector work.
+        tokens (F, V, D): the connector's, for pruners that choose among them. Others act before the
+        connector, which then has less to compute.
         """
         name, keep = self.cfg.prune.name, self.cfg.kept_tokens()
         needs, where = self.pruner_needs(name, states, batch), prune.PRUNERS[name].where
@@ -1667,7 +1658,7 @@ class VLM(nn.Module):
         return self.isolator(tokens)
 
     def pruner_needs(self, name: str, states: tuple, batch) -> dict:
-        """What that pruner asks for besides the features, of batch.pruned_tiles; no more is computed."""
+        """Arguments of that pruner besides the features, for batch.pruned_tiles; only those are computed."""
         needs, tiles, given = prune.PRUNERS[name].needs, batch.pruned_tiles, {"grid": self.cfg.grid()}
         if "seeds" in needs:  # picture and step: neither its place in the batch nor the run's seed matters
             pixels = of_tiles(batch.pixels, tiles).flatten(1)
@@ -1723,19 +1714,15 @@ class VLM(nn.Module):
         return student, teacher, router_losses
 
     def set_trainable(self, parts: list[str], isolator: bool) -> None:
-        """Freeze everything but the named parts of PARTS; the isolator if it is used.
-
-        With adapters "decoder" means the whole of it, "lora" the adapters alone.
+        """Freeze everything but the named PARTS, the isolator if it is used, and the newline. With adapters
+        "decoder" is all of the decoder, "lora" the adapters alone.
         """
         self.requires_grad_(False)
         for name in parts:
-            lora = name == "lora"
-            require(
-                not lora or self.cfg.lora.rank > 0,
-                "--train lora: the model has no adapters, add --lora.rank 64",
-            )
-            for key, p in getattr(self, "decoder" if lora else name).named_parameters():
-                if not lora or ".lora_" in key:
+            if name == "lora" and not self.cfg.lora.rank:
+                raise UserError("--train lora: the model has no adapters, add --lora.rank 64")
+            for key, p in getattr(self, "decoder" if name == "lora" else name).named_parameters():
+                if name != "lora" or ".lora_" in key:
                     p.requires_grad_(True)
         self.isolator.requires_grad_(isolator)
         if self.newline is not None:
@@ -1897,19 +1884,14 @@ def find_half(half: str | Path) -> Path:
         fetch = f"python tools/download.py {half}, or give a folder in Hugging Face layout"
         require(folder.is_dir(), f"{half} is no folder and not downloaded: fetch it with {fetch}")
         source = read_json(folder / "source.json") if (folder / "source.json").is_file() else {}
-        if repo[2] and source and repo[2] not in (source["revision"], source["commit"]):
-            raise UserError(f"{folder} holds revision {source['revision']} of {repo[1]}, not {repo[2]}")
+        known = (None, source.get("revision"), source.get("commit"))
+        holds = f"{folder} holds revision {source.get('revision')} of {repo[1]}, not {repo[2]}"
+        require(not source or repo[2] in known, holds)
     kinds = "neither a folder in Hugging Face layout nor a repository (owner/name)"
     require(folder.is_dir(), f"{half} is {kinds}")
     complete = (folder / "source.json").is_file() or not any(folder.glob(UNFINISHED))
     require(complete, f"{folder} is an unfinished download: repeat its python tools/download.py")
     return folder
-
-
-def read_config(path: Path) -> dict:
-    config = read_json(path)
-    require(isinstance(config, dict), f"{path} is no JSON object, as a Hugging Face config.json is")
-    return config
 
 
 def read_preprocessor(folder: Path) -> tuple[ImageConfig, int]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from PIL import Image
+from safetensors.torch import load_file
 
 import data
 import model
@@ -28,6 +29,21 @@ def small_config(**changes) -> model.ModelConfig:
         prune=model.PruneConfig(keep=0.5, isolator=2),
     )
     return model.dataclasses.replace(cfg, **changes)
+
+
+def tiny_vlm(tied: bool = False, seed: int = 0, context: int = 2048) -> model.VLM:
+    """4x4 patches, 4 + 4 visual tokens of which the fast mode keeps 3; weights so large that outputs vary."""
+    torch.manual_seed(seed)
+    vlm = model.VLM(model.ModelConfig(
+        vit=model.ViTConfig(image_size=32, patch_size=8, width=16, layers=2, heads=2, mlp_width=32),
+        connector=model.ConnectorConfig("chain", [1, 2], 16, 2, windows=[4, 2], queries=[4, 1]),
+        decoder=model.DecoderConfig(TOKENIZER.vocab_size, 32, 2, 4, 2, 8, 48, tied=tied, context=context),
+        prune=model.PruneConfig(keep=3, isolator=2),
+    ))  # fmt: skip
+    for p in vlm.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    return vlm.eval()
 
 
 def samples_of(records: list[data.Record], cfg: model.ModelConfig) -> list[tuple]:
@@ -71,6 +87,23 @@ def run_stage(stage, argv: list[str], stop: int | None, monkeypatch) -> None:
 
 def log_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(folder: Path) -> dict[int, float]:
+    """Step -> loss; every step is logged once."""
+    lines = [line for line in log_of(folder) if "loss" in line]
+    losses = {line["step"]: line["loss"] for line in lines}
+    assert len(losses) == len(lines)
+    return losses
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(model.find_step(run) / "model.safetensors")
+
+
+def assert_same_weights(run: Path, expected: Path) -> None:
+    weights = weights_of(run)
+    assert all(torch.equal(weights[name], value) for name, value in weights_of(expected).items())
 
 
 # --- Files of records and pictures

@@ -109,13 +109,13 @@ APPLE = {  # transformers' name -> ml-aim's
 def as_apple_has_it(config, weights):
     """AIMv2's first files: other names, q, k and v in one matrix, positions with a leading axis."""
     without_head(config, weights)
-    ours = dict(weights)
+    before = dict(weights)
     weights.clear()
-    weights["preprocessor.pos_embed"] = ours.pop("embeddings.position_embedding.weight")[None]
+    weights["preprocessor.pos_embed"] = before.pop("embeddings.position_embedding.weight")[None]
     for i in range(config["num_hidden_layers"]):
         names = [f"encoder.layers.{i}.attention.{part}_proj.weight" for part in "qkv"]
-        weights[f"trunk.blocks.{i}.attn.qkv.weight"] = torch.cat([ours.pop(name) for name in names])
-    for name, value in ours.items():
+        weights[f"trunk.blocks.{i}.attn.qkv.weight"] = torch.cat([before.pop(name) for name in names])
+    for name, value in before.items():
         where, _, rest = name.partition("encoder.layers.")
         layer, _, part = rest.partition(".") if rest else ("", "", where)
         part, _, kind = part.rpartition(".")
@@ -207,21 +207,21 @@ def of_the_encoder(weights: dict) -> dict:
 def test_halves_survive_a_round_trip(name, tmp_path):
     half = load_half(HF / name, name)
     save_half(half, tmp_path)
-    ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path, HF / name))
-    theirs = of_the_encoder(theirs) if name in VITS else theirs
+    actual, expected = (load_file(path / "model.safetensors") for path in (tmp_path, HF / name))
+    expected = of_the_encoder(expected) if name in VITS else expected
     if name in ("clip-vision", "clip-full", "siglip-vision"):  # the hub's prefix, which both releases read
-        assert all(key.startswith("vision_model.") for key in ours)
-        ours = {key.removeprefix("vision_model."): value for key, value in ours.items()}
-    assert ours.keys() == theirs.keys()  # Hugging Face names
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert all(key.startswith("vision_model.") for key in actual)
+        actual = {key.removeprefix("vision_model."): value for key, value in actual.items()}
+    assert actual.keys() == expected.keys()  # Hugging Face names
+    assert all(torch.equal(actual[key], expected[key]) for key in actual)
     assert load_half(tmp_path, name).cfg == half.cfg
     check_half(tmp_path, name)
-    ours, theirs = (json.loads((path / "config.json").read_text()) for path in (tmp_path, HF / name))
-    theirs = theirs.get("vision_config", theirs)
+    actual, expected = (json.loads((path / "config.json").read_text()) for path in (tmp_path, HF / name))
+    expected = expected.get("vision_config", expected)
     heads = {"vision_use_head", "use_head", "use_mask_token"}  # ours say that there is none
-    assert ours.keys() & heads == theirs.keys() & heads and not any(ours.get(key) for key in heads)
-    for key in (ours.keys() & theirs.keys()) - heads:
-        assert ours[key] == theirs[key], key  # so that transformers reads the same model
+    assert actual.keys() & heads == expected.keys() & heads and not any(actual.get(key) for key in heads)
+    for key in (actual.keys() & expected.keys()) - heads:
+        assert actual[key] == expected[key], key  # so that transformers reads the same model
     save_half(half, tmp_path, torch.bfloat16)
     assert {v.dtype for v in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
 
@@ -248,8 +248,8 @@ def test_broken_checkpoints_are_named(name, tensor, tmp_path):
             assert word in str(error.value)
 
     short = tensor.removeprefix("model.").removeprefix("vision_model.")
-    for theirs, ours in model.ENCODERS[name.split("-")[0]]["names"] if name in VITS else []:
-        short = short.replace(theirs, ours)  # errors speak of our names
+    for hub_name, our_name in model.ENCODERS[name.split("-")[0]]["names"] if name in VITS else []:
+        short = short.replace(hub_name, our_name)  # errors speak of our names
     shape = str(tuple(load_file(HF / name / "model.safetensors")[tensor].shape))
     known = "clip, siglip, aimv2, dinov2" if name in VITS else "llama, qwen2, qwen3"
     refused(lambda config, weights: config.update(model_type="mamba"), "config.json", "'mamba'", known)

@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 import model
 from model import ChainOfSight, ConnectorConfig, DecoderConfig, ModelConfig, ViTConfig
+from tools import report
 
 # The token table (section 2.2): scaling step, base, pixels, windows, tokens of each scale
 TABLE = [
@@ -171,9 +172,9 @@ def test_attention_shown_is_the_softmax_of_the_last_block(window, key_positions)
     cfg = narrow(key_positions=key_positions)
     scale = shaken(model.Scale(cfg.connector, 8, 16, window, n_queries=3))
     levels = levels_of(16)
-    seen, n = scale.attention(levels), 16 // window
-    assert seen.shape == (2, n * n * 3, 256) and seen.dtype == torch.float32 and not seen.requires_grad
-    assert_close(seen.sum(-1), torch.ones(2, n * n * 3, dtype=torch.float32))
+    looks, n = report.patch_attention(scale, levels), 16 // window
+    assert looks.shape == (2, n * n * 3, 256) and looks.dtype == torch.float32 and not looks.requires_grad
+    assert_close(looks.sum(-1), torch.ones(2, n * n * 3, dtype=torch.float32))
     added = scale.key_positions if key_positions else 0
     block, grids = scale.blocks[1], [level.unflatten(1, (16, 16)) for level in levels]
     for w in range(n * n):
@@ -184,9 +185,9 @@ def test_attention_shown_is_the_softmax_of_the_last_block(window, key_positions)
         q = block.to_q(block.norm_queries(x))
         k = block.to_kv(block.norm_context(high[:, 0]) + added)[..., :8]
         heads = [(q[..., h] @ k[..., h].mT / 2).softmax(-1) for h in (slice(0, 4), slice(4, 8))]
-        mine = seen[:, 3 * w : 3 * w + 3].unflatten(2, (16, 16))
-        assert_close(mine[..., inside].double(), sum(heads) / 2, rtol=0, atol=1e-6)
-        assert not mine[..., ~inside].any()
+        inside_window = looks[:, 3 * w : 3 * w + 3].unflatten(2, (16, 16))
+        assert_close(inside_window[..., inside].double(), sum(heads) / 2, rtol=0, atol=1e-6)
+        assert not inside_window[..., ~inside].any()
 
 
 @pytest.mark.parametrize("window", [16, 4])
@@ -205,10 +206,10 @@ def test_attention_shown_is_where_the_key_fits_the_query(window):
     high = torch.zeros(1, 256, 8)
     high[..., 1] = 1
     high[0, 16 * row + column] = torch.eye(8)[0]
-    seen = scale.attention([levels_of(16, 1)[0], high])[0]  # (tokens, P)
+    looks = report.patch_attention(scale, [levels_of(16, 1)[0], high])[0]  # (tokens, P)
     first = 2 * (row // window * (16 // window) + column // window)
-    assert seen[first : first + 2, 16 * row + column].min() > 0.999
-    others = torch.cat([seen[:first], seen[first + 2 :]])
+    assert looks[first : first + 2, 16 * row + column].min() > 0.999
+    others = torch.cat([looks[:first], looks[first + 2 :]])
     assert others.numel() == 0 or (others.amax(-1) < 1.01 / window**2).all()  # equal patches: even
 
 
@@ -363,8 +364,8 @@ def test_a_step_spelled_out_is_the_named_one(spelled, named):
     other.load_state_dict(vlm.state_dict())
     model.scale_up(vlm, spelled)
     model.scale_up(other, named)
-    theirs = other.state_dict()
-    assert all(torch.equal(value, theirs[name]) for name, value in vlm.state_dict().items())
+    named_weights = other.state_dict()
+    assert all(torch.equal(value, named_weights[name]) for name, value in vlm.state_dict().items())
     again = model.scaled_config(
         model.scaled_config(published(), "80to336w"), "2:0x1,1x1,2x1"
     )  # from three scales

@@ -36,9 +36,9 @@ def config(kind: str, side: int = 16, tokens: int = 64, width: int = 8, inner: i
     )
 
 
-def shaken(kind: str, *args, **more) -> torch.nn.Module:
+def shaken(kind: str, *args, **changes) -> torch.nn.Module:
     """A connector with parameters of a size that counts: at init queries are small, biases zero."""
-    connector = CONNECTORS[kind](config(kind, *args, **more))
+    connector = CONNECTORS[kind](config(kind, *args, **changes))
     with torch.no_grad():
         for p in connector.parameters():
             p.add_(torch.randn_like(p) * 0.3)
@@ -281,6 +281,30 @@ def test_a_resampler_is_a_chain_of_one_window():
     chain.load_state_dict(resampler.state_dict())
     levels = levels_of(16)
     assert torch.equal(chain(levels), resampler(levels)) and cfg.visual_tokens() == 64
+
+
+# --- One of one's own: a class and a line
+class Quarter(model.Connector):
+    """The mean of each 2x2 patches, through one linear map."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.proj = torch.nn.Linear(cfg.vit.width, cfg.decoder.width)
+
+    @classmethod
+    def scales_of(cls, cfg):
+        return [(2, 1)]  # one token for each window of 2x2 patches
+
+    def forward(self, levels):
+        return self.proj(model.cut_windows(levels[-1], 2).mean(2))
+
+
+def test_a_connector_is_a_class_and_a_line(monkeypatch, tmp_path, small_halves):
+    monkeypatch.setitem(CONNECTORS, "quarter", Quarter)
+    cfg = config("quarter").check()
+    assert (cfg.visual_tokens(), cfg.grid(), cfg.kept_tokens()) == (64, 0, 6)
+    assert cfg.fits("divprune") and not cfg.fits("pool") and not cfg.fits("fastervlm")
+    test_two_steps_and_generation("quarter", tmp_path, small_halves)
 
 
 # --- In a run

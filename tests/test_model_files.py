@@ -57,8 +57,8 @@ def test_shards_and_bin_files_load_as_one_safetensors_file_does(name, suffix, sh
 def test_broken_shards_are_named(suffix, tmp_path):
     copied(tmp_path, suffix=suffix, shards=3)
     shard = next(tmp_path.glob(f"*-00002-of-00003.{suffix}"))
-    whole = shard.read_bytes()
-    for content in (b"", b"no weights", whole[: len(whole) // 2]):
+    content_before = shard.read_bytes()
+    for content in (b"", b"no weights", content_before[: len(content_before) // 2]):
         shard.write_bytes(content)
         with pytest.raises(UserError, match=f"{shard} is damaged"):
             Decoder.from_pretrained(tmp_path)
@@ -150,15 +150,15 @@ def test_a_preprocessor_that_does_not_say_enough_is_refused(tmp_path):
             model.read_preprocessor(tmp_path)
 
 
-@pytest.mark.parametrize("asked, side", [(0, 8), (28, 4), (42, 6)])
+@pytest.mark.parametrize("given, side", [(0, 8), (28, 4), (42, 6)])
 @pytest.mark.parametrize("family", ["clip", "siglip", "aimv2", "dinov2"])
-def test_the_encoders_preprocessing_travels_with_the_model(family, asked, side, tmp_path):
+def test_the_encoders_preprocessing_travels_with_the_model(family, given, side, tmp_path):
     """Mean, std, interpolation and size, from the encoder's folder through a checkpoint into `encode`."""
     encoder = copied(tmp_path, f"{family}-vision")
     size = {"height": 56, "width": 56}  # not that of the fixture: the position table is resized
     model.write_json(encoder / "preprocessor_config.json", {**DINO, "resample": 2, "crop_size": size})
     cfg = model.ModelConfig(
-        vit=model.ViTConfig(image_size=asked, align_corners=True),
+        vit=model.ViTConfig(image_size=given, align_corners=True),
         connector=model.ConnectorConfig("mlp", [1, 2], 16, 2),
         decoder=model.DecoderConfig(32, 16, 1, 2, 1, 8, 16),
         encoder_from=str(encoder),
@@ -170,8 +170,8 @@ def test_the_encoders_preprocessing_travels_with_the_model(family, asked, side, 
     vlm.save_pretrained(tmp_path / "saved")
     again = model.VLM.from_pretrained(tmp_path / "saved")
     assert again.cfg == vlm.cfg and again.vit.cfg == again.vit.embeddings.cfg == vlm.cfg.vit
-    told = json.loads((tmp_path / "saved" / "preprocessor.json").read_text())
-    assert told == {
+    output = json.loads((tmp_path / "saved" / "preprocessor.json").read_text())
+    assert output == {
         "image_size": 7 * side, "mean": DINO["image_mean"], "std": DINO["image_std"], "resample": 2,
         "cut": "",
     }  # fmt: skip
@@ -185,7 +185,7 @@ def test_the_encoders_preprocessing_travels_with_the_model(family, asked, side, 
         assert_close(one.encode(pixels), by_hand, rtol=0, atol=1e-5)
     plain = model.ViT.from_pretrained(encoder)
     plain.cfg.align_corners = True
-    if asked == 28:  # the fixture's own size: not a number of the table has moved
+    if given == 28:  # the fixture's own size: not a number of the table has moved
         assert torch.equal(again.vit.embeddings.positions(4), plain.embeddings.positions(4))
     else:
         assert_close(again.vit.embeddings.positions(side), plain.embeddings.positions(side))
@@ -244,20 +244,20 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path, capsys):
         assert 1.0e9 < weights < 1.1e9
         for dtype, size in (("float32", 4), ("bfloat16", 2)):
             began = time.perf_counter()
-            told = subprocess.run(
+            output = subprocess.run(
                 [sys.executable, "-c", LOAD, str(tmp_path), dtype],
                 cwd=Path(model.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"},
                 capture_output=True, text=True,
             )  # fmt: skip
-            assert told.returncode == 0, told.stderr
-            told = json.loads(told.stdout)
-            assert told["bytes"] == weights * size
-            ratio = (told["peak"] - told["before"]) / told["bytes"]
+            assert output.returncode == 0, output.stderr
+            output = json.loads(output.stdout)
+            assert output["bytes"] == weights * size
+            ratio = (output["peak"] - output["before"]) / output["bytes"]
             with capsys.disabled():
-                grew, before, mib = told["peak"] - told["before"], told["before"], 2**20
+                grew, before, mib = output["peak"] - output["before"], output["before"], 2**20
                 print(
-                    f"\n{weights / 1e9:.2f}B weights in {dtype}: {told['bytes'] / mib:.0f} MiB, RSS grew by "
-                    f"{grew / mib:.0f} from {before / mib:.0f} ({ratio:.3f}x), "
+                    f"\n{weights / 1e9:.2f}B weights in {dtype}: {output['bytes'] / mib:.0f} MiB, RSS "
+                    f"grew by {grew / mib:.0f} from {before / mib:.0f} ({ratio:.3f}x), "
                     f"{time.perf_counter() - began:.1f} s"
                 )
             assert 0.9 < ratio <= 1.15

@@ -22,8 +22,8 @@ def decoder_size(c: DecoderConfig, embeddings: bool = True) -> int:
     q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
     block = 2 * c.width * q + 2 * c.width * kv + 3 * c.width * c.mlp_width + 2 * c.width
     block += c.qkv_bias * (q + 2 * kv) + c.qk_norm * 2 * c.head_dim
-    more = (c.experts - 1) * 3 * c.width * c.mlp_width + c.experts * c.width  # experts and router
-    sparse = c.layers // c.expert_every * more if c.experts else 0
+    extra = (c.experts - 1) * 3 * c.width * c.mlp_width + c.experts * c.width  # experts and router
+    sparse = c.layers // c.expert_every * extra if c.experts else 0
     return c.layers * block + sparse + c.width + embeddings * (2 - c.tied) * c.vocab_size * c.width
 
 
@@ -142,8 +142,8 @@ def test_recipes_are_flags_of_their_stage(name):
             kind = type(getattr(stages[stage](), key))
             assert type(value) is kind or (kind, type(value)) == (float, int), (stage, key)
         vlm.set_trainable(model.trainable_parts(cfg.train), isolator=True)
-        seen = model.at_resolution(vlm.cfg, cfg.resolution).check()
-        assert data.square_tokens(seen) < cfg.row_limit
+        later_cfg = model.at_resolution(vlm.cfg, cfg.resolution).check()
+        assert data.square_tokens(later_cfg) < cfg.row_limit
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -228,39 +228,7 @@ def test_flags_over_recipe_over_defaults_and_the_recipe_goes_on(tmp_path, small_
         train_sft.main(["--init", str(b), *FEW, "--out", str(tmp_path / "3")])
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ("--preset cos-7b", "is no folder and not downloaded: fetch it with python tools/download.py"),
-        ("--preset llava-next", "is no folder and not downloaded: fetch it"),
-        ("--resolution 64x2", "--resolution '64x2': use SIDE in pixels"),
-        ("--resolution +crop", "CUT pad or split or anyres or unpad"),
-        ("--resolution 128", "this chain connector sees 64 px, which --scale changes"),
-        ("--resolution +unpad", "unpad needs a grid of tokens .* not chain"),
-        ("--connector.kind mlp --resolution 60", "60 is no multiple of vit.patch_size 8"),
-        ("--preset cos-8b", "is no folder and not downloaded: fetch it"),
-        ("--decoder.width 64", "--decoder.width: that half comes from"),
-        ("--image.mean 0,0,0", "--image.mean: that half comes from"),
-        ("--lora.alpha 2", "no effect without --lora.rank"),
-        ("--lora.rank -1", "lora.rank -1 must be at least 0"),
-        ("--train lora", "add --lora.rank"),
-        ("--frozen int8", "--frozen 'int8' is unknown"),
-        ("--pure_bf16 true", "needs --dtype bfloat16"),
-        ("--encoder_from= --vit.image_size 0", "vit.image_size 0 must be above 0"),
-        ("--scale_init nearest", "use one of inflate, queries, random"),
-        ("--scale_init random", "no effect without --scale"),
-        ("--connector.plan 32 --connector.windows 8,4", "give either the plan or those"),
-        ("--connector.windows 2,8", "from coarse to fine"),
-    ],
-)
-def test_refusals_before_anything_is_written(flags, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(model.UserError, match=words):
-        train_pretrain.main([*FEW, *flags.split(), "--out", "run"])
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_run_keeps_its_preset(tmp_path, small_halves):
     train_pretrain.main([*small_halves, *FEW, "--out", str(tmp_path / "1")])
-    with pytest.raises(model.UserError, match="--preset 7b: .*was made with tiny"):
+    with pytest.raises(model.UserError, match="--preset cannot change"):
         train_sft.main(["--init", str(tmp_path / "1"), "--preset", "7b", *FEW, "--out", str(tmp_path / "2")])

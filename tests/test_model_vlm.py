@@ -2,40 +2,24 @@
 
 import pytest
 import torch
+from helpers import TOKENIZER, tiny_vlm
 from torch.testing import assert_close
 
 import data
 import model
-from model import ConnectorConfig, DecoderConfig, ModelConfig, PruneConfig, UserError, ViTConfig
-
-TOKENIZER = data.Tokenizer.from_pretrained(model.ASSETS / "scenes.tiktoken")
-
-
-def tiny_vlm(tied: bool = False, seed: int = 0, context: int = 2048) -> model.VLM:
-    """4x4 patches, 4 + 4 visual tokens of which the fast mode keeps 3; weights so large that outputs vary."""
-    torch.manual_seed(seed)
-    vlm = model.VLM(ModelConfig(
-        vit=ViTConfig(image_size=32, patch_size=8, width=16, layers=2, heads=2, mlp_width=32),
-        connector=ConnectorConfig("chain", [1, 2], 16, 2, windows=[4, 2], queries=[4, 1]),
-        decoder=DecoderConfig(TOKENIZER.vocab_size, 32, 2, 4, 2, 8, mlp_width=48, tied=tied, context=context),
-        prune=PruneConfig(keep=3, isolator=2),
-    ))  # fmt: skip
-    for p in vlm.parameters():
-        if p.ndim > 1:
-            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
-    return vlm.eval()
+from model import UserError
 
 
 def prompts() -> list[tuple[list, torch.Tensor]]:
     """Two pictures in a dialogue, one and a long question, no picture, one and a short question."""
-    asked = [
+    questions = [
         ("how many?", 2, [("hello", "there it is")]),
         ("is there any red star to the left of the word?", 1, []),
         ("no picture at all", 0, []),
         ("what is this?", 1, []),
     ]
     samples = []
-    for n, (text, images, history) in enumerate(asked):
+    for n, (text, images, history) in enumerate(questions):
         scenes = [data.make_scene("train", 10 * n + i) for i in range(images)]
         pieces = data.prompt_pieces(text, images, TOKENIZER, history)
         samples.append((pieces, data.load_images(scenes, tiny_vlm().cfg)))
@@ -82,15 +66,15 @@ def test_a_saved_model_gives_the_same_logits(tied, tmp_path):
     vlm = tiny_vlm(tied)
     vlm.save_pretrained(tmp_path / "step-00000005")
     (tmp_path / "latest").write_text("step-00000005\n")
-    batch = data.make_batch(samples_of_scenes(), ["slow", "fast", "full"], vlm.cfg, 256, 250)
+    batch = data.make_batch(samples_of_scenes(), ["slow", "pruned", "full"], vlm.cfg, 256, 250)
     expected = vlm(batch)
     assert expected[0].shape == (len(batch.student.targets), TOKENIZER.vocab_size)
     assert expected[1].shape == (len(batch.distill), TOKENIZER.vocab_size)
     for path in (tmp_path, tmp_path / "step-00000005"):  # a run folder, a step folder
         again = model.VLM.from_pretrained(path)
         assert again.cfg == vlm.cfg
-        for ours, theirs in zip(again(batch)[:2], expected[:2]):
-            assert torch.equal(ours, theirs)
+        for actual, desired in zip(again(batch)[:2], expected[:2]):
+            assert torch.equal(actual, desired)
     with pytest.raises(UserError, match=f"{tmp_path}/nothing is neither a run folder"):
         model.VLM.from_pretrained(tmp_path / "nothing")
 
@@ -98,7 +82,7 @@ def test_a_saved_model_gives_the_same_logits(tied, tmp_path):
 @torch.no_grad()
 def test_packing_and_mode_do_not_change_a_samples_logits():
     """A packed sample gives what it gives alone, in each mode; the slow mode's teacher is the fast mode."""
-    vlm, samples, modes = tiny_vlm(), samples_of_scenes(), ["slow", "fast", "full"]
+    vlm, samples, modes = tiny_vlm(), samples_of_scenes(), ["slow", "pruned", "full"]
     packed = data.make_batch(samples, modes, vlm.cfg, 1024, 250)
     assert len(packed.student.ids) == 1  # one row
     student, teacher, _ = vlm(packed)
@@ -106,7 +90,7 @@ def test_packing_and_mode_do_not_change_a_samples_logits():
     order = packed.student.doc_ids.flatten()[packed.student.supervised]  # whose each logit is
     for i in range(3):
         assert_close(student[order == i], alone[i], rtol=0, atol=1e-4)
-    fast = vlm(data.make_batch(samples[:1], ["fast"], vlm.cfg, 64, 250))[0]
+    fast = vlm(data.make_batch(samples[:1], ["pruned"], vlm.cfg, 64, 250))[0]
     assert_close(teacher, fast, rtol=0, atol=1e-4)
     assert (order[packed.distill] == 0).all() and not torch.allclose(teacher, alone[0], atol=1e-2)
 

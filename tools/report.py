@@ -354,7 +354,7 @@ def draw_scales(vlm, step: Path, image: Image.Image) -> list[tuple[str, list[dic
         pixels = torch.from_numpy(data.load_images([image], run.cfg)).to(run.pixel_mean.device)
         levels, S, row = run.levels(run.states(pixels)), run.cfg.side, []
         for scale, (window, queries) in zip(run.connector.scales, run.cfg.scales()):
-            attention = scale.attention(levels)[0].cpu()  # (tokens, P)
+            attention = patch_attention(scale, levels)[0].cpu()  # (tokens, P)
             times_even = (
                 attention.sum(0).view(S, S).numpy() * window**2 / queries
             )  # mean over a window's tokens
@@ -366,6 +366,27 @@ def draw_scales(vlm, step: Path, image: Image.Image) -> list[tuple[str, list[dic
         stage = {"pretrain": "stage 1", "sft": "stage 2"}[model.read_json(folder / "config.json")["stage"]]
         rows.append((f"{stage}, {run.cfg.visual_tokens()} tokens", row))
     return rows
+
+
+@torch.no_grad()
+def patch_attention(scale: model.Scale, levels: list[torch.Tensor]) -> torch.Tensor:
+    """Which patches each token looks at in the block of the highest level: (I, windows * q, P), fp32.
+
+    Mean over heads; rows sum to 1 and are 0 outside the token's own window. Computed anew from queries and
+    keys, as fused attention never holds these weights.
+    """
+    x, cut = scale.queries[None], [model.cut_windows(level, scale.window) for level in levels]
+    for block, context in zip(scale.blocks[:-1], cut):
+        x = block(x, context, scale.key_positions)
+    q, k, _ = scale.blocks[-1].project(x, cut[-1], scale.key_positions)
+    scores = q.float() @ k.float().mT / math.sqrt(q.shape[-1])
+    inside = scores.softmax(-1).mean(1).unflatten(0, cut[-1].shape[:2])  # (I, windows, q, W*W)
+    P = levels[-1].shape[1]
+    patches = torch.arange(P, device=q.device).view(1, P, 1)
+    where = model.cut_windows(patches, scale.window).mT.expand_as(
+        inside
+    )  # a patch's number in the whole grid
+    return inside.new_zeros(*inside.shape[:3], P).scatter_(3, where, inside).flatten(1, 2)
 
 
 def token_window(cfg: model.ModelConfig, token: int) -> tuple[slice, slice, float]:

@@ -20,11 +20,11 @@ def small(**connector) -> model.ModelConfig:
     )
 
 
-def whole(cfg: model.ModelConfig, train: list[str], text: int, mode: str) -> float:
+def vlm_flops(cfg: model.ModelConfig, train: list[str], text: int, mode: str) -> float:
     """FLOPs of one sample through the real VLM, forward and backward, on the meta device."""
     pieces = [0, (list(range(1, text + 1)), True)]
     pixels = torch.zeros(1, 3, 64, 64, dtype=torch.uint8).numpy()
-    batch = data.make_batch([(pieces, pixels)], [mode.replace("pruned", "fast")], cfg, 1, 4096).to("meta")
+    batch = data.make_batch([(pieces, pixels)], [mode], cfg, 1, 4096).to("meta")
     T = text + cfg.visual_tokens("pruned" if mode == "pruned" else "full")
     batch.student = cut_padding(batch.student, T)
     if batch.teacher is not None:
@@ -51,7 +51,7 @@ def test_parts_add_up_to_the_whole_model(kind, mode, train):
     cfg, text = small(kind=kind), 50
     parts, _ = plan.sample_cost(cfg, train.split(","), text, mode, 1)
     # one per cent: the plan leaves out the selection of tokens and nothing else
-    assert sum(parts.values()) == pytest.approx(whole(cfg, train.split(","), text, mode), rel=0.01)
+    assert sum(parts.values()) == pytest.approx(vlm_flops(cfg, train.split(","), text, mode), rel=0.01)
 
 
 def test_a_decoder_block_follows_the_formula():
@@ -74,7 +74,7 @@ def test_the_published_ratios_are_where_arithmetic_puts_them():
     assert 0.15 <= float(lines[0].rsplit(":")[1].split("/")[0]) <= 0.18
     base = model.preset("1.2b")  # a small decoder behind the same encoder, which trains: less to save
     small = plan.savings(*plan.stages_of(base, base["model"]))
-    fixed = [int(told[2].split("are ")[1].split("%")[0]) for told in (lines, small)]
+    fixed = [int(page[2].split("are ")[1].split("%")[0]) for page in (lines, small)]
     assert fixed[0] < 20 < 60 < fixed[1]
     row = model.preset("llava-1.5-vicuna")
     lines = plan.savings(*plan.stages_of(row, row["model"]))
@@ -90,11 +90,11 @@ FEW = ("tiny", "cos-7b", "llava-next", "7b-moe")  # of each kind one; the others
 )
 def test_every_preset_has_a_plan(name, capsys):
     plan.main(["--preset", name, "--gpus", "4"])
-    told = capsys.readouterr().out
-    assert model.preset(name)["source"] in told and "nan" not in told
+    output = capsys.readouterr().out
+    assert model.preset(name)["source"] in output and "nan" not in output
     for word in ("parameters", "visual tokens", "TFLOP", "GB on each of 4", "hours", "reported 4.0", "558k"):
-        assert word in told
-    assert ("active for a token" in told) == name.endswith("-moe")
+        assert word in output
+    assert ("active for a token" in output) == name.endswith("-moe")
 
 
 def test_flags_change_the_plan(capsys):
@@ -118,16 +118,16 @@ def test_the_plan_of_adapters_on_one_card():
     )  # fmt: skip
     assert one.micro == 32 * (1024 // (80 + 23)) // 32 == 9  # of captions, below --row_images 12
     assert two.micro == int(1024 / (0.9 * 88 + 0.1 * 336 + 200)) == 3  # nine of ten are pruned
-    whole = plan.stages_of(row, model.copy_config(row["model"]))
-    assert [stage.micro for stage in whole] == [32 * 9 // 8, 32 * 3 // 16]
-    assert whole[1].cost(200)[0]["decoder"] > 1.2 * two.cost(200)[0]["decoder"]  # it has its own gradients
+    stages = plan.stages_of(row, model.copy_config(row["model"]))
+    assert [stage.micro for stage in stages] == [32 * 9 // 8, 32 * 3 // 16]
+    assert stages[1].cost(200)[0]["decoder"] > 1.2 * two.cost(200)[0]["decoder"]  # it has its own gradients
 
 
 def test_the_plan_scales_tokens_if_the_step_still_fits(capsys):
-    for scales, full, told in (("80", "full 1296", False), ("32", "full 32", True)):
+    for scales, full, refused in (("80", "full 1296", False), ("32", "full 32", True)):
         plan.main(["--preset", "cos-8b", "--connector.plan", scales])
         out = capsys.readouterr().out
-        assert full in out and ("its tokens are not scaled up: 80to1296" in out) == told
+        assert full in out and ("its tokens are not scaled up: 80to1296" in out) == refused
 
 
 @pytest.mark.parametrize("kind, name", [("chain", "coarse"), ("mlp", "fastervlm"), ("linear", "visionzip")])
@@ -136,7 +136,7 @@ def test_what_a_pruner_spares_is_not_counted(kind, name):
     cfg, train = small(kind=kind), ["connector", "decoder"]
     cfg.prune = model.PruneConfig(name, 0.5, 2)
     parts, _ = plan.sample_cost(cfg.check(), train, 50, "pruned", 1)
-    assert sum(parts.values()) == pytest.approx(whole(cfg, train, 50, "pruned"), rel=0.03)
+    assert sum(parts.values()) == pytest.approx(vlm_flops(cfg, train, 50, "pruned"), rel=0.03)
     share = parts["connector"] / plan.sample_cost(cfg, train, 50, "full", 1)[0]["connector"]
     assert share == pytest.approx(0.5, abs=0.05)  # of two scales with 16 tokens each, one
 

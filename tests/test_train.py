@@ -245,16 +245,6 @@ def test_training_lowers_the_loss_end_to_end(tmp_path, small_halves, capsys):
     assert lines[2].startswith("run     20 steps, rate 0.003, float32, 1 x cpu (")
 
 
-def test_stage_1_on_pruned_tokens_learns_the_isolator(tmp_path, small_halves):
-    flags = [*SMALL, *small_halves, "--steps", "2", "--pruner", "grid", "--out", str(tmp_path / "a")]
-    train_pretrain.main(flags)
-    vlm = model.VLM.from_pretrained(tmp_path / "a")
-    torch.manual_seed(0)  # the run's seed: where its isolator started
-    start = model.VLM.build(model.copy_config(vlm.cfg))
-    assert vlm.cfg.prune.name == "grid" and not torch.equal(vlm.isolator.weight, start.isolator.weight)
-    assert log_of(tmp_path / "a")[-1]["visual_tokens"] == vlm.cfg.visual_tokens("pruned")
-
-
 def test_validation_weighs_sources_as_the_data_does(tmp_path):
     mixture = tmp_path / "mix.json"
     caption, text = ({"kind": kind, "path": "scenes"} for kind in ("caption", "text"))

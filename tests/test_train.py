@@ -100,8 +100,9 @@ def test_the_log_is_cut_behind_the_checkpoint(tmp_path, monkeypatch, small_halve
     with pytest.raises(Killed):
         run_stage(train_pretrain, flags, 3, monkeypatch)
     log = tmp_path / "metrics.jsonl"
-    lines = [*log_of(tmp_path), {"step": 2, "val_loss": 0.5, "skipped": 3}, {"step": 4, "val_loss": 0.1}]
+    lines = [*log_of(tmp_path), {"step": 2, "val_loss": 0.5}, {"step": 4, "val_loss": 0.1}]
     assert [line["step"] for line in lines] == [1, 2, 3, 2, 4]
+    lines[1]["skipped"] = 3  # lines of validation do not say
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     argv = [*flags, "--resume", "auto"]
     run, vlm, _, cfg = train_pretrain.start("pretrain", train_pretrain.PretrainConfig, argv, "")

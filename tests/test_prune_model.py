@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers import TOKENIZER, assert_ranks_equal_one_process, small_batch, small_config
+from helpers import TOKENIZER, assert_ranks_equal_one_process, log_of, small_batch, small_config
 from torch.testing import assert_close
 
 import data
@@ -266,6 +266,9 @@ def test_stage_1_on_pruned_tokens_is_validated_on_them(monkeypatch, tmp_path, sm
     words = "--steps 2 --rows 2 --eval_every 2 --workers 0 --dtype float32 --pruner coarse".split()
     train_pretrain.main([*words, *small_halves, "--out", str(tmp_path / "a")])
     assert views == ["pruned"]
+    cfg = model.VLM.from_pretrained(tmp_path / "a").cfg
+    assert cfg.prune.name == "coarse"
+    assert log_of(tmp_path / "a")[0]["visual_tokens"] == cfg.visual_tokens("pruned")
 
 
 def test_scales_that_no_rank_computes_do_not_stop_ddp(tmp_path):

@@ -11,10 +11,6 @@
 and the start of a run, batches, checkpoints, validation and the log. Stage 2 imports these parts.
 """
 
-import model  # first of all: it answers --help before torch is loaded
-
-# isort: split
-
 import dataclasses
 import json
 import math
@@ -35,6 +31,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
+import model
 from model import UserError, require, require_at_least, require_one_of
 
 
@@ -298,13 +295,9 @@ def resolve_flags(config: type, stage: str, argv: list[str], doc: str) -> tuple:
         )
     else:
         origin, step, name, base_model = "preset", None, cfg.preset, model.preset(cfg.preset)["model"]
-    if begun:
-        recipe = saved["train"]
-    else:
-        recipes, later = model.preset(name), stage
-        if stage == "pretrain" and cfg.scale:  # a stage 1 that scales tokens up
-            later = "pretrain_b" if "pretrain_b" in recipes else stage
-        recipe = {**recipes[later], "preset": name}
+    recipes = model.preset(name)
+    later = "pretrain_b" if stage == "pretrain" and cfg.scale else stage  # a stage 1 that scales tokens up
+    recipe = saved["train"] if begun else {**recipes.get(later, recipes[stage]), "preset": name}
     base = model.from_dict(config, {**dataclasses.asdict(config()), **recipe})
     cfg, model_cfg = model.copy_config(base), model.copy_config(base_model)
     model.parse_cli(argv, doc, cfg, model_cfg)
@@ -354,8 +347,6 @@ def start(stage: str, config: type, argv: list[str], doc: str) -> tuple:
     cfg, model_cfg, step, origin = resolve_flags(config, stage, argv, doc)
     rank, world, device = model.find_ranks(cfg.device)
     resolve_device(cfg, device, world)
-    experts = model_cfg.decoder.experts and (cfg.compile, cfg.dtype) == ("true", "float32")
-    require(not experts, "--compile true --dtype float32: experts compile in bfloat16 only")
     run = Run(stage, cfg, rank, world, device)
     torch.manual_seed(cfg.seed)
     sources = data.open_sources(cfg.data, stage)  # a wrong --data shows before anything is loaded

@@ -16,14 +16,14 @@ import train_sft
 from model import PruneConfig, UserError
 
 KINDS = ("chain", "resampler", "linear", "mlp", "avgpool", "attnpool", "cabstractor")
-FITS = {  # connector -> the pruners that do not go with it
+MISFITS = {  # connector -> the pruners that do not go with it
     "chain": {"fastervlm", "vispruner", "pool", "visionzip", "prumerge", "prumerge+"},
     "linear": {"coarse"}, "mlp": {"coarse"},
     "avgpool": {"fastervlm", "vispruner", "visionzip", "prumerge", "prumerge+", "coarse"},
 }  # fmt: skip
-FITS["cabstractor"] = FITS["avgpool"]
-FITS["resampler"] = FITS["attnpool"] = FITS["avgpool"] | {"pool"}
-PAIRS = [(kind, name) for kind in KINDS for name in prune.PRUNERS if name not in FITS[kind]]
+MISFITS["cabstractor"] = MISFITS["avgpool"]
+MISFITS["resampler"] = MISFITS["attnpool"] = MISFITS["avgpool"] | {"pool"}
+PAIRS = [(kind, name) for kind in KINDS for name in prune.PRUNERS if name not in MISFITS[kind]]
 
 
 def config(kind: str, name: str, **changes) -> model.ModelConfig:
@@ -48,16 +48,16 @@ MIX = [("chat", "pruned"), ("chat", "slow"), ("text", "slow"), ("chat", "full"),
 # --- Every pruner with every connector that it goes with
 @pytest.mark.parametrize("kind, name", PAIRS)
 def test_a_mixed_batch_equals_its_samples_alone(kind, name):
-    """Rows, other samples' modes and the order of views change nothing; the teacher is the fast mode."""
+    """Rows, other samples' modes and the order of pictures change nothing; the teacher is the fast mode."""
     cfg = config(kind, name).check()
     vlm, batch = build(cfg), small_batch(MIX, cfg)
     logits, teacher, _ = vlm(batch)
-    owner = batch.student.doc_ids.flatten()[batch.student.supervised]
+    owner = batch.student.owner()
     for n, pick in enumerate(MIX):
         alone, _, _ = vlm(small_batch([pick], cfg, start=n))
         assert_close(logits[owner == n], alone, rtol=1e-4, atol=1e-4)
-    fast, _, _ = vlm(small_batch([("chat", "pruned")], cfg, start=1))
-    assert_close(teacher, fast, rtol=1e-4, atol=1e-4)
+    pruned, _, _ = vlm(small_batch([("chat", "pruned")], cfg, start=1))
+    assert_close(teacher, pruned, rtol=1e-4, atol=1e-4)
     train_sft.fast_slow_loss(logits, teacher, batch)["loss"].backward()
     grads = {key: p.grad for key, p in vlm.named_parameters()}
     assert all(grads[key] is not None and grads[key].isfinite().all() for key in grads if "connector" in key)
@@ -68,10 +68,10 @@ def test_a_mixed_batch_equals_its_samples_alone(kind, name):
 def test_a_pruner_that_does_not_fit_is_refused_with_those_that_do(kind):
     for name in prune.PRUNERS:
         cfg = config(kind, name)
-        if name not in FITS[kind]:
+        if name not in MISFITS[kind]:
             cfg.check()
             continue
-        fit = ", ".join(n for n in prune.PRUNERS if n not in FITS[kind])
+        fit = ", ".join(n for n in prune.PRUNERS if n not in MISFITS[kind])
         message = f"'{name}' does not fit connector.kind {kind}: use one of {fit}$"
         with pytest.raises(UserError, match=message.replace("+", r"\+")):
             cfg.check()

@@ -56,10 +56,8 @@ def test_official_selections(seed):
     text, embeds = given[f"{seed}.cdpruner.text_embeds"], given[f"{seed}.cdpruner.patch_embeds"]
     kept = prune.select("cdpruner", given[f"{seed}.cdpruner.features"], 20, text=text, patch_embeds=embeds)
     assert torch.equal(kept, given[f"{seed}.cdpruner.keep20.idx"])
-    features, attention = (
-        given[f"{seed}.vispruner.features"],
-        given[f"{seed}.vispruner.cls_attn_heads"].mean(1),
-    )
+    features = given[f"{seed}.vispruner.features"]
+    attention = given[f"{seed}.vispruner.cls_attn_heads"].mean(1)
     for name in ("vispruner", "fastervlm"):
         kept = prune.select(name, features, 24, cls_attention=attention)
         assert torch.equal(kept, given[f"{seed}.{name}.keep24.idx"])
@@ -82,12 +80,12 @@ def naive_relevance(patches: np.ndarray, words: np.ndarray, best) -> np.ndarray:
     return (x - x.min() + 1e-6) / (x.max() - x.min())
 
 
-def naive_dpp(features: np.ndarray, wanted: np.ndarray, keep: int) -> list[int]:
+def naive_dpp(features: np.ndarray, relevance: np.ndarray, keep: int) -> list[int]:
     """Greedy: the token with which the determinant of the chosen ones is largest."""
     similarity = np.array([[cosine(a, b) for b in features] for a in features])
-    kernel, kept = torch.tensor(wanted[:, None] * similarity * wanted), []
+    kernel, kept = torch.tensor(relevance[:, None] * similarity * relevance), []
     for _ in range(keep):
-        left = [i for i in range(len(wanted)) if i not in kept]
+        left = [i for i in range(len(relevance)) if i not in kept]
         kept.append(max(left, key=lambda i: kernel[kept + [i]][:, kept + [i]].logdet()))
     return sorted(kept)
 
@@ -100,8 +98,8 @@ def test_cdpruner_is_the_greedy_determinant(seed):
         for keep in (1, 3, 6):
             kept = prune.select("cdpruner", x, keep, text=text, **options)
             for i in range(2):
-                wanted = naive_relevance(fp64(patches[i]), fp64(text[i, :3]), best)
-                assert kept[i].tolist() == naive_dpp(fp64(x[i]), wanted, keep)
+                relevance = naive_relevance(fp64(patches[i]), fp64(text[i, :3]), best)
+                assert kept[i].tolist() == naive_dpp(fp64(x[i]), relevance, keep)
 
 
 def test_cdpruner_without_a_question_is_only_diverse():

@@ -13,17 +13,14 @@ import train_pretrain
 import train_sft
 
 ROOT = Path(__file__).parent.parent
-FLAGS = (
-    "--steps 4 --batch_size 8 --micro_steps 2 --workers 1 --log_every 1 --dtype float32 --clip 1e9".split()
-)
+FLAGS = "--steps 4 --batch_size 8 --micro_steps 2 --workers 1 --log_every 1".split()
+FLAGS += "--dtype float32 --clip 1e9".split()
 PACKED = [*FLAGS, *"--batch_size 0 --rows 8".split()]
 
 
 def run_script(script: str, ranks: int, flags: list[str]) -> None:
-    torchrun = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    )
-    command = [sys.executable, *torchrun, script, *flags]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *(torchrun if ranks > 1 else ()), script, *flags]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
 
 

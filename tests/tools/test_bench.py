@@ -73,10 +73,10 @@ def test_flops_of_dualspeed_by_hand(tiles):
 def test_the_speedups_at_7b_are_those_of_the_plan():
     seven = model.preset("llava-1.5-vicuna")
     lines = plan.savings(*plan.stages_of(seven, seven["model"]))
-    told = [float(line.split("text: ")[1].split()[0]) for line in lines if "200 of text" in line]
+    speedups = [float(line.split("text: ")[1].split()[0]) for line in lines if "200 of text" in line]
     steps = [((mode,), 200) for mode in ("full", "pruned", "slow")]
     flops = ([bench.dual_flops(seven["model"], step, tiles) for step in steps] for tiles in (1, 5))
-    assert [bench.one_in_ten(*three) for three in flops] == pytest.approx(told, abs=0.1)  # of one decimal
+    assert [bench.one_in_ten(*three) for three in flops] == pytest.approx(speedups, abs=0.1)  # of one decimal
 
 
 @pytest.mark.parametrize("tiles", [1, 5])
@@ -132,8 +132,8 @@ def test_the_script_writes_every_row(tmp_path, monkeypatch, capsys):
     scales = [f"dualspeed.coarse.{x}" for x in dual]
     reading = [f"reading.{size}.images_per_s" for size in ("336x336", "640x480")]
     assert list(rows) == [*names, *others, *one, *five, *scales, *reading]
-    told = {name: rows[name]["published"] for name in one + five if rows[name]["published"]}
-    assert told == {"dualspeed.llava15.speedup": 2.1, "dualspeed.next.speedup": 4.0}
+    papers = {name: rows[name]["published"] for name in one + five if rows[name]["published"]}
+    assert papers == {"dualspeed.llava15.speedup": 2.1, "dualspeed.next.speedup": 4.0}
     assert rows["dualspeed.llava15.speedup"]["floor"] == rows["dualspeed.llava15.mixed.speedup"]["floor"]
     for name in one + five + scales:
         row = rows[name]
@@ -141,8 +141,8 @@ def test_the_script_writes_every_row(tmp_path, monkeypatch, capsys):
     published = [0.27, 0.35, 0.42, 0.82, 1.0]
     assert [rows[name]["published"] for name in names] == published + published[:4]
     assert rows["connector.share.7b"]["value"] < 0.05
-    told = capsys.readouterr().out
-    assert all(name in told for name in rows)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in rows)
 
 
 def test_only_some_rows(tmp_path, monkeypatch):

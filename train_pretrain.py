@@ -7,9 +7,12 @@
     go on        the same command with --resume auto
     stage 1b     python train_pretrain.py --init runs/a/pretrain --scale 32to144 --train vit,connector --out b
 
-`main` is the stage, top to bottom. What it calls follows: the step, optimizers and schedule, then the flags
-and the start of a run, batches, checkpoints, validation and the log. Stage 2 imports these parts.
+`main` is the stage, top to bottom. What it calls follows in its order; stage 2 imports these parts.
 """
+
+import model  # first of all: it answers --help before torch is loaded
+
+# isort: split
 
 import dataclasses
 import json
@@ -31,7 +34,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-import model
 from model import UserError, require, require_at_least, require_one_of
 
 
@@ -280,24 +282,21 @@ def resolve_flags(config: type, stage: str, argv: list[str], doc: str) -> tuple:
     model.parse_cli(argv, None, cfg, model.ModelConfig())  # a first look, for where the recipe comes from
     require_one_of("--resume", cfg.resume, ("", "auto"))
     begun = bool(cfg.out) and (Path(cfg.out) / "latest").is_file()
-    require(
-        cfg.resume or not begun, f"--out {cfg.out} already holds a run: add --resume auto, or choose another"
-    )
-    require(
-        cfg.init or not cfg.scale, f"--scale {cfg.scale} needs --init: the run whose tokens are scaled up"
-    )
+    require(cfg.resume or not begun, f"--out {cfg.out} holds a run: add --resume auto, or choose another")
+    require(cfg.init or not cfg.scale, f"--scale {cfg.scale} needs --init: the run whose tokens grow")
+    origin, step, name = "preset", None, cfg.preset
     if begun or cfg.init:
         origin, step = "resume" if begun else "init", model.find_step(cfg.out if begun else cfg.init)
         saved = model.read_run_config(step)
         name, base_model = saved["train"]["preset"], model.from_dict(model.ModelConfig, saved["model"])
-        require(
-            not begun or saved["stage"] == stage, f"--out {cfg.out} holds a run of stage {saved['stage']}"
-        )
+    if begun:
+        recipe = saved["train"]
+        require(saved["stage"] == stage, f"--out {cfg.out} holds a run of stage {saved['stage']}")
     else:
-        origin, step, name, base_model = "preset", None, cfg.preset, model.preset(cfg.preset)["model"]
-    recipes = model.preset(name)
-    later = "pretrain_b" if stage == "pretrain" and cfg.scale else stage  # a stage 1 that scales tokens up
-    recipe = saved["train"] if begun else {**recipes.get(later, recipes[stage]), "preset": name}
+        preset = model.preset(name)
+        later = "pretrain_b" if stage == "pretrain" and cfg.scale else stage  # tokens are scaled up
+        recipe = {**preset.get(later, preset[stage]), "preset": name}
+        base_model = base_model if step else preset["model"]
     base = model.from_dict(config, {**dataclasses.asdict(config()), **recipe})
     cfg, model_cfg = model.copy_config(base), model.copy_config(base_model)
     model.parse_cli(argv, doc, cfg, model_cfg)
@@ -305,15 +304,11 @@ def resolve_flags(config: type, stage: str, argv: list[str], doc: str) -> tuple:
     if getattr(cfg, "pruner", ""):  # the same choice as --prune.name: the one that changes wins
         cfg.pruner = cfg.pruner if cfg.pruner != base.pruner else model_cfg.prune.name
         model_cfg.prune.name = cfg.pruner
-    may_change = MAY_CHANGE[origin] | (
-        set() if begun or base_model.decoder.experts else {*model.EXPERT_FLAGS}
-    )
     flags = [flag for flag in model.changed_flags(base, cfg) if begun or flag == "preset"]
-    halves = {
-        "vit": model_cfg.encoder_from,
-        "image": model_cfg.encoder_from,
-        "decoder": model_cfg.decoder_from,
-    }
+    may_change, halves = MAY_CHANGE[origin], {"decoder": model_cfg.decoder_from}
+    halves["vit"] = halves["image"] = model_cfg.encoder_from
+    if not begun and not base_model.decoder.experts:
+        may_change = may_change | {*model.EXPERT_FLAGS}
     for flag in flags + model.changed_flags(base_model, model_cfg):
         group = flag.partition(".")[0]
         weights, free = step or halves.get(group), {flag, group + "."} & may_change

@@ -1,9 +1,10 @@
 """Pictures in folders that say what they show, to a training file and a test file.
 
-    python tools/folders.py pictures        pictures/cat/1.jpg, pictures/dog/…: writes train.json and test.jsonl
+    python tools/folders.py pictures        pictures/cat/1.jpg, pictures/dog/…
 
-A fifth of each folder is held out. Every other picture is asked about twice, in the form of LLaVA's JSON: what it
-is, and which option is right; test.jsonl holds the second question, for `eval.py --tasks choice:test.jsonl`.
+Writes train.json and test.jsonl. A fifth of each folder is held out. Training asks about every other picture
+twice, in the form of LLaVA's JSON: what it is, and which option is right. test.jsonl asks the second question
+about the pictures that were held out: `python eval.py --tasks choice:test.jsonl`.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Makes the shipped halves of the demo anew: `python tools/make_assets.py tokenizer|vit|lm` (or `make assets`).
+"""Makes the halves of the demo anew: `python tools/make_assets.py tokenizer|vit|lm`, or `make assets`.
 Also the README's picture of attention, from what `make demo` left: `python tools/make_assets.py scales`.
 
 tokenizer  assets/scenes.tiktoken: all 256 bytes and the merges learned from Scenes told in words

@@ -342,6 +342,8 @@ def start(stage: str, config: type, argv: list[str], doc: str) -> tuple:
     cfg, model_cfg, step, origin = resolve_flags(config, stage, argv, doc)
     rank, world, device = model.find_ranks(cfg.device)
     resolve_device(cfg, device, world)
+    experts = model_cfg.decoder.experts and (cfg.compile, cfg.dtype) == ("true", "float32")
+    require(not experts, "--compile true --dtype float32: experts compile in bfloat16 only")
     run = Run(stage, cfg, rank, world, device)
     torch.manual_seed(cfg.seed)
     sources = data.open_sources(cfg.data, stage)  # a wrong --data shows before anything is loaded

@@ -10,6 +10,10 @@ A fast sample is trained on K pruned visual tokens behind the mode isolator, a s
 teacher of a slow sample is the model itself on its pruned tokens. Model and tokenizer come with --init.
 """
 
+import model  # first of all: it answers --help before torch is loaded
+
+# isort: split
+
 import functools
 from dataclasses import dataclass
 
@@ -17,9 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
-import model
 import prune
-from model import UserError
+from model import require, require_at_least, require_one_of
 from train_pretrain import (
     RunConfig,
     begin,
@@ -45,14 +48,12 @@ class SftConfig(RunConfig):
 
     def check(self) -> None:
         super().check()
-        model.require_one_of("--mode", self.mode, ("sample", "batch"))
-        if self.mode == "batch" and not self.batch_size:
-            raise UserError("--mode batch draws once for a number of samples: add --batch_size 32 or so")
-        if not 0 <= self.slow_share <= 1:
-            raise UserError(f"--slow_share {self.slow_share} is not a share between 0 and 1")
-        model.require_at_least(self, 0, "distill_weight")
-        if self.temperature <= 0:
-            raise UserError(f"--temperature {self.temperature}: must be above 0")
+        require_one_of("--mode", self.mode, ("sample", "batch"))
+        require_at_least(self, 0, "distill_weight slow_share")
+        require(self.slow_share <= 1, f"--slow_share {self.slow_share} is not a share between 0 and 1")
+        require(self.temperature > 0, f"--temperature {self.temperature}: must be above 0")
+        batch = self.mode == "sample" or self.batch_size
+        require(batch, "--mode batch draws once for a number of samples: add --batch_size 32 or so")
 
 
 def main(argv: list[str]) -> None:

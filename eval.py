@@ -121,7 +121,13 @@ def load_model(cfg: EvalConfig) -> tuple[model.VLM, data.Tokenizer, dict[str, st
 
 
 def find_rank() -> tuple[int, int]:
+    """This process's number among the ranks that share the questions, and how many they are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def print_once(text: str) -> None:
+    if find_rank()[0] == 0:
+        print(text)
 
 
 def write_results(tasks: list["Task"], cfg: EvalConfig, step: str, results: list, examples: list) -> None:
@@ -532,7 +538,7 @@ def prompt_lengths(task: Task, prompts: dict, pictures: dict, cfg: model.ModelCo
         need = f"{task.name}: {need}was trained for {cfg.decoder.context}"
         if too_long > len(lengths) / 50:
             raise UserError(f"{need}: use fewer --shots or --tokens pruned")
-        print(f"{need}: {too_long} questions are too long and count as wrong")
+        print_once(f"{need}: {too_long} questions are too long and count as wrong")
     return fitting
 
 
@@ -576,11 +582,12 @@ class AnswerFile:
                     row = json.loads(line)
                 except ValueError:
                     continue  # a blank line, or one that was cut off
-                number = numbers.get((str(row["question_id"]), row["prompt"]))
-                changed = [key for key in self.settings if row["metadata"].get(key) != self.settings[key]]
+                name, settings = row.get("question_id"), row.get("metadata", {})
+                number = numbers.get((str(name), row.get("prompt")))
+                changed = [key for key in self.settings if settings.get(key) != self.settings[key]]
                 if changed or number is None:
                     problem = f"another {changed[0]}" if changed else "an unknown id or prompt"
-                    problem = f"the answer to question_id {row['question_id']} has {problem}"
+                    problem = f"the answer to question_id {name} has {problem}"
                     raise UserError(f"{path} is not of this run, {problem}: use another --answers")
                 answers[number] = row["text"]
         return answers
@@ -646,7 +653,7 @@ def score_task(vlm, tokenizer, task: Task, view: str, cfg: EvalConfig, facts: di
     answers = answer_all(vlm, tokenizer, task, [q.images for q in task.questions], view, cfg, kept)
     if not any(question.answers for question in task.questions):
         place = kept.path if kept else "nowhere: give --out or --answers"
-        print(f"{task.name}: no right answers in {task.path}, so no score; answers are kept in {place}")
+        print_once(f"{task.name}: no right answers in {task.path}, so no score; answers are kept in {place}")
         return [], []
     seeing = [i for i, question in enumerate(task.questions) if question.images]
     if cfg.blind and seeing:

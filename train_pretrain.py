@@ -396,8 +396,7 @@ def begin(run: "Run", vlm: model.VLM, optimizers) -> int:
         first, run.cursor = state["step"], state["cursor"]
         lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
         lines = [line for line in lines if line.get("step", 0) <= first]  # later steps come again
-        if lines and "skipped" in lines[-1]:
-            run.skipped["before"] = lines[-1]["skipped"]
+        run.skipped += Counter(before=max((line.get("skipped", 0) for line in lines), default=0))
         run.best = min((line["val_loss"] for line in lines if "val_loss" in line), default=math.inf)
         run.say(f"resumed from {folder}")
     if run.world > 1:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from PIL import Image
+from safetensors.torch import load_file
 
 import data
 import model
@@ -71,6 +72,23 @@ def run_stage(stage, argv: list[str], stop: int | None, monkeypatch) -> None:
 
 def log_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(folder: Path) -> dict[int, float]:
+    """Step -> loss; every step is logged once."""
+    lines = [line for line in log_of(folder) if "loss" in line]
+    losses = {line["step"]: line["loss"] for line in lines}
+    assert len(losses) == len(lines)
+    return losses
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(model.find_step(run) / "model.safetensors")
+
+
+def assert_same_weights(run: Path, expected: Path) -> None:
+    weights = weights_of(run)
+    assert all(torch.equal(weights[name], value) for name, value in weights_of(expected).items())
 
 
 # --- Files of records and pictures

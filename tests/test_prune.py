@@ -21,19 +21,13 @@ def features(images: int = 3, tokens: int = 30, width: int = 8) -> torch.Tensor:
 # --- DivPrune against the vectors
 @pytest.mark.parametrize("keep", KEEPS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seed", SEEDS)
-def test_divprune_equals_dualspeeds(seed, kind, keep):
-    name = f"{seed}.divprune.{kind}"
-    kept = prune.select("divprune", VECTORS[f"{name}.features"][None], keep)
-    assert kept.tolist() == [VECTORS[f"{name}.keep{keep}.idx"].tolist()]
-
-
-@pytest.mark.parametrize("keep", KEEPS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_divprune_of_a_batch_is_that_of_each_image(kind, keep):
-    batch = torch.stack([VECTORS[f"{seed}.divprune.{kind}.features"] for seed in SEEDS])  # (3, 144, 24)
-    expected = [VECTORS[f"{seed}.divprune.{kind}.keep{keep}.idx"].tolist() for seed in SEEDS]
+def test_divprune_equals_dualspeeds(kind, keep):
+    """Three images in a batch, and each alone."""
+    names = [f"{seed}.divprune.{kind}" for seed in SEEDS]
+    batch = torch.stack([VECTORS[f"{name}.features"] for name in names])  # (3, 144, 24)
+    expected = [VECTORS[f"{name}.keep{keep}.idx"].tolist() for name in names]
     assert prune.select("divprune", batch, keep).tolist() == expected
+    assert [prune.select("divprune", image[None], keep)[0].tolist() for image in batch] == expected
 
 
 def test_divprune_ignores_the_length_of_features():
@@ -75,17 +69,6 @@ def test_kept_tokens(tokens, keep, expected):
     assert prune.kept_tokens("divprune", keep, tokens) == expected
 
 
-def test_gather_keeps_the_gradient():
-    x = features().requires_grad_()
-    kept = prune.select("divprune", x, 5)
-    assert not kept.requires_grad
-    taken = prune.gather(x, kept)
-    assert torch.equal(taken[1, 2], x[1, kept[1, 2]])
-    taken.sum().backward()
-    expected = torch.zeros(3, 30).scatter(1, kept, 1.0)[..., None].expand(-1, -1, 8)
-    assert torch.equal(x.grad, expected)
-
-
 # --- Mode isolator and mode
 def test_isolator_comes_before_the_kept_tokens():
     torch.manual_seed(0)
@@ -106,9 +89,9 @@ def draws(seed: int, share: float, n: int = 20_000) -> list[bool]:
     return [prune.draw_mode(seed, number, share) == "slow" for number in range(n)]
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
 def test_share_of_slow_samples(share):
-    assert abs(sum(draws(0, share)) / 20_000 - share) < 3 * math.sqrt(share * (1 - share) / 20_000)
+    assert abs(sum(draws(0, share)) / 20_000 - share) <= 3 * math.sqrt(share * (1 - share) / 20_000)
 
 
 def test_draws_are_pure_and_depend_on_the_seed():
@@ -118,10 +101,6 @@ def test_draws_are_pure_and_depend_on_the_seed():
     assert [n for n in range(60) if first[n]] == [24, 30, 44, 52, 59]  # on every machine and rank
     both = sum(a and b for a, b in zip(first, draws(1, 0.1, 2000)))
     assert both < 40  # independent seeds agree on about 20 of 200 slow samples
-
-
-def test_share_of_none_and_all():
-    assert not any(draws(3, 0.0, 500)) and all(draws(3, 1.0, 500))
 
 
 # --- Self-distillation

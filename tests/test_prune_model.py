@@ -1,14 +1,11 @@
 """Pruners inside the model: what each is given, what it spares, with which connector it goes."""
 
 import dataclasses
-import os
 
 import numpy as np
 import pytest
-import test_training
 import torch
-import torch.multiprocessing as mp
-from test_training import TOKENIZER, assert_same, one_step, small_batch, small_config
+from helpers import TOKENIZER, assert_ranks_equal_one_process, log_of, small_batch, small_config
 from torch.testing import assert_close
 
 import data
@@ -45,7 +42,7 @@ def build(cfg: model.ModelConfig) -> model.VLM:
     return vlm
 
 
-MIX = [("chat", "fast"), ("chat", "slow"), ("text", "slow"), ("chat", "full"), ("chat", "fast")]
+MIX = [("chat", "pruned"), ("chat", "slow"), ("text", "slow"), ("chat", "full"), ("chat", "pruned")]
 
 
 # --- Every pruner with every connector that it goes with
@@ -59,9 +56,9 @@ def test_a_mixed_batch_equals_its_samples_alone(kind, name):
     for n, pick in enumerate(MIX):
         alone, _, _ = vlm(small_batch([pick], cfg, start=n))
         assert_close(logits[owner == n], alone, rtol=1e-4, atol=1e-4)
-    fast, _, _ = vlm(small_batch([("chat", "fast")], cfg, start=1))
+    fast, _, _ = vlm(small_batch([("chat", "pruned")], cfg, start=1))
     assert_close(teacher, fast, rtol=1e-4, atol=1e-4)
-    test_training.fast_slow_sums(logits, teacher, batch)["loss"].backward()
+    train_sft.fast_slow_loss(logits, teacher, batch)["loss"].backward()
     grads = {key: p.grad for key, p in vlm.named_parameters()}
     assert all(grads[key] is not None and grads[key].isfinite().all() for key in grads if "connector" in key)
     assert grads["isolator.weight"].abs().sum() > 0
@@ -75,10 +72,8 @@ def test_a_pruner_that_does_not_fit_is_refused_with_those_that_do(kind):
             cfg.check()
             continue
         fit = ", ".join(n for n in prune.PRUNERS if n not in FITS[kind])
-        with pytest.raises(
-            UserError,
-            match=f"'{name}' does not fit connector.kind {kind}: use one of {fit}$".replace("+", r"\+"),
-        ):
+        message = f"'{name}' does not fit connector.kind {kind}: use one of {fit}$"
+        with pytest.raises(UserError, match=message.replace("+", r"\+")):
             cfg.check()
 
 
@@ -95,29 +90,26 @@ def test_wrong_prune_flags_are_refused():
             dataclasses.replace(chain, prune=dataclasses.replace(chain.prune, **change)).check()
     with pytest.raises(UserError, match="does not fit"):  # the first tokens would be the finest
         dataclasses.replace(chain, connector=dataclasses.replace(chain.connector, reverse=True)).check()
-    with pytest.raises(UserError, match="--pruner grid and --prune.name random: give one"):
-        train_pretrain.main("--pruner grid --prune.name random --out nowhere".split())
 
 
 # --- What is computed
 def watch(module: torch.nn.Module) -> list[tuple[int, ...]]:
-    seen = []
-    module.register_forward_hook(lambda m, inputs, out: seen.append(tuple(inputs[0][-1].shape[:2])))
-    return seen
+    """A list that gets (images, patches) of every call of the module."""
+    shapes = []
+    module.register_forward_hook(lambda m, inputs, out: shapes.append(tuple(inputs[0][-1].shape[:2])))
+    return shapes
 
 
-def test_coarse_computes_no_finer_scale_for_fast_samples():
+def test_coarse_computes_no_finer_scale_for_pruned_samples():
     cfg = config("chain", "coarse")
     vlm = build(cfg)
-    seen = [watch(scale) for scale in vlm.connector.scales]
-    fast = small_batch([("chat", "fast")] * 3, cfg)
-    bank = vlm.bank(fast)
-    assert seen == [[(3, 16)], []] and len(bank) == 3 * (2 + 4)
-    expected = vlm.encode(fast.pixels)[:, :4]  # the first scale's tokens: as select and gather would have it
-    assert_close(bank.view(3, 6, -1)[:, 2:], expected)
-    assert torch.equal(
-        prune.gather(vlm.encode(fast.pixels), prune.select("coarse", vlm.encode(fast.pixels), 4)), expected
-    )
+    shapes = [watch(scale) for scale in vlm.connector.scales]
+    batch = small_batch([("chat", "pruned")] * 3, cfg)
+    bank = vlm.bank(batch)
+    assert shapes == [[(3, 16)], []] and len(bank) == 3 * (2 + 4)
+    tokens = vlm.encode(batch.pixels)
+    assert_close(bank.view(3, 6, -1)[:, 2:], tokens[:, :4])  # the first scale's
+    assert torch.equal(prune.gather(tokens, prune.select("coarse", tokens, 4)), tokens[:, :4])
     for keep, kept in ((0.1, 4), (4, 4), (0.9, 4), (8, 8), (1.0, 8), (100, 8)):
         assert dataclasses.replace(cfg, prune=PruneConfig("coarse", keep)).check().kept_tokens() == kept
 
@@ -126,13 +118,13 @@ def test_coarse_computes_no_finer_scale_for_fast_samples():
 def test_in_front_of_the_connector_only_what_is_kept_goes_through_it(name):
     cfg = config("mlp", name)
     vlm = build(cfg)
-    seen = watch(vlm.connector)
+    shapes = watch(vlm.connector)
     vlm.bank(small_batch(MIX, cfg))
-    assert seen == [(2, 16), (3, 8)]  # whole: slow and full; pruned: fast and slow
+    assert shapes == [(2, 16), (3, 8)]  # all tokens: slow and full; pruned ones: pruned and slow
     assert cfg.visual_tokens("pruned") == 8 + 2
 
 
-@pytest.mark.parametrize("mode", ["full", "fast", "slow"])
+@pytest.mark.parametrize("mode", ["full", "pruned", "slow"])
 @pytest.mark.parametrize("name", ["divprune", "coarse"])
 def test_blank_pictures_and_pictures_cut_off_are_in_no_bank(name, mode):
     """Compiled runs fill up to a capacity: a micro-batch of text alone has pictures there, all blank."""
@@ -180,9 +172,8 @@ def test_attention_is_that_of_the_block(cls_token):
 def test_needs_are_of_the_pruned_views_alone():
     cfg = config("linear", "random")
     vlm, batch = build(cfg), small_batch(MIX, cfg)
-    batch.questions = data.question_ids(
-        [data.Sample([0, ([5, 6], False), ([7], True)], np.zeros((1,)))] * 4, 4, config("linear", "cdpruner")
-    )
+    samples = [data.Sample([0, ([5, 6], False), ([7], True)], np.zeros((1,)))] * 4
+    batch.questions = data.question_ids(samples, 4, config("linear", "cdpruner"))
     states = vlm.states(batch.pixels)
     assert batch.pruned_tiles.tolist() == [0, 1, 3]
     for name, pruner in prune.PRUNERS.items():
@@ -193,18 +184,14 @@ def test_needs_are_of_the_pruned_views_alone():
 
 def test_the_question_is_what_the_pruner_reads_and_never_the_answer():
     cfg = config("linear", "cdpruner")
-    picture, views = np.zeros((1, 3, 32, 32), np.uint8), [[20, 21, 23], [20, 21, 23], [31, -1, -1]]
+    picture, questions = np.zeros((1, 3, 32, 32), np.uint8), [[20, 21, 23], [31, -1, -1], [31, -1, -1]]
     dialogue = [([9], False), 0, ([20, 21], False), ([22], True), ([23], False), ([24, 25], True)]
     shots = [0, ([30], False), 1, ([31], False), ([32], True)]  # demonstrations come before the last picture
     samples = [(dialogue, np.concatenate([picture] * 2)), ([([7] * 50, False), ([8], True)], picture[:0])]
     samples += [(shots, np.concatenate([picture] * 2))]
     modes = [data.Sample(samples[0][0], picture), *samples[1:]]
-    batch = data.make_batch(modes, ["fast"] * 3, cfg, 256, 256)
-    assert batch.questions.tolist() == [
-        views[0],
-        views[2],
-        views[2],
-    ]  # long texts without pictures: no matter
+    batch = data.make_batch(modes, ["pruned"] * 3, cfg, 256, 256)
+    assert batch.questions.tolist() == questions  # long texts without pictures: no matter
     assert data.prompt_batch(modes, "pruned", cfg).questions.tolist() == batch.questions.tolist()
     assert small_batch(MIX, config("linear", "divprune")).questions is None
     vlm, other = build(cfg), small_batch(MIX, cfg)
@@ -216,9 +203,9 @@ def test_the_question_is_what_the_pruner_reads_and_never_the_answer():
 def test_random_depends_on_picture_and_step_not_on_its_neighbours():
     cfg = config("linear", "random")
     vlm = build(cfg)
-    alone, several = (vlm.bank(small_batch([("chat", "fast")] * n, cfg, start=2 - n // 2)) for n in (1, 3))
+    alone, several = (vlm.bank(small_batch([("chat", "pruned")] * n, cfg, start=2 - n // 2)) for n in (1, 3))
     assert torch.equal(alone, several.view(3, 10, -1)[1])
-    later = small_batch([("chat", "fast")], cfg, start=2)
+    later = small_batch([("chat", "pruned")], cfg, start=2)
     later.next_sample = 16
     assert not torch.equal(vlm.bank(later), alone)
 
@@ -227,20 +214,16 @@ def test_random_depends_on_picture_and_step_not_on_its_neighbours():
 def test_an_isolator_for_each_tile_or_for_each_image():
     per = {}
     for which in ("tile", "image"):
-        cfg = config(
-            "linear",
-            "divprune",
-            image=model.ImageConfig(cut="split"),
-            prune=PruneConfig("divprune", 3, 2, which),
-        )
+        changes = {"image": model.ImageConfig(cut="split"), "prune": PruneConfig("divprune", 3, 2, which)}
+        cfg = config("linear", "divprune", **changes)
         per[which] = data.picture_slots(cfg, "pruned", (64, 64)).tolist()
         assert len(data.picture_slots(cfg, "full", (64, 64))) == 5 * 16
         assert data.square_tokens(cfg, "pruned") == len(per[which]) == cfg.visual_tokens("pruned", 5)
-        vlm, views = build(cfg), torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
-        sample = data.Sample([0, ([7], True)], views.numpy(), [(64, 64)])
-        batch = data.make_batch([sample], ["fast"], cfg, 64, 64)
+        vlm, tiles = build(cfg), torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+        sample = data.Sample([0, ([7], True)], tiles.numpy(), [(64, 64)])
+        batch = data.make_batch([sample], ["pruned"], cfg, 64, 64)
         x = vlm.splice(batch.student, vlm.bank(batch))[batch.student.slot_mask]
-        tokens = vlm.encode(views)
+        tokens = vlm.encode(tiles)
         kept = prune.gather(tokens, prune.select("divprune", tokens, 3))  # (5, 3, D)
         front = [vlm.isolator.weight if which == "tile" or n == 0 else kept[0, :0] for n in range(5)]
         assert_close(x, torch.cat([part for n in range(5) for part in (front[n], kept[n])]))
@@ -251,22 +234,20 @@ def test_an_isolator_for_each_tile_or_for_each_image():
 
 
 # --- Flags of both stages
-def flags(module, words: str):
-    config_of = {train_pretrain: train_pretrain.PretrainConfig, train_sft: train_sft.SftConfig}[module]
-    stage = "pretrain" if module is train_pretrain else "sft"
-    return train_pretrain.read_flags(config_of, stage, [*words.split(), "--out", "nowhere"], "")
-
-
 def test_a_pruner_of_the_recipe_gives_way_to_that_of_the_command_line():
-    for words, name in (("", "divprune"), ("--prune.name grid", "grid"), ("--pruner random", "random")):
-        cfg, model_cfg, _ = flags(train_pretrain, f"--preset llava-1.5 {words}")
-        assert cfg.pruner == model_cfg.prune.name == name
-    assert flags(train_pretrain, "--prune.name grid")[0].pruner == ""
+    for words, pruner, name in (
+        ("--preset llava-1.5", "divprune", "divprune"),
+        ("--preset llava-1.5 --prune.name grid", "grid", "grid"),
+        ("--preset llava-1.5 --pruner random", "random", "random"),
+        ("--prune.name grid", "", "grid"),
+    ):
+        argv = [*words.split(), "--out", "nowhere"]
+        cfg, model_cfg, *_ = train_pretrain.resolve_flags(train_pretrain.PretrainConfig, "pretrain", argv, "")
+        assert (cfg.pruner, model_cfg.prune.name) == (pruner, name)
 
 
 @pytest.mark.parametrize("words, error", [
     ("--distill_weight -1", "distill_weight"), ("--temperature 0", "above 0"),
-    ("--temperature 2 --slow_share 0", "no effect"), ("--temperature 2 --distill_weight 0", "no effect"),
     ("--prune.keep nan", "must be above 0"), ("--connector.levels 4,2", "low to high"),
 ])  # fmt: skip
 def test_flags_without_sense_are_refused(words, error):
@@ -274,43 +255,22 @@ def test_flags_without_sense_are_refused(words, error):
         train_sft.main([*words.split(), "--out", "nowhere"])
 
 
-def test_stage_1_of_fast_samples_is_validated_on_them(monkeypatch, tmp_path, small_halves):
-    seen = []
-    monkeypatch.setattr(
-        train_pretrain, "validation_loss", lambda *args: seen.append(args[-1]) or {"all": 1.0}
-    )
+def test_stage_1_on_pruned_tokens_is_validated_on_them(monkeypatch, tmp_path, small_halves):
+    views = []
+
+    def validation_loss(*arguments) -> dict[str, float]:
+        views.append(arguments[-1])
+        return {"all": 1.0}
+
+    monkeypatch.setattr(train_pretrain, "validation_loss", validation_loss)
     words = "--steps 2 --rows 2 --eval_every 2 --workers 0 --dtype float32 --pruner coarse".split()
     train_pretrain.main([*words, *small_halves, "--out", str(tmp_path / "a")])
-    assert seen == ["fast"]
-    state = tmp_path / "a" / "step-00000002" / "state.pt"
-    saved = torch.load(state, weights_only=True)
-    assert saved["order"].pop("prune.isolator_per") == "tile"
-    torch.save(saved, state)  # as a version that did not know it wrote it
-    words = [*words, "--steps", "3", "--out", str(tmp_path / "a"), "--resume", "auto"]
-    with pytest.raises(UserError, match="was trained with --prune.keep"):
-        train_pretrain.main([*words, "--prune.keep", "1.0"])
-    train_pretrain.main(words)
-    assert (tmp_path / "a" / "latest").read_text().strip() == "step-00000003"
+    assert views == ["pruned"]
+    cfg = model.VLM.from_pretrained(tmp_path / "a").cfg
+    assert cfg.prune.name == "coarse"
+    assert log_of(tmp_path / "a")[0]["visual_tokens"] == cfg.visual_tokens("pruned")
 
 
-# --- Ranks
-ALL_FAST = ([("chat", "fast")], [("text", "fast"), ("chat", "fast")])
-
-
-def rank_main(rank: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE="2")
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
-    test_training.small_config = lambda: config("chain", "coarse")
-    result = one_step(rank, 2, [small_batch(ALL_FAST[rank], config("chain", "coarse"), start=rank)])
-    if rank == 0:
-        torch.save(result, f"{folder}/ranks.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_scales_that_no_rank_computes_do_not_stop_ddp(tmp_path, monkeypatch):
-    mp.spawn(rank_main, args=(str(tmp_path),), nprocs=2)
-    monkeypatch.setattr(test_training, "small_config", lambda: config("chain", "coarse"))
-    together = small_batch([*ALL_FAST[0], *ALL_FAST[1]], config("chain", "coarse"))
-    assert_same(one_step(0, 1, [together]), torch.load(tmp_path / "ranks.pt", weights_only=True))
+def test_scales_that_no_rank_computes_do_not_stop_ddp(tmp_path):
+    ranks = ([("chat", "pruned")], [("text", "pruned"), ("chat", "pruned")])
+    assert_ranks_equal_one_process(ranks, config("chain", "coarse"), tmp_path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import log_of, small_batch, small_config
+from helpers import losses_of, small_batch, small_config
 
 import model
 import train_pretrain
@@ -19,10 +19,6 @@ FLAGS = (
 PACKED = [*FLAGS, *"--batch_size 0 --rows 8".split()]
 
 
-def losses(folder: Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in log_of(folder) if "loss" in line}
-
-
 def run_script(script: str, ranks: int, flags: list[str]) -> None:
     torchrun = (
         ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
@@ -33,8 +29,8 @@ def run_script(script: str, ranks: int, flags: list[str]) -> None:
 
 @pytest.mark.slow
 def test_torchrun_gives_the_losses_of_one_process(tmp_path, small_halves):
-    """Both stages, packed: scaling, pruned and slow samples, validation, best checkpoint. Rows of a single kind
-    make micro-batches of text alone on one rank.
+    """Both stages, packed: scaling, pruned and slow samples, validation. Rows of one kind make
+    micro-batches of text alone on one rank.
     """
     for name, ranks in (("one", 1), ("two", 2)):
         a, b = str(tmp_path / name / "a"), str(tmp_path / name / "b")
@@ -42,7 +38,7 @@ def test_torchrun_gives_the_losses_of_one_process(tmp_path, small_halves):
         sft = ["--scale", "32to144", *"--slow_share 0.5 --eval_every 2".split()]
         run_script("train_sft.py", ranks, [*PACKED, *sft, "--init", a, "--out", b])
     for stage in ("a", "b"):
-        one, two = losses(tmp_path / "one" / stage), losses(tmp_path / "two" / stage)
+        one, two = losses_of(tmp_path / "one" / stage), losses_of(tmp_path / "two" / stage)
         assert one.keys() == two.keys() == {1, 2, 3, 4}
         for step, loss in one.items():
             assert two[step] == pytest.approx(loss, rel=2e-3), (stage, step)
@@ -57,7 +53,7 @@ def test_two_ranks_where_a_part_is_not_used(flags, tmp_path, small_halves):
     """Without distillation a batch may hold no pruned tokens: then the isolator has no gradient."""
     out = ["--distill_weight", "0", *flags.split(), "--out", str(tmp_path / "run")]
     run_script("train_sft.py", 2, [*small_halves, *FLAGS, *out])
-    assert losses(tmp_path / "run").keys() == {1, 2, 3, 4}
+    assert losses_of(tmp_path / "run").keys() == {1, 2, 3, 4}
 
 
 @pytest.mark.cuda

@@ -1,20 +1,19 @@
 """A step of stage 2 against DualSpeed's formulas, written out in fp64, a sample at a time, without our code.
 
-Ours divides the sums of CE and KL by the supervised tokens of the whole step: with fast samples alone or slow
-ones alone these are the paper's means over answer tokens; a mixed step weighs every sample by its answers.
+Ours divides the sums of CE and KL by the supervised tokens of the whole step: with samples of one mode alone
+these are the paper's means over answer tokens; a mixed step weighs every sample by its answers.
 """
 
 import dataclasses
+import itertools
 import math
-from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import test_training
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from helpers import SMALL, Killed, on_two_ranks, small_run
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -88,18 +87,18 @@ def reference(vlm, picks, temperature=1.0, weight=1.0, limit=512) -> dict:
     w = {name: p.detach().double().clone().requires_grad_() for name, p in vlm.state_dict().items()}
     ce, kl, count, taught = 0.0, torch.zeros(()).double(), 0, 0
     for (pieces, pixels), mode in picks:
-        full, fast = [], []
+        full, pruned = [], []
         for patches in vlm.levels(vlm.states(torch.from_numpy(pixels)))[-1].detach() if len(pixels) else ():
             h = patches @ w["connector.fc1.weight"].T + w["connector.fc1.bias"]
             h = h * (1 + torch.erf(h / math.sqrt(2))) / 2
             full.append(h @ w["connector.fc2.weight"].T + w["connector.fc2.bias"])
             kept = diverse(full[-1], round(len(full[-1]) * vlm.cfg.prune.keep))
-            fast.append(torch.cat([w["isolator.weight"], full[-1][kept]]))
-        student, labels = answer_rows(w, pieces, fast if mode == "fast" else full, limit)
+            pruned.append(torch.cat([w["isolator.weight"], full[-1][kept]]))
+        student, labels = answer_rows(w, pieces, pruned if mode == "pruned" else full, limit)
         ce = ce - student.log_softmax(-1)[range(len(labels)), labels].sum()
         count += len(labels)
         if mode == "slow" and full:
-            teacher = answer_rows(w, pieces, fast, None)[0].detach()[: len(labels)]  # the shorter sequence
+            teacher = answer_rows(w, pieces, pruned, None)[0].detach()[: len(labels)]  # the shorter sequence
             q, p = ((logits / temperature).softmax(-1) for logits in (student, teacher))
             kl = kl + temperature**2 * (p * (p / q).log()).sum()
             taught += len(labels)
@@ -110,7 +109,7 @@ def reference(vlm, picks, temperature=1.0, weight=1.0, limit=512) -> dict:
 
 
 # --- Ours: flags of main, the model, samples, and the step as train_sft.py takes it
-FLAGS = [*test_training.SMALL, *"--clip 1e9 --muon_lr 0 --connector.kind mlp".split()]
+FLAGS = [*SMALL, *"--clip 1e9 --muon_lr 0 --connector.kind mlp".split()]
 
 
 def tiny_vlm(**changes) -> model.VLM:
@@ -139,7 +138,7 @@ SAMPLES = {  # numbers are pictures, others (length, is it learnt?)
 
 
 def load(picks: str) -> list[tuple[tuple, str]]:
-    """ "one:fast two:slow" -> ((pieces, pixels), mode) of each, random but the same every time."""
+    """ "one:pruned two:slow" -> ((pieces, pixels), mode) of each, random but the same every time."""
     loaded = []
     for n, pick in enumerate(picks.split()):
         name, mode = pick.split(":")
@@ -183,16 +182,16 @@ def stage2(tmp_path, small_halves):
         def stop(run, ddp, micro, optimizers, step, loss_of):
             run.progress.close()
             caught.update(run=run, vlm=ddp, loss_of=loss_of)
-            raise test_training.Killed
+            raise Killed
 
         def keep(*arguments):  # run, model config, tokenizer, first step, choose_mode
             caught["data"] = arguments
+            return iter([[]])
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_sft, "load_batches", keep)
-            patch.setattr(train_sft, "fetch", lambda *_: ([], 0.0))
             patch.setattr(train_sft, "optimizer_step", stop)
-            with pytest.raises(test_training.Killed):
+            with pytest.raises(Killed):
                 train_sft.main([*FLAGS, *small_halves, "--out", str(tmp_path / "caught"), *flags.split()])
         return caught
 
@@ -201,18 +200,18 @@ def stage2(tmp_path, small_halves):
 
 # --- Losses and gradients
 @pytest.mark.parametrize("picks, flags, limit", [
-    ("talk:fast", "", 512),
+    ("talk:pruned", "", 512),
     ("talk:slow", "", 512),
     ("talk:slow", "--temperature 2", 512),
     ("two:slow caption:slow", "--distill_weight 0.5", 512),
-    ("two:fast caption:fast", "", 512),
+    ("two:pruned caption:pruned", "", 512),
     ("talk:slow one:slow", "--distill_weight 0", 512),
-    ("one:fast talk:slow text:slow caption:slow two:fast text:fast two:slow", "", 512),
-    ("caption:slow two:fast one:slow text:slow", "--temperature 2 --distill_weight 0.5", 512),
+    ("one:pruned talk:slow text:slow caption:slow two:pruned text:pruned two:slow", "", 512),
+    ("caption:slow two:pruned one:slow text:slow", "--temperature 2 --distill_weight 0.5", 512),
     ("text:slow", "", 512),  # the same input twice has nothing to teach
-    ("talk:slow one:fast caption:slow", "", 55),  # cuts the last of three answers
-    ("one:fast talk:slow", "--temperature 2", 53),  # ends where that answer begins
-    ("talk:slow one:fast", "", 40),  # leaves the slow sample no answer at all
+    ("talk:slow one:pruned caption:slow", "", 55),  # cuts the last of three answers
+    ("one:pruned talk:slow", "--temperature 2", 53),  # ends where that answer begins
+    ("talk:slow one:pruned", "", 40),  # leaves the slow sample no answer at all
 ])  # fmt: skip
 def test_a_step_equals_the_formulas(picks, flags, limit, stage2):
     vlm, loaded, caught = tiny_vlm(), load(picks), stage2(flags)
@@ -227,8 +226,8 @@ def test_a_step_equals_the_formulas(picks, flags, limit, stage2):
         assert len(batch.teacher.targets) == expected["taught"]
         assert torch.equal(batch.teacher.targets, batch.student.targets[batch.distill])
     assert (expected["count"] < reference(vlm, loaded)["count"]) == (limit < 512)
-    fast = any(mode == "fast" and len(pixels) for (_, pixels), mode in loaded)
-    assert (grads["isolator.weight"].abs().max() > 0) == fast  # exactly 0 where no sample is fast
+    has_pruned = any(mode == "pruned" and len(pixels) for (_, pixels), mode in loaded)
+    assert (grads["isolator.weight"].abs().max() > 0) == has_pruned  # exactly 0 where none is
 
 
 @pytest.mark.parametrize("isolator", [0, 4])
@@ -239,29 +238,22 @@ def test_all_tokens_teach_nothing_but_the_isolator(isolator, stage2):
     assert stats["kl"] > 1e-3 if isolator else abs(stats["kl"]) < 1e-10
 
 
-RANKS = "talk:slow two:slow caption:fast one:fast"  # two of rank 0, which has a teacher, two of rank 1
+RANKS = "talk:slow two:slow caption:pruned one:pruned"  # two of rank 0, which has a teacher, two of rank 1
 
 
-def rank_main(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    at = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", init_method=at, rank=rank, world_size=2)
-    cfg = train_pretrain.RunConfig(clip=1e9, compile="false", dtype="float32")
-    run = train_pretrain.Run("sft", cfg, rank, 2, torch.device("cpu"))
-    vlm, mine = tiny_vlm(), load(RANKS)[2 * rank : 2 * rank + 2]
-    torch.save(take_step(run, vlm, mine, test_training.fast_slow_sums)[1:], f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+def step_of_rank(rank: int) -> tuple[dict, dict]:
+    mine = load(RANKS)[2 * rank : 2 * rank + 2]
+    return take_step(small_run(rank, 2, clip=1e9), tiny_vlm(), mine, train_sft.fast_slow_loss)[1:]
 
 
 def test_two_ranks_equal_the_formulas(tmp_path):
-    mp.spawn(rank_main, args=(str(tmp_path),), nprocs=2)
     expected = reference(tiny_vlm(), load(RANKS))
-    for rank in (0, 1):
-        assert_equals(expected, *torch.load(tmp_path / f"{rank}.pt", weights_only=True))
+    for stats, grads in on_two_ranks(step_of_rank, tmp_path):
+        assert_equals(expected, stats, grads)
 
 
 # --- Modes
-ENDS = [("--slow_share 0", "fast"), ("--slow_share 1 --distill_weight 0", "full")]
+ENDS = [("--slow_share 0", "pruned"), ("--slow_share 1 --distill_weight 0", "full")]
 
 
 @pytest.mark.parametrize("flags, mode", ENDS)
@@ -273,7 +265,8 @@ def test_the_ends_are_naive_pruning_and_plain_fine_tuning(flags, mode, stage2, t
     vlm, before = caught["vlm"], caught["vlm"].isolator.weight.detach().clone()
     batches = train_pretrain.load_batches(*caught["data"][:4], lambda number: mode)
     adam = torch.optim.AdamW(vlm.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    for batch, rate in zip(islice(batches, 3), (1.0, 0.55, 0.1), strict=True):  # a cosine to a tenth
+    cosine = (1.0, 0.55, 0.1)  # to a tenth of the rate
+    for (batch,), rate in zip(itertools.islice(batches, 3), cosine, strict=True):
         logits, teacher, _ = vlm(batch)
         assert batch.teacher is None and teacher is None
         adam.zero_grad()
@@ -287,13 +280,23 @@ def test_the_ends_are_naive_pruning_and_plain_fine_tuning(flags, mode, stage2, t
     assert torch.equal(trained["isolator.weight"], before) == (mode == "full")
 
 
-def drawn(arguments: tuple, world: int) -> list[tuple[int, int, str]]:
+class StreamWithPlan(data.Stream):
+    def __getitem__(self, planned):
+        batch = super().__getitem__(planned)
+        batch.plan = planned  # with its rows
+        return batch
+
+
+def draw(arguments: tuple, world: int) -> list[tuple[int, int, str]]:
     """(step, number, mode) of every sample of a run as all its ranks load it."""
     places = []
-    for rank in range(world):
-        run = dataclasses.replace(arguments[0], rank=rank, world=world)
-        for batch in train_pretrain.load_batches(run, *arguments[1:]):
-            places += [(batch.plan.step, p.number, p.mode) for row in batch.plan.rows for p in row]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "Stream", StreamWithPlan)
+        for rank in range(world):
+            run = dataclasses.replace(arguments[0], rank=rank, world=world)
+            for batch in itertools.chain(*train_pretrain.load_batches(run, *arguments[1:])):
+                chunks = itertools.chain(*batch.plan.rows)
+                places += [(batch.plan.step, chunk.place.number, chunk.place.mode) for chunk in chunks]
     return sorted(places)
 
 
@@ -301,12 +304,12 @@ def drawn(arguments: tuple, world: int) -> list[tuple[int, int, str]]:
 def test_a_draw_is_for_a_sample_or_for_a_whole_step(mode, samples, stage2):
     flags = f"--steps 8 --slow_share 0.3 --seed 3 --mode {mode}"
     arguments = stage2(f"{flags} --micro_steps 2")["data"]
-    places = drawn(arguments, world=2)
+    places = draw(arguments, world=2)
     assert [number for _, number, _ in places] == list(range(64))
-    assert places == drawn(stage2(flags)["data"], 1) == drawn(stage2(f"{flags} --workers 1")["data"], 2)
+    assert places == draw(stage2(flags)["data"], 1) == draw(stage2(f"{flags} --workers 1")["data"], 2)
     modes = [m for _, _, m in places]
     assert modes == [prune.draw_mode(3, n // samples, 0.3) for n in range(64)] and len({*modes}) == 2
-    mixed = [{m for step, _, m in places if step == n} == {"fast", "slow"} for n in range(8)]
+    mixed = [{m for step, _, m in places if step == n} == {"pruned", "slow"} for n in range(8)]
     assert not any(mixed) if mode == "batch" else sum(mixed) > 4
     slow = sum(arguments[-1](draw * samples) == "slow" for draw in range(5000))
     assert abs(slow - 1500) < 3 * math.sqrt(5000 * 0.3 * 0.7)

@@ -21,7 +21,7 @@ that CLIP-L has beside a 7B decoder: 9 % at 32 tokens and 1.4 % at 336 (there 9 
 21 % (there 1): as wide as this decoder, and all of it trains. Captions have 23 tokens each.
 
 Rows of dualspeed: the same decoder, all of which trains, and encoder, on 24 x 24 patches behind LLaVA's
-connector: 576 tokens a view, or 58 and the isolator's 4. llava15 is one view, next five; 100, 200 or 300
+connector: 576 tokens a tile, or 58 and the isolator's 4. llava15 is one tile, next five; 100, 200 or 300
 tokens of text, of which the last 40 % are supervised. Encoder's share of a fast step at 200: 5 and 11 %
 (there 3 and 8). coarse is Chain-of-Sight's connector, on 16 x 16 patches: 336 tokens, or its first two scales
 with 80 and 4. Speedups are composed of separately timed steps, nine fast to one slow; "mixed" times a packed
@@ -95,11 +95,10 @@ class Trainer:
 
     def connector_alone(self) -> Callable[[], None]:
         """Forward and backward of the connector in this step, the encoder's output given."""
-        connector, seen = self.vlm.connector, []
-        hook = connector.register_forward_hook(lambda module, inputs, out: seen.extend([*inputs, out]))
-        with hook, torch.no_grad(), self.run.autocast():
-            self.vlm.encode(self.batch.pixels)
-        levels, tokens = seen
+        connector = self.vlm.connector
+        with torch.no_grad(), self.run.autocast():
+            levels = self.vlm.levels(self.vlm.states(self.batch.pixels))
+            tokens = connector(levels)
 
         def run() -> None:
             with self.run.autocast():
@@ -117,15 +116,15 @@ def flags_of(recipe: dict, config=train_pretrain.RunConfig) -> train_pretrain.Ru
     return flags
 
 
-def draw(cfg: model.ModelConfig, lengths: list[int], views: int = 1, answer: float = 1.0) -> list[tuple]:
+def draw(cfg: model.ModelConfig, lengths: list[int], pictures: int = 1, answer: float = 1.0) -> list[tuple]:
     """Samples of so many tokens behind pictures of noise; the last share `answer` of them is supervised."""
-    rng, size, drawn = np.random.default_rng(0), cfg.vit.image_size, []
+    rng, size, samples = np.random.default_rng(0), cfg.vit.image_size, []
     for length in lengths:
         text = rng.integers(1, cfg.decoder.vocab_size, length).tolist()
-        asked = length - round(answer * length)
-        pieces = [*range(views), (text[:asked], False), (text[asked:], True)]
-        drawn.append((pieces, rng.integers(0, 256, (views, 3, size, size), dtype=np.uint8)))
-    return drawn
+        question = length - round(answer * length)
+        pieces = [*range(pictures), (text[:question], False), (text[question:], True)]
+        samples.append((pieces, rng.integers(0, 256, (pictures, 3, size, size), dtype=np.uint8)))
+    return samples
 
 
 def captions(cfg: model.ModelConfig, samples: int, row_length: int) -> data.Batch:
@@ -179,7 +178,7 @@ def stage1_config(cfg: model.ModelConfig, name: str) -> model.ModelConfig:
 
 def stage1_flops(cfg: model.ModelConfig, name: str) -> dict[str, float]:
     """FLOPs by part of one sample: connector and adapters train, as in the paper's stage 1."""
-    train = model.trainable_parts(model.COS_TRAINS["pretrain"])
+    train = model.trainable_parts(model.preset("cos-7b")["pretrain"]["train"])
     return plan.sample_cost(stage1_config(cfg, name), train, TEXT, "full", 1)[0]
 
 
@@ -194,13 +193,13 @@ def shares(flops: dict[str, float]) -> dict[str, float]:
 def stage1(bench: BenchConfig) -> list[dict]:
     """Time a sample as a share of the 336-token step: at equal samples, and at equal positions."""
     names = [f"time.{name}" for name in STAGE1] + [f"budget.{name}" for name in STAGE1 if "336" not in name]
-    wanted = [name for name in names if name != "time.336" and bench.wants(f"cos.stage1.{name}")]
-    if not wanted:
+    keys = [name for name in names if name != "time.336" and bench.wants(f"cos.stage1.{name}")]
+    if not keys:
         return []
     recipe, seven = model.preset("cos-7b")["pretrain"], model.preset("cos-7b")["model"]
     base = Trainer(stage1_config(GEOMETRY, "336"), recipe, SAMPLES)
     trainers, positions = {"336": base}, base.batch.student.ids.numel()
-    for key in wanted:
+    for key in keys:
         kind, name = key.split(".")
         cfg, samples = stage1_config(GEOMETRY, name), SAMPLES
         if kind == "budget":
@@ -210,7 +209,7 @@ def stage1(bench: BenchConfig) -> list[dict]:
         trainers[key] = Trainer(cfg, recipe, samples)
     seconds = alternate({key: trainer.step for key, trainer in trainers.items()}, bench.rounds)
     rows = []
-    for key in wanted:
+    for key in keys:
         name, batch = key.split(".")[1], trainers[key].batch
         ratios = [a / b * SAMPLES / batch.samples for a, b in zip(seconds[key], seconds["336"])]
         floors = stage1_floor(GEOMETRY, name), stage1_floor(seven, name)
@@ -257,14 +256,12 @@ def packing(bench: BenchConfig) -> list[dict]:
         fill[name] = sum(taken) / (len(rows) * T)
     seconds = alternate({name: trainer.step for name, trainer in trainers.items()}, bench.rounds)
     ratios = [a / b for a, b in zip(seconds["padded"], seconds["packed"])]
-    told = ", ".join(
-        f"{name} {len(rows)} x {T}, {fill[name]:.0%} full" for name, (T, rows) in layouts.items()
-    )
-    note = f"{n} samples of {V} visual and about 60 tokens: {told}"
+    shapes = [f"{name} {len(rows)} x {T}, {fill[name]:.0%} full" for name, (T, rows) in layouts.items()]
+    note = f"{n} samples of {V} visual and about 60 tokens: {', '.join(shapes)}"
     return [make_row("packing.speedup", ratios, flops["padded"] / flops["packed"], note=note)]
 
 
-# DualSpeed's stage 2 (connector and decoder train): name -> views a sample, samples a step, paper's speedup
+# DualSpeed's stage 2 (connector and decoder train): name -> tiles a sample, samples a step, paper's speedup
 DUAL = {"llava15": (1, 4, 2.1), "next": (5, 1, 4.0), "coarse": (1, 4, None)}
 DUAL_SIDE = 24  # patches
 DUAL_TEXT = 200, 100, 300  # tokens of text; the first where a name has none. The paper gives no lengths
@@ -273,7 +270,7 @@ DUAL_ROUNDS = 5  # at most: a full step of 3080 positions takes seconds
 
 
 def dual_config(cfg: model.ModelConfig, name: str) -> model.ModelConfig:
-    """`cfg` with LLaVA's connector on 24 x 24 patches: 576 tokens a view, pruned to 58 behind 4 isolators."""
+    """`cfg` with LLaVA's connector on 24 x 24 patches: 576 tokens a tile, pruned to 58 behind 4 isolators."""
     if name == "coarse":
         cfg = dataclasses.replace(stage1_config(cfg, "336"), lora=model.LoraConfig(0))
         return dataclasses.replace(cfg, prune=model.PruneConfig("coarse", 80, 4)).check()
@@ -283,24 +280,24 @@ def dual_config(cfg: model.ModelConfig, name: str) -> model.ModelConfig:
     return dataclasses.replace(cfg, **changed, prune=model.PruneConfig("divprune", 0.1, 4)).check()
 
 
-def dual_parts(cfg: model.ModelConfig, text: int, mode: str, views: int) -> dict[str, float]:
+def dual_parts(cfg: model.ModelConfig, text: int, mode: str, tiles: int) -> dict[str, float]:
     """FLOPs by part of a sample: sample_cost, whose head sees all text, with a head that sees the answers."""
-    parts = plan.sample_cost(cfg, ["connector", "decoder"], text, mode, views)[0]
+    parts = plan.sample_cost(cfg, ["connector", "decoder"], text, mode, tiles)[0]
     unseen = (1 - ANSWER) * parts["head"]
     if mode == "slow":
         parts["teacher"] -= unseen / 3  # a forward pass
     return {**parts, "head": parts["head"] - unseen}
 
 
-def dual_flops(cfg: model.ModelConfig, step: tuple, views: int) -> float:
+def dual_flops(cfg: model.ModelConfig, step: tuple, tiles: int) -> float:
     modes, text = step
-    return sum(modes.count(mode) * sum(dual_parts(cfg, text, mode, views).values()) for mode in {*modes})
+    return sum(modes.count(mode) * sum(dual_parts(cfg, text, mode, tiles).values()) for mode in {*modes})
 
 
-def dual_batch(cfg: model.ModelConfig, step: tuple, views: int) -> data.Batch:
+def dual_batch(cfg: model.ModelConfig, step: tuple, tiles: int) -> data.Batch:
     """A sample a row; where modes mix, packed: rows of the width up to 1024 that leaves least padding."""
     modes, text = step
-    samples = draw(cfg, [text] * len(modes), views, ANSWER)
+    samples = draw(cfg, [text] * len(modes), tiles, ANSWER)
     return data.make_batch(samples, modes, cfg, 1024 if len({*modes}) > 1 else 1, limit=4096)
 
 
@@ -331,38 +328,41 @@ def dual_rows(name: str) -> dict[str, tuple]:
 def dualspeed(bench: BenchConfig) -> list[dict]:
     """Fast and slow steps as a share of the full one, and what nine fast in ten are worth."""
     rows, seven = [], model.preset("llava-1.5-vicuna")
-    for name, (views, n, _) in DUAL.items():
+    for name, (tiles, n, _) in DUAL.items():
         cfg, at_7b = dual_config(GEOMETRY, name), seven["model"]
         if name == "coarse":
             at_7b = dual_config(model.preset("cos-7b")["model"], name)
-        asked = {key: row for key, row in dual_rows(name).items() if bench.wants(key)}
+        measured = {key: row for key, row in dual_rows(name).items() if bench.wants(key)}
         fast, share = (("pruned",) * n, DUAL_TEXT[0]), f"dualspeed.select.share.{name}"
-        wanted = dict.fromkeys(step for steps, *_ in asked.values() for step in steps)
         measure_share = name != "coarse" and bench.wants(share)  # there is nothing to select
-        wanted |= {fast: None} if measure_share else {}
-        if not wanted:
+        all_steps = {fast: None} if measure_share else {}
+        for steps, _, _ in measured.values():
+            all_steps |= dict.fromkeys(steps)
+        if not all_steps:
             continue
         trainer = Trainer(cfg, seven["sft"], config=train_sft.SftConfig)
-        flags, batches = trainer.flags, {step: dual_batch(cfg, step, views) for step in wanted}
+        flags, batches = trainer.flags, {step: dual_batch(cfg, step, tiles) for step in all_steps}
         weights = {"temperature": flags.temperature, "weight": flags.distill_weight}
         trainer.loss = functools.partial(train_sft.fast_slow_loss, **weights)
         runs = {step: functools.partial(trainer.step, batch) for step, batch in batches.items()}
         if measure_share:
             with torch.no_grad(), trainer.run.autocast():
-                seen = trainer.vlm.encode(batches[fast].pixels)  # (n * views, 576, D)
-            runs[share] = functools.partial(prune.select, cfg.prune.name, seen, cfg.kept_tokens())
+                tokens = trainer.vlm.encode(batches[fast].pixels)  # (n * tiles, 576, D)
+            runs[share] = functools.partial(prune.select, cfg.prune.name, tokens, cfg.kept_tokens())
         seconds = alternate(runs, min(bench.rounds, DUAL_ROUNDS))
-        flops = [{step: dual_flops(c, step, views) for step in wanted} for c in (cfg, at_7b)]
-        for key, (steps, ratio, published) in asked.items():
+        flops = [{step: dual_flops(c, step, tiles) for step in all_steps} for c in (cfg, at_7b)]
+        for key, (steps, ratio, published) in measured.items():
             ratios = [ratio(*times) for times in zip(*(seconds[step] for step in steps))]
             floors = [ratio(*(counted[step] for step in steps)) for counted in flops]
-            told = [(*batches[step].student.ids.shape, statistics.median(seconds[step])) for step in steps]
-            note = "; ".join(f"{b} x {t}, {1e3 * took:.0f} ms" for b, t, took in told)
-            rows.append(make_row(key, ratios, *floors, published, note))
+            notes = []
+            for step in steps:
+                B, T = batches[step].student.ids.shape
+                notes.append(f"{B} x {T}, {1e3 * statistics.median(seconds[step]):.0f} ms")
+            rows.append(make_row(key, ratios, *floors, published, "; ".join(notes)))
         if measure_share:
             ratios = [a / b for a, b in zip(seconds[share], seconds[fast])]
-            distances = 2 * len(seen) * seen.shape[1] ** 2 * seen.shape[2]
-            note = f"divprune of {len(seen)} views; floor: FLOPs of their distances alone; aim: below 0.02"
+            distances = 2 * len(tokens) * tokens.shape[1] ** 2 * tokens.shape[2]
+            note = f"divprune of {len(tokens)} tiles; floor: FLOPs of their distances alone; aim: below 0.02"
             row = make_row(share, ratios, distances / flops[0][fast], note=note)
             rows.append({**row, "efficiency": None})  # choosing, one token after another, counts no FLOPs
     return rows
@@ -411,8 +411,8 @@ def describe_geometry() -> dict:
 
 def commit() -> str:
     """The commit that was measured, with a + if files differ from it; empty outside of git."""
-    asked = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude", "*"]
-    return subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude", "*"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def show(rows: list[dict]) -> None:
@@ -431,8 +431,7 @@ def main(argv: list[str]) -> None:
     model.parse_cli(argv, __doc__, bench)
     model.require_at_least(bench, 1, "rounds")
     rows = [row for measure in MEASURES for row in measure(bench)]
-    if not rows:
-        raise model.UserError(f"--only {bench.only}: no row's name starts so")
+    model.require(rows, f"--only {bench.only}: no row's name starts so")
     at = {"commit": commit(), "torch": torch.__version__, "threads": torch.get_num_threads()}
     report = {"geometry": describe_geometry(), **at, "rounds": bench.rounds, "rows": rows}
     model.write_json(Path(bench.out), report)

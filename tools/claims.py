@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import data
@@ -150,9 +150,7 @@ class ClaimsConfig:
     batch_size: int = 16
     n: int = 800  # questions of each of the five types of scenes_vqa
     ref: int = 400  # questions of scenes_ref; 0: none
-    shots_n: int = (
-        100  # few-shot questions of each type of scenes_vqa, and captions; of scenes_bind five times
-    )
+    shots_n: int = 100  # few-shot questions of each type of scenes_vqa and captions; of scenes_bind 5 x that
 
 
 def digest(value) -> str:
@@ -165,12 +163,17 @@ HALVES = sorted([*model.ASSETS.glob("tiny_*/*"), model.ASSETS / "scenes.tiktoken
 CODE = digest([hashlib.sha256(file.read_bytes()).hexdigest() for file in SCRIPTS + HALVES])
 
 
+# ---------------------------------------------------------------------------------------------------------
+# Training
+
+
 def stage_flags(cell: Cell, seed: int, cfg: ClaimsConfig) -> list[list[str] | None]:
     """The flags of both stages, but for --init, --out and --resume."""
-    each = f"--seed {seed} --batch_size {cfg.batch_size} --log_every 10 --save_every 50 --steps"
-    source = f"{cfg.out}/mix-{cell.mix}.json" if cell.mix else "scenes"
-    stages = ((cell.stage1, cfg.steps1), (cell.stage2, cell.steps2 or cfg.steps2))
-    return [flags if flags is None else f"--data {source} {each} {n} {flags}".split() for flags, n in stages]
+    common = f"--seed {seed} --batch_size {cfg.batch_size} --log_every 10 --save_every 50 --steps"
+    source, flags = f"{cfg.out}/mix-{cell.mix}.json" if cell.mix else "scenes", []
+    for stage, steps in ((cell.stage1, cfg.steps1), (cell.stage2, cell.steps2 or cfg.steps2)):
+        flags.append(None if stage is None else f"--data {source} {common} {steps} {stage}".split())
+    return flags
 
 
 def write_mix(cell: Cell, cfg: ClaimsConfig) -> None:
@@ -180,12 +183,12 @@ def write_mix(cell: Cell, cfg: ClaimsConfig) -> None:
 
 
 def config_hash(cell: Cell, seed: int, cfg: ClaimsConfig) -> str:
-    asked = [cfg.shots_n] if cell.mix else [cfg.n, cfg.ref]
-    return digest([stage_flags(cell, seed, cfg), *asked])
+    questions = [cfg.shots_n] if cell.mix else [cfg.n, cfg.ref]
+    return digest([stage_flags(cell, seed, cfg), *questions])
 
 
 def run_stage(stage: str, argv: list[str], init: Path | None, out: Path) -> tuple[Path, dict]:
-    """Train a stage unless it is done. Its folder is named by all it depends on, the stage before too.
+    """Train a stage unless it is done. Its folder is named by all it depends on, the stage before included.
 
     Also returns what its log says: seconds, with those before an interruption, and visual tokens.
     """
@@ -194,36 +197,38 @@ def run_stage(stage: str, argv: list[str], init: Path | None, out: Path) -> tupl
         start = ["--init", str(init)] if init else []
         TRAIN[stage]([*argv, *start, "--out", str(folder), "--resume", "auto"])
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        logged = [line for line in lines if "seconds" in line]
-        seconds = sum(line["seconds"] for line in logged)
-        facts = {"seconds": round(seconds, 1), "visual_tokens": logged[-1]["visual_tokens"]}
+        timed = [line for line in lines if "seconds" in line]
+        seconds = sum(line["seconds"] for line in timed)
+        facts = {"seconds": round(seconds, 1), "visual_tokens": timed[-1]["visual_tokens"]}
         model.write_json(folder / "done.json", facts)
     return folder, model.read_json(folder / "done.json")
 
 
 def run_cell(cell: Cell, seed: int, cfg: ClaimsConfig) -> dict:
     """Both stages and the questions: the row of the table. The answers are written to a file."""
-    out, facts, last = Path(cfg.out), {}, None
+    out, facts, run = Path(cfg.out), {}, None
     if cell.mix:
         write_mix(cell, cfg)
     for stage, argv in zip(("stage1", "stage2"), stage_flags(cell, seed, cfg)):
         if argv:
-            last, facts[stage] = run_stage(stage, argv, last, out)
+            run, facts[stage] = run_stage(stage, argv, run, out)
     name, began = config_hash(cell, seed, cfg), time.perf_counter()
-    answers = examine_shots(last, cfg) if cell.mix else examine(last, cfg, cell.pruned)
-    seconds = {stage: told["seconds"] for stage, told in facts.items()}
+    answers = examine_shots(run, cfg) if cell.mix else examine(run, cfg, cell.pruned)
+    seconds = {stage: values["seconds"] for stage, values in facts.items()}
     seconds["eval"] = round(time.perf_counter() - began, 1)
     np.savez_compressed(out / f"{name}.npz", **answers)
     score, error = mean_and_error(100 * answers["right"], answers["picture"])
+
+    def percent(key: str) -> float | None:
+        values = answers.get(key, np.zeros(0))
+        return round(100 * float(values.mean()), 2) if values.size else None
+
     return {
         "cell": cell.name, "config_hash": name, "code_hash": CODE, "commit": evaluation.git_commit(),
-        "seed": seed, "score": round(score, 2), "stderr": round(error, 2),
-        "blind_score": round(100 * float(answers["blind"].mean()), 2), "n": len(answers["right"]),
-        "ref": round(100 * float(answers["ref"].mean()), 2) if answers["ref"].size else None,
-        "pruned": round(100 * float(answers["pruned"].mean()), 2) if "pruned" in answers else None,
-        "shots": {key: round(100 * float(x.mean()), 2) for key, x in answers.items() if key in SHOTS},
-        "seconds": seconds,
-        "visual_tokens": {stage: told["visual_tokens"] for stage, told in facts.items()},
+        "seed": seed, "score": round(score, 2), "stderr": round(error, 2), "blind_score": percent("blind"),
+        "n": len(answers["right"]), "ref": percent("ref"), "pruned": percent("pruned"),
+        "shots": {key: percent(key) for key in SHOTS if key in answers}, "seconds": seconds,
+        "visual_tokens": {stage: values["visual_tokens"] for stage, values in facts.items()},
     }  # fmt: skip
 
 
@@ -233,67 +238,83 @@ def run_cell(cell: Cell, seed: int, cfg: ClaimsConfig) -> dict:
 # forward pass instead of a generation. (eval.py forgives more: "two" for 2.) All questions asked about a
 # picture lie behind it in one row, each seeing the picture and itself only: it is encoded and read once.
 
+PICTURE = -2  # in place of a question's number: the start of a row, which all its questions see
+
 
 def exam(n: int, size: int, resample: int) -> tuple:
-    """Questions, different pictures, and the number of each question's picture, its own and another's."""
+    """Questions, different pictures, and the number of each question's picture and of a swapped one."""
     questions = evaluation.scenes_task("scenes_vqa", n, 0).questions
-    images = [q.images for q in questions]
+    images = [question.images for question in questions]
     number = {image: i for i, (image,) in enumerate(dict.fromkeys(images))}
     cfg = model.ModelConfig(model.ImageConfig(resample=resample), model.ViTConfig(image_size=size))
     pixels = torch.from_numpy(data.load_images([*number], cfg))
-    own, other = ([number[i] for (i,) in those] for those in (images, evaluation.derange(images, 0)))
-    return questions, pixels, own, other
+    shown = [number[image] for (image,) in images]
+    swapped = [number[image] for (image,) in evaluation.derange(images, 0)]
+    return questions, pixels, shown, swapped
 
 
 @torch.no_grad()
 def right_answers(
-    vlm, tokenizer, questions, pixels, pictures: list[int], batch: int = 16, mode: str = "full"
+    vlm, tokenizer, questions, pixels, pictures: list[int], batch: int = 16, view: str = "full"
 ) -> np.ndarray:
     """Whether question i, asked about picture pictures[i], gets exactly its answer: bool (questions,)"""
-    laid, asked, right, heads = [], collections.defaultdict(list), np.ones(len(questions), bool), []
-    shared = mode == "full" or "text" not in prune.PRUNERS[vlm.cfg.prune.name].needs  # else a row a question
+    columns, prompts, members = [], [], collections.defaultdict(list)
+    reads_text = view == "pruned" and "text" in prune.PRUNERS[vlm.cfg.prune.name].needs
     for i, (question, picture) in enumerate(zip(questions, pictures)):
         pieces = data.prompt_pieces(question.text, 1, tokenizer)
-        heads.append(data.Sample([*pieces], pixels[picture][None].numpy()))
+        prompts.append(data.Sample([*pieces], pixels[picture][None].numpy()))
         pieces.append(([*tokenizer.encode(question.answers[0]), tokenizer.end], True))
-        x = data.lay_out(pieces, [np.arange(vlm.cfg.visual_tokens(mode))])
-        who, positions = np.full(len(x.ids), i), np.arange(len(x.ids))
-        laid.append(torch.from_numpy(np.stack([who, x.ids, x.bank_rows, x.targets, positions], 1)))  # (T, 5)
-        asked[picture if shared else -i].append(i)
-    head = int((laid[0][:, 2] >= 0).nonzero()[-1]) + 1  # what all share: up to the end of the picture
-    front = laid[0][:head] * torch.tensor([0, 1, 1, 1, 1]) - torch.tensor([2, 0, 0, 0, 0])  # its who is -2
-    rows = [(heads[own[0]], torch.cat([front, *(laid[i][head:] for i in own)])) for own in asked.values()]
+        laid = data.lay_out(pieces, [np.arange(vlm.cfg.visual_tokens(view))])
+        T = len(laid.ids)
+        arrays = [np.full(T, i), laid.ids, laid.bank_rows, laid.targets, np.arange(T)]
+        columns.append(torch.from_numpy(np.stack(arrays, 1)))  # (T, 5)
+        members[-i if reads_text else picture].append(i)  # a question in a row, or all about a picture
+    head = int((columns[0][:, 2] >= 0).nonzero()[-1]) + 1  # the end of the picture: so far all are equal
+    rows = []
+    for numbers in members.values():
+        start = columns[numbers[0]][:head].clone()
+        start[:, 0] = PICTURE
+        rows.append((prompts[numbers[0]], torch.cat([start, *(columns[i][head:] for i in numbers)])))
     rows.sort(key=lambda row: len(row[1]))
+    right = np.ones(len(questions), bool)
     for first in range(0, len(rows), batch):
-        prompts, parts = zip(*rows[first : first + batch])
-        who, ids, slot, targets, positions = pad_sequence(parts, True, -1).unbind(-1)  # each (B, T)
-        bank = vlm.bank(data.prompt_batch(prompts, mode, vlm.cfg))  # (B*V, D)
+        row_prompts, row_columns = zip(*rows[first : first + batch])
+        padded = pad_sequence(row_columns, True, -1)  # (B, T, 5)
+        owner, ids, bank_rows, targets, positions = padded.unbind(-1)  # each (B, T)
+        bank = vlm.bank(data.prompt_batch(row_prompts, view, vlm.cfg))  # (B*V, D)
         index = torch.arange(len(bank))
-        x = vlm.splice(data.Rows(ids.clamp(0), slot >= 0, positions, who, index, None, None), bank)
-        mask = ((who[:, :, None] == who[:, None]) | (who[:, None] == -2)).tril()  # (B, T, T)
+        x = vlm.splice(data.Rows(ids.clamp(0), bank_rows >= 0, positions, owner, index, None, None), bank)
+        mask = ((owner[:, :, None] == owner[:, None]) | (owner[:, None] == PICTURE)).tril()  # (B, T, T)
         hidden = vlm.decoder.hidden(x, positions, mask[:, None])[0][targets >= 0]  # (R, D)
         wrong = vlm.decoder.head(hidden).argmax(-1) != targets[targets >= 0]
-        right[who[targets >= 0][wrong].numpy()] = False
+        right[owner[targets >= 0][wrong].numpy()] = False
     return right
+
+
+def load_run(run: Path) -> tuple[model.VLM, data.Tokenizer]:
+    step = model.find_step(run)
+    return model.VLM.from_pretrained(step).eval(), data.Tokenizer.from_pretrained(step / "tokenizer")
+
+
+def greedy_scores(vlm, tokenizer, task: evaluation.Task, images: list[tuple]) -> np.ndarray:
+    """The score of each question, answered greedily about these pictures."""
+    answers = evaluation.answer_all(vlm, tokenizer, task, images, "full", evaluation.EvalConfig())
+    return np.array(evaluation.score_answers(task, answers))
 
 
 def examine(run: Path, cfg: ClaimsConfig, pruned: bool) -> dict[str, np.ndarray]:
     """right, blind and picture of every question of scenes_vqa; ref: hits of scenes_ref, decoded greedily;
     pruned: right on pruned tokens behind the isolator.
     """
-    step = model.find_step(run)
-    vlm = model.VLM.from_pretrained(step).eval()
-    tokenizer = data.Tokenizer.from_pretrained(step / "tokenizer")
-    questions, pixels, own, other = exam(cfg.n, vlm.cfg.vit.image_size, vlm.cfg.image.resample)
-    both = right_answers(vlm, tokenizer, questions * 2, pixels, own + other)
+    vlm, tokenizer = load_run(run)
+    questions, pixels, shown, swapped = exam(cfg.n, vlm.cfg.vit.image_size, vlm.cfg.image.resample)
+    both = right_answers(vlm, tokenizer, questions * 2, pixels, shown + swapped)
     task = evaluation.scenes_task("scenes_ref", cfg.ref, 0)
-    boxes = [q.images for q in task.questions]
-    said = evaluation.answer_all(vlm, tokenizer, task, boxes, "full", evaluation.EvalConfig())
-    ref = np.array(evaluation.score_answers(task, said))
-    found = {"right": both[: len(own)], "blind": both[len(own) :], "picture": np.array(own), "ref": ref}
+    answers = {"right": both[: len(shown)], "blind": both[len(shown) :], "picture": np.array(shown)}
+    answers["ref"] = greedy_scores(vlm, tokenizer, task, [question.images for question in task.questions])
     if pruned:
-        found["pruned"] = right_answers(vlm, tokenizer, questions, pixels, own, mode="pruned")
-    return found
+        answers["pruned"] = right_answers(vlm, tokenizer, questions, pixels, shown, view="pruned")
+    return answers
 
 
 SHOTS = ("vqa 0", "vqa 4", "vqa 8", "caption 0", "caption 4", "caption 8", "bind 0", "bind 8", "text nll")
@@ -301,23 +322,19 @@ SHOTS = ("vqa 0", "vqa 4", "vqa 8", "caption 0", "caption 4", "caption 8", "bind
 
 def examine_shots(run: Path, cfg: ClaimsConfig) -> dict[str, np.ndarray]:
     """Few-shot answers in MM1's templates, generated; right and blind are those of scenes_vqa at 8 shots."""
-    step, plain = model.find_step(run), evaluation.EvalConfig()
-    vlm = model.VLM.from_pretrained(step).eval()
-    tokenizer = data.Tokenizer.from_pretrained(step / "tokenizer")
-    found = {"ref": np.zeros(0)}
+    vlm, tokenizer = load_run(run)
+    answers = {"ref": np.zeros(0)}
     for key in SHOTS[:-1]:
         name, shots = key.split()
         name, n = {"caption": "cap"}.get(name, name), cfg.shots_n * (5 if name == "bind" else 1)
         task = evaluation.few_shot_task(f"scenes_{name}", n, int(shots), 0)
-        images = [q.images for q in task.questions]
-        said = evaluation.answer_all(vlm, tokenizer, task, images, "full", plain)
-        found[key] = np.array(evaluation.score_answers(task, said))
+        images = [question.images for question in task.questions]
+        answers[key] = greedy_scores(vlm, tokenizer, task, images)
         if key == "vqa 8":
-            other = evaluation.answer_all(vlm, tokenizer, task, evaluation.derange(images, 0), "full", plain)
-            found["right"], found["blind"] = found[key], np.array(evaluation.score_answers(task, other))
-            found["picture"] = np.arange(len(images))
-    words = evaluation.score_text(vlm, tokenizer, evaluation.words_task(500, 0), "full", plain)
-    return found | {"text nll": np.array([words["score"] / 100])}
+            answers["right"], answers["picture"] = answers[key], np.arange(len(images))
+            answers["blind"] = greedy_scores(vlm, tokenizer, task, evaluation.derange(images, 0))
+    words = evaluation.score_text(vlm, tokenizer, evaluation.words_task(500, 0), evaluation.EvalConfig())
+    return answers | {"text nll": np.array([words["score"] / 100])}
 
 
 def mean_and_error(values: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
@@ -328,71 +345,88 @@ def mean_and_error(values: np.ndarray, groups: np.ndarray) -> tuple[float, float
     return float(values.mean()), float(np.sqrt(square)) / len(values)
 
 
-def difference(ours: list[dict], theirs: list[dict], key: str = "right") -> tuple[float, float, float]:
+def difference(a: list[dict], b: list[dict], key: str = "right") -> tuple[float, float, float]:
     """Mean of a - b in points, its error over questions, and over seeds (0 for one); an entry a seed."""
-    each = np.array([100.0 * a[key] - 100.0 * b[key] for a, b in zip(ours, theirs)])  # (seeds, n)
-    mean, error = mean_and_error(each.mean(0), ours[0]["picture"])
-    return mean, error, each.mean(1).std(ddof=1) / len(each) ** 0.5 if len(each) > 1 else 0.0
+    points = np.array([100.0 * x[key] - 100.0 * y[key] for x, y in zip(a, b)])  # (seeds, n)
+    mean, error = mean_and_error(points.mean(0), a[0]["picture"])
+    return mean, error, points.mean(1).std(ddof=1) / len(points) ** 0.5 if len(points) > 1 else 0.0
 
 
-def read_rows(cfg: ClaimsConfig, every: bool) -> dict[str, dict]:  # all, or those of today's scripts
+# ---------------------------------------------------------------------------------------------------------
+# The table
+
+
+def read_rows(cfg: ClaimsConfig, old_code: bool) -> dict[str, dict]:
+    """Config hash -> row; old_code: also those that other scripts made."""
     table = Path(cfg.out).with_suffix(".json")
     rows = model.read_json(table)["rows"] if table.is_file() else []
-    return {row["config_hash"]: row for row in rows if every or row["code_hash"] == CODE}
+    return {row["config_hash"]: row for row in rows if old_code or row["code_hash"] == CODE}
 
 
 def print_table(cells: list[Cell], cfg: ClaimsConfig) -> None:
-    rows = read_rows(cfg, cfg.reuse)
-    found = {(c.name, s): rows.get(config_hash(c, s, cfg)) for c in cells for s in cfg.seeds}
-    print(f"\n{'cell':<24}seed   score     ±  blind pruned    ref    tokens  stage 1 s  stage 2 s  eval s  "
-          "commit")  # fmt: skip
-    for row in filter(None, found.values()):
-        tokens, took = ">".join(map(str, row["visual_tokens"].values())), row["seconds"]
-        few, boxes = row.get("pruned") or 0, row["ref"] or 0
-        print(f"{row['cell']:<24}{row['seed']:>4}{row['score']:>8.1f}{row['stderr']:>6.1f}"
-              f"{row['blind_score']:>7.1f}{few:>7.1f}{boxes:>7.1f}{tokens:>10}{took.get('stage1', 0):>11.1f}"
-              f"{took.get('stage2', 0):>11.1f}{took['eval']:>8.1f}  {row['commit']}"
-              + "*" * (row["code_hash"] != CODE))  # fmt: skip
-    few = [row for row in found.values() if row and row.get("shots")]
-    if few:
-        print("\n" + "cell".ljust(24) + "seed" + "".join(key.rjust(11) for key in SHOTS))
-    for row in few:
-        print(f"{row['cell']:<24}{row['seed']:>4}" + "".join(f"{row['shots'][key]:>11.2f}" for key in SHOTS))
+    saved, rows = read_rows(cfg, cfg.reuse), {}
+    for cell in cells:
+        for seed in cfg.seeds:
+            rows[cell.name, seed] = saved.get(config_hash(cell, seed, cfg))
+    print_rows([row for row in rows.values() if row])
     print(f"\n{'a':<24}{'b':<24}  a - b     ±  ± seeds  on pruned tokens")
     for pair in COMPARE:
-        seeds = [s for s in cfg.seeds if all(found.get((name, s)) for name in pair)]
-        files = [[f"{cfg.out}/{found[name, s]['config_hash']}.npz" for s in seeds] for name in pair]
+        seeds = [seed for seed in cfg.seeds if all(rows.get((name, seed)) for name in pair)]
         if seeds:
-            loaded, line = [[np.load(file) for file in side] for side in files], f"{pair[0]:<24}{pair[1]:<24}"
-            keys = (
-                ("right", "pruned")
-                if all("pruned" in each for side in loaded for each in side)
-                else ("right",)
+            a, b = (
+                [np.load(f"{cfg.out}/{rows[name, s]['config_hash']}.npz") for s in seeds] for name in pair
             )
-            for mean, error, spread in (difference(*loaded, key) for key in keys):
-                told = "below resolution" if abs(mean) <= 2 * max(error, spread) else ""
-                line += f"{mean:>+7.1f}{error:>6.1f}{spread or float('nan'):>9.1f}  {told:<18}"
+            line = f"{pair[0]:<24}{pair[1]:<24}"
+            for key in ("right", "pruned") if all("pruned" in answers for answers in a + b) else ("right",):
+                mean, error, spread = difference(a, b, key)
+                remark = "below resolution" if abs(mean) <= 2 * max(error, spread) else ""
+                line += f"{mean:>+7.1f}{error:>6.1f}{spread or float('nan'):>9.1f}  {remark:<18}"
             print(line)
+
+
+def print_rows(rows: list[dict]) -> None:
+    """Scores, tokens and seconds of each cell and seed; then the few-shot scores, where there are any."""
+    head = f"\n{'cell':<24}seed   score     ±  blind pruned    ref    tokens  stage 1 s  stage 2 s  eval s"
+    print(f"{head}  commit")
+    for row in rows:
+        tokens, seconds = ">".join(map(str, row["visual_tokens"].values())), row["seconds"]
+        line = f"{row['cell']:<24}{row['seed']:>4}{row['score']:>8.1f}{row['stderr']:>6.1f}"
+        line += f"{row['blind_score']:>7.1f}{row.get('pruned') or 0:>7.1f}{row['ref'] or 0:>7.1f}{tokens:>10}"
+        line += f"{seconds.get('stage1', 0):>11.1f}{seconds.get('stage2', 0):>11.1f}{seconds['eval']:>8.1f}"
+        print(f"{line}  {row['commit']}" + ("*" if row["code_hash"] != CODE else ""))
+    few_shot = [row for row in rows if row.get("shots")]
+    if few_shot:
+        print("\n" + "cell".ljust(24) + "seed" + "".join(key.rjust(11) for key in SHOTS))
+    for row in few_shot:
+        print(f"{row['cell']:<24}{row['seed']:>4}" + "".join(f"{row['shots'][key]:>11.2f}" for key in SHOTS))
+
+
+def list_cells(cells: list[Cell], cfg: ClaimsConfig) -> list[tuple[Cell, int, float]]:
+    """Cells still to run, with their seed and the seconds expected; --list prints all."""
+    done, todo, trained = read_rows(cfg, cfg.reuse), [], set()
+    for seed in cfg.seeds:
+        for cell in cells:
+            ms = cell.ms[1] * (cell.steps2 or cfg.steps2)
+            if (seed, cell.stage1) not in trained:  # else it is shared
+                ms += cell.ms[0] * cfg.steps1
+            trained.add((seed, cell.stage1))
+            seconds = 120 if cell.mix else ms * cfg.batch_size / 1000 + 25  # for the start and the questions
+            is_done = config_hash(cell, seed, cfg) in done
+            if not is_done:
+                todo.append((cell, seed, seconds))
+            if cfg.list:
+                state = "done" if is_done else f"about {seconds:.0f} s"
+                stages = " | ".join(filter(None, (cell.stage1, cell.stage2 or "no stage 2", cell.mix)))
+                print(f"{cell.name:<24}{seed:>3}  {state:<12}{stages}")
+    return todo
 
 
 def main(argv: list[str]) -> None:
     cfg = ClaimsConfig()
     model.parse_cli(argv, __doc__, cfg)
     cells = [cell for cell in CELLS if cell.name.startswith(cfg.only)]
-    if not cells:
-        raise model.UserError(f"--only '{cfg.only}': no cell begins so; see --list")
-    done, todo, shared, failed = read_rows(cfg, cfg.reuse), [], set(), []
-    for seed, cell in ((seed, cell) for seed in cfg.seeds for cell in cells):
-        ms = cell.ms[0] * ((seed, cell.stage1) not in shared) * cfg.steps1
-        ms += cell.ms[1] * (cell.steps2 or cfg.steps2)
-        shared.add((seed, cell.stage1))
-        seconds = 120 if cell.mix else ms * cfg.batch_size / 1000 + 25  # for the hand-over and the questions
-        ready = config_hash(cell, seed, cfg) in done
-        todo += [] if ready else [(cell, seed, seconds)]
-        if cfg.list:
-            told = "done" if ready else f"about {seconds:.0f} s"
-            stages = " | ".join(filter(None, (cell.stage1, cell.stage2 or "no stage 2", cell.mix)))
-            print(f"{cell.name:<24}{seed:>3}  {told:<12}{stages}")
+    model.require(cells, f"--only '{cfg.only}': no cell begins so; see --list")
+    todo, failed = list_cells(cells, cfg), []
     total = sum(seconds for _, _, seconds in todo) / 60
     print(f"{len(todo)} cells to run, about {total:.0f} minutes on two quiet cores", flush=True)
     if cfg.list:
@@ -405,14 +439,13 @@ def main(argv: list[str]) -> None:
         print(f"{cell.name}, seed {seed}: about {seconds:.0f} s", flush=True)
         try:
             row = run_cell(cell, seed, cfg)
-            rows = {**read_rows(cfg, every=True), row["config_hash"]: row}
+            rows = {**read_rows(cfg, old_code=True), row["config_hash"]: row}
             model.write_json(Path(cfg.out).with_suffix(".json"), {"rows": [*rows.values()]})
         except Exception:  # whatever it is, the other cells are not to be lost
             traceback.print_exc()
             failed.append(f"{cell.name} seed {seed}")
     print_table(cells, cfg)
-    if failed:
-        raise model.UserError(f"failed, while the others are done: {', '.join(failed)}")
+    model.require(not failed, f"failed, while the others are done: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,11 @@
 
 import json
 
-import benchmark
 import pytest
 import torch
 
 import model
-from tools import plan
+from tools import bench, plan
 
 KEYS = ["name", "value", "spread", "floor", "efficiency", "at_7b", "published", "note"]
 SMALL = model.ModelConfig(
@@ -19,41 +18,41 @@ SMALL = model.ModelConfig(
 
 
 def test_a_row_from_given_ratios():
-    row = benchmark.make_row("x", [0.2, 0.5, 0.25, 0.25, 0.3], 0.2, 0.16, 0.27, "told")
+    row = bench.make_row("x", [0.2, 0.5, 0.25, 0.25, 0.3], 0.2, 0.16, 0.27, "told")
     assert list(row) == KEYS and (row["name"], row["published"], row["note"]) == ("x", 0.27, "told")
     assert row["value"] == 0.25 and row["spread"] == [0.25, 0.3]
     assert row["efficiency"] == pytest.approx(0.2 / 0.25)
     assert row["at_7b"] == pytest.approx(0.16 / 0.8)  # at that model's own floor it would be 0.16
-    faster = benchmark.make_row("x.speedup", [1.5], 2.0, 4.0, 2.1)  # three quarters, there too
+    faster = bench.make_row("x.speedup", [1.5], 2.0, 4.0, 2.1)  # three quarters, there too
     assert faster["efficiency"] == 0.75 and faster["at_7b"] == 3.0
-    counted = benchmark.make_row("x", [0.1], 0.1)
+    counted = bench.make_row("x", [0.1], 0.1)
     assert counted["at_7b"] is None and counted["spread"] == [0.1, 0.1] and counted["efficiency"] == 1
 
 
 def test_steps_alternate_and_the_first_round_is_not_timed():
     ran = []
-    seconds = benchmark.alternate({"a": lambda: ran.append("a"), "b": lambda: ran.append("b")}, 2)
+    seconds = bench.alternate({"a": lambda: ran.append("a"), "b": lambda: ran.append("b")}, 2)
     assert ran == ["a", "b"] * 3 and [len(seconds[name]) for name in "ab"] == [2, 2]
 
 
 def test_a_caption_batch_has_the_tokens_it_is_named_for():
     for name, visual in (("32", 32), ("linear256", 256), ("resampler336", 336)):
-        cfg = benchmark.stage1_config(benchmark.GEOMETRY, name)
-        rows = benchmark.captions(cfg, 4, 256).student
-        assert (rows.doc_ids == 0).sum() == visual + benchmark.TEXT
-        assert len(rows.targets) == 4 * benchmark.TEXT
+        cfg = bench.stage1_config(bench.GEOMETRY, name)
+        rows = bench.captions(cfg, 4, 256).student
+        assert (rows.doc_ids == 0).sum() == visual + bench.TEXT
+        assert len(rows.targets) == 4 * bench.TEXT
 
 
 def test_the_floors_at_7b_are_those_of_the_plan():
     seven = model.preset("cos-7b")["model"]
-    flops = {name: sum(benchmark.stage1_flops(seven, name).values()) for name in benchmark.STAGE1}
+    flops = {name: sum(bench.stage1_flops(seven, name).values()) for name in bench.STAGE1}
     assert 0.15 < flops["32"] / flops["336"] < 0.18
     assert flops["resampler336"] == pytest.approx(flops["336"], rel=0.01)
 
 
-@pytest.mark.parametrize("views", [1, 5])
-def test_flops_of_dualspeed_by_hand(views):
-    cfg = benchmark.dual_config(benchmark.GEOMETRY, "llava15")
+@pytest.mark.parametrize("tiles", [1, 5])
+def test_flops_of_dualspeed_by_hand(tiles):
+    cfg = bench.dual_config(bench.GEOMETRY, "llava15")
     d, v, text, answers = cfg.decoder, cfg.vit, 200, 80
 
     def forward(visual):
@@ -63,46 +62,46 @@ def test_flops_of_dualspeed_by_hand(views):
     P = 24 * 24 + 1
     vit = v.layers * (2 * 12 * v.width**2 * P + 4 * P * P * v.width) + 2 * (P - 1) * 3 * 8 * 8 * v.width
     mlp = 2 * (P - 1) * (2 * v.width * d.width + 3 * d.width**2)  # nothing behind its first layer trains
-    full, fast = (views * (vit + mlp) + 3 * forward(views * n) for n in (576, 58 + 4))
-    slow = full + forward(views * (58 + 4))
-    for mode, flops in (("full", full), ("fast", fast), ("slow", slow)):
-        assert benchmark.dual_flops(cfg, ((mode,), text), views) == pytest.approx(flops, rel=1e-9)
-    nine_to_one = benchmark.dual_flops(cfg, (("slow", *["fast"] * 9), text), views)
-    assert 10 * full / nine_to_one == pytest.approx(benchmark.one_in_ten(full, fast, slow))
+    full, fast = (tiles * (vit + mlp) + 3 * forward(tiles * n) for n in (576, 58 + 4))
+    slow = full + forward(tiles * (58 + 4))
+    for mode, flops in (("full", full), ("pruned", fast), ("slow", slow)):
+        assert bench.dual_flops(cfg, ((mode,), text), tiles) == pytest.approx(flops, rel=1e-9)
+    nine_to_one = bench.dual_flops(cfg, (("slow", *["pruned"] * 9), text), tiles)
+    assert 10 * full / nine_to_one == pytest.approx(bench.one_in_ten(full, fast, slow))
 
 
 def test_the_speedups_at_7b_are_those_of_the_plan():
     seven = model.preset("llava-1.5-vicuna")
     lines = plan.savings(*plan.stages_of(seven, seven["model"]))
     told = [float(line.split("text: ")[1].split()[0]) for line in lines if "200 of text" in line]
-    steps = [((mode,), 200) for mode in ("full", "fast", "slow")]
-    flops = ([benchmark.dual_flops(seven["model"], step, views) for step in steps] for views in (1, 5))
-    assert [benchmark.one_in_ten(*three) for three in flops] == pytest.approx(told, abs=0.1)  # of one decimal
+    steps = [((mode,), 200) for mode in ("full", "pruned", "slow")]
+    flops = ([bench.dual_flops(seven["model"], step, tiles) for step in steps] for tiles in (1, 5))
+    assert [bench.one_in_ten(*three) for three in flops] == pytest.approx(told, abs=0.1)  # of one decimal
 
 
-@pytest.mark.parametrize("views", [1, 5])
-@pytest.mark.parametrize("text", benchmark.DUAL_TEXT)
-def test_a_dualspeed_batch_has_the_tokens_it_is_named_for(views, text):
-    cfg = benchmark.dual_config(SMALL, "llava15")
-    for mode, visual in (("full", 576), ("fast", 62), ("slow", 576)):
-        batch = benchmark.dual_batch(cfg, ((mode,) * 2, text), views)
+@pytest.mark.parametrize("tiles", [1, 5])
+@pytest.mark.parametrize("text", bench.DUAL_TEXT)
+def test_a_dualspeed_batch_has_the_tokens_it_is_named_for(tiles, text):
+    cfg = bench.dual_config(SMALL, "llava15")
+    for mode, visual in (("full", 576), ("pruned", 62), ("slow", 576)):
+        batch = bench.dual_batch(cfg, ((mode,) * 2, text), tiles)
         rows = batch.student
-        assert len(batch.pixels) == 2 * views and len(rows.ids) == 2  # a sample a row
-        assert [(rows.doc_ids == i).sum() for i in (0, 1)] == [views * visual + text] * 2
-        assert rows.ids.shape[1] - views * visual - text < 16
+        assert len(batch.pixels) == 2 * tiles and len(rows.ids) == 2  # a sample a row
+        assert [(rows.doc_ids == i).sum() for i in (0, 1)] == [tiles * visual + text] * 2
+        assert rows.ids.shape[1] - tiles * visual - text < 16
         assert len(rows.targets) == 2 * 0.4 * text
         last = rows.supervised.view(2, -1) - torch.tensor([[0], [rows.ids.shape[1]]])
-        assert last.tolist() == 2 * [[*range(views * visual + text * 6 // 10 - 1, views * visual + text - 1)]]
+        assert last.tolist() == 2 * [[*range(tiles * visual + text * 6 // 10 - 1, tiles * visual + text - 1)]]
         assert (batch.teacher is None) == (mode != "slow")
         if mode == "slow":
             assert len(batch.distill) == len(rows.targets)
             assert batch.teacher.targets.tolist() == rows.targets[batch.distill].tolist()
-            assert (batch.teacher.doc_ids == 0).sum() == views * 62 + text
+            assert (batch.teacher.doc_ids == 0).sum() == tiles * 62 + text
 
 
 def test_a_mixed_batch_is_packed():
-    step = ("slow", *["fast"] * 9), 200
-    batch = benchmark.dual_batch(benchmark.dual_config(SMALL, "llava15"), step, 1)
+    step = ("slow", *["pruned"] * 9), 200
+    batch = bench.dual_batch(bench.dual_config(SMALL, "llava15"), step, 1)
     rows = batch.student
     lengths = [(rows.doc_ids == i).sum() for i in range(10)]
     assert lengths == [576 + 200] + 9 * [62 + 200] and len(rows.ids) == 4
@@ -112,18 +111,18 @@ def test_a_mixed_batch_is_packed():
 
 
 def test_the_script_writes_every_row(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "GEOMETRY", SMALL)
-    monkeypatch.setattr(benchmark, "SAMPLES", 4)
-    monkeypatch.setattr(benchmark, "DUAL_SIDE", 8)
+    monkeypatch.setattr(bench, "GEOMETRY", SMALL)
+    monkeypatch.setattr(bench, "SAMPLES", 4)
+    monkeypatch.setattr(bench, "DUAL_SIDE", 8)
     out = tmp_path / "bench.json"
-    benchmark.main(["--rounds", "1", "--out", str(out)])
+    bench.main(["--rounds", "1", "--out", str(out)])
     report = json.loads(out.read_text())
     assert {"geometry", "commit", "torch", "threads", "rows"} <= report.keys()
     assert report["geometry"]["decoder"]["width"] == 16
     rows = {row["name"]: row for row in report["rows"]}
     assert all(list(row) == KEYS and row["value"] > 0 and row["floor"] > 0 for row in rows.values())
     flops = report["geometry"]["flop_shares"]
-    assert flops["dualspeed.next.slow"]["teacher"] > 0 and "teacher" not in flops["dualspeed.next.fast"]
+    assert flops["dualspeed.next.slow"]["teacher"] > 0 and "teacher" not in flops["dualspeed.next.pruned"]
     names = [f"cos.stage1.time.{name}" for name in ("32", "48", "80", "linear256", "resampler336")]
     names += [f"cos.stage1.budget.{name}" for name in ("32", "48", "80", "linear256")]
     dual = ["fast.t200", "slow.t200", "speedup", "r05.speedup", "t100.speedup", "t300.speedup"]
@@ -147,12 +146,12 @@ def test_the_script_writes_every_row(tmp_path, monkeypatch, capsys):
 
 
 def test_only_some_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "GEOMETRY", SMALL)
-    monkeypatch.setattr(benchmark, "DUAL_SIDE", 8)
+    monkeypatch.setattr(bench, "GEOMETRY", SMALL)
+    monkeypatch.setattr(bench, "DUAL_SIDE", 8)
     out = tmp_path / "bench.json"
-    benchmark.main(["--rounds", "1", "--only", "cos.stage1.budget.8", "--out", str(out)])
+    bench.main(["--rounds", "1", "--only", "cos.stage1.budget.8", "--out", str(out)])
     assert [row["name"] for row in json.loads(out.read_text())["rows"]] == ["cos.stage1.budget.80"]
-    benchmark.main(["--rounds", "1", "--only", "dualspeed.select.share.l", "--out", str(out)])
+    bench.main(["--rounds", "1", "--only", "dualspeed.select.share.l", "--out", str(out)])
     assert [row["name"] for row in json.loads(out.read_text())["rows"]] == ["dualspeed.select.share.llava15"]
     with pytest.raises(model.UserError, match="no row's name"):
-        benchmark.main(["--only", "cos.stage2", "--out", str(out)])
+        bench.main(["--only", "cos.stage2", "--out", str(out)])

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import claims
 import numpy as np
 import pytest
 import torch
@@ -11,6 +10,7 @@ import torch
 import data
 import eval as evaluation
 import model
+from tools import claims
 
 
 def test_errors_are_those_of_the_formula():
@@ -26,9 +26,9 @@ def test_errors_are_those_of_the_formula():
 def test_paired_difference():
     a, b = np.array([1, 1, 1, 0, 1, 0], bool), np.array([1, 0, 1, 0, 0, 1], bool)
     one = {"right": a, "picture": np.arange(6)}, {"right": b, "picture": np.arange(6)}
-    each = 100 * np.array([0, 1, 0, 0, 1, -1])
+    points = 100 * np.array([0, 1, 0, 0, 1, -1])
     mean, error, spread = claims.difference(*([side] for side in one))
-    assert np.isclose(mean, 100 / 6) and np.isclose(error, each.std(ddof=1) / 6**0.5) and spread == 0
+    assert np.isclose(mean, 100 / 6) and np.isclose(error, points.std(ddof=1) / 6**0.5) and spread == 0
     mean, _, spread = claims.difference([one[0], one[1]], [one[1], one[1]])  # two seeds: 16.7 and 0
     assert np.isclose(mean, 100 / 12) and np.isclose(spread, 100 / 12)
 
@@ -44,27 +44,27 @@ CELLS = [
 
 @pytest.fixture
 def calls(monkeypatch, tmp_path) -> list:
-    """Training and questions replaced by stubs; what they were called with. claims.broken makes one fail."""
-    seen = []
+    """Training and questions are stubs: what they were called with. claims.broken makes one fail."""
+    made = []
 
     def train(stage):
         def run(argv):
             folder = Path(argv[argv.index("--out") + 1])
             assert argv[-2:] == ["--resume", "auto"]
-            seen.append((stage, folder.name))
+            made.append((stage, folder.name))
             if claims.broken in argv:
                 raise RuntimeError("out of paper")
             folder.mkdir(parents=True, exist_ok=True)
             steps = int(argv[argv.index("--steps") + 1])
-            lines = [{"loss inflate": 1.0}, {"step": 3, "seconds": 3 * 16 / 16, "visual_tokens": 32}]
+            lines = [{"step": 1, "val_loss": 1.0}, {"step": 3, "seconds": 3 * 16 / 16, "visual_tokens": 32}]
             lines.append({"step": steps, "seconds": (steps - 3) * 16 / 8, "visual_tokens": 32})
             (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
         return run
 
     def examine(run, cfg, pruned):
-        seen.append(("eval", run.name))
-        right = np.random.default_rng(len(seen)).random(50) < 0.5
+        made.append(("eval", run.name))
+        right = np.random.default_rng(len(made)).random(50) < 0.5
         return {"right": right, "blind": ~right, "picture": np.arange(50) // 5, "ref": right[:4]}
 
     monkeypatch.setattr(claims, "TRAIN", {stage: train(stage) for stage in ("stage1", "stage2")})
@@ -73,20 +73,17 @@ def calls(monkeypatch, tmp_path) -> list:
     monkeypatch.setattr(claims, "COMPARE", [("a.one", "a.two")])
     monkeypatch.setattr(claims, "broken", "nothing", raising=False)
     monkeypatch.chdir(tmp_path)
-    return seen
+    return made
 
 
 def rows() -> dict:
-    return {
-        (row["cell"], row["seed"]): row for row in json.loads(Path("runs/claims.json").read_text())["rows"]
-    }
+    return {(row["cell"], row["seed"]): row for row in model.read_json(Path("runs/claims.json"))["rows"]}
 
 
 def test_cells_share_stage_1_and_are_run_once(calls, capsys):
     claims.main([])
-    assert [stage for stage, _ in calls] == ["stage1", "stage2", "eval", "stage2", "eval"] + [
-        "stage2", "eval", "stage1", "stage2", "eval"
-    ]  # fmt: skip
+    order = "stage1 stage2 eval stage2 eval stage2 eval stage1 stage2 eval"
+    assert " ".join(stage for stage, _ in calls) == order
     assert len({name for stage, name in calls if stage == "stage2"}) == 4
     row = rows()["a.one", 0]
     assert row["seconds"]["stage1"] == 3 * 16 / 16 + 347 * 16 / 8 and row["n"] == 50
@@ -136,86 +133,75 @@ def test_limit_list_and_unknown_cells(calls, capsys):
         claims.main(["--only", "zzz"])
 
 
-def check_mm1_cell(cell: claims.Cell) -> None:
-    cfg = model.copy_config(model.preset("tiny")["model"])
-    flags = claims.train_pretrain.PretrainConfig()
-    model.parse_cli(claims.stage_flags(cell, 0, claims.ClaimsConfig())[0], "", cfg, flags)
-    assert cell.stage2 is None
-    if cell.mix:  # eight demonstrations and a question fit into a row
-        assert flags.data.endswith(f"mix-{cell.mix}.json") and not flags.batch_size
-        assert flags.row_length >= 9 * (cfg.visual_tokens() + 35)
-    else:
-        _, kind, pixels, tokens = cell.name.split(".")
-        assert cfg.check().visual_tokens() == int(tokens) and f"{cfg.vit.image_size}px" == pixels
-        assert cfg.connector.kind == claims.POOLS[kind] and flags.batch_size == 16
+def stages_of(cell: claims.Cell) -> list[tuple]:
+    """The model as each stage of a cell trains it, and the stage's flags."""
+    cfg, stages = model.copy_config(model.preset("tiny")["model"]), []
+    configs = claims.train_pretrain.PretrainConfig(), claims.train_sft.SftConfig()
+    for flags, argv in zip(configs, claims.stage_flags(cell, 0, claims.ClaimsConfig())):
+        if argv is not None:
+            model.parse_cli(argv, "", cfg, flags)
+            flags.check()
+            cfg = model.scaled_config(cfg, flags.scale) if flags.scale else model.copy_config(cfg).check()
+            stages.append((cfg, flags))
+    return stages
 
 
-def check_fast_cell(cell: claims.Cell) -> None:
-    cfg, flags = model.copy_config(model.preset("tiny")["model"]), claims.train_sft.SftConfig()
-    first, second = claims.stage_flags(cell, 0, claims.ClaimsConfig())
-    if second is None:
-        assert cell.name == "duo.stage1"
-        return
-    model.parse_cli(first, "", cfg, claims.train_pretrain.PretrainConfig())
-    cfg.check()
-    model.parse_cli(second, "", cfg, flags)
-    flags.check()
-    cfg = model.scaled_config(cfg, flags.scale) if flags.scale else cfg.check()
-    kept = {"prune.pool": 25, "keep.50": 128, "keep.25": 64, "keep.05": 13}.get(cell.name[4:], 26)
-    kept = 80 if ".chain." in cell.name else kept
-    assert cell.pruned and flags.steps == cell.steps2 and cfg.side == 16
-    if ".fast." in cell.name:  # stage 1 as it is flagged: all samples on pruned tokens
-        assert "--pruner divprune" in cell.stage1
-    assert cfg.visual_tokens() == (336 if flags.scale else 256) and cfg.kept_tokens() == kept
-
-
-def test_the_list_of_cells():
-    names = [cell.name for cell in claims.CELLS]
-    assert len(set(names)) == len(names) and {x for pair in claims.COMPARE for x in pair} <= set(names)
-    for cell in claims.CELLS:
-        if not cell.name.startswith("cos."):
-            (check_fast_cell if cell.name.startswith("duo.") else check_mm1_cell)(cell)
-            continue  # the geometry that each cell claims by its name
-        cfg = model.copy_config(model.preset("tiny")["model"])
-        given = (cell.stage1 or cell.stage2).split()
-        model.parse_cli([x for x in given if x], "", cfg, claims.train_sft.SftConfig())
-        first, last = cell.name.split(".")[-1].split("-")
-        scale = cell.stage2.split("--scale ")[1].split()[0] if "--scale " in cell.stage2 else ""
-        if cell.stage1:
-            assert cfg.check().visual_tokens() == int(first)
-        cfg = model.scaled_config(cfg, scale) if scale else cfg.check()
-        assert cfg.visual_tokens() == int(last) and cfg.side == 16
-        if last == "336" and cfg.connector.kind == "chain":
+@pytest.mark.parametrize("cell", claims.CELLS, ids=lambda cell: cell.name)
+def test_a_cell_has_the_geometry_of_its_name(cell):
+    stages, (family, *words) = stages_of(cell), cell.name.split(".")
+    (first, flags), (cfg, last_flags) = stages[0], stages[-1]
+    assert len(stages) == (cell.stage1 is not None) + (cell.stage2 is not None)
+    if family == "cos":
+        few, many = map(int, words[-1].split("-"))
+        assert first.visual_tokens() == (few or many) and cfg.visual_tokens() == many and cfg.side == 16
+        if many == 336 and cfg.connector.kind == "chain":
             assert cfg.connector.windows == [16, 8, 1] and cfg.connector.queries == [16, 16, 1]
+    elif family == "mix":  # eight demonstrations and a question fit into a row
+        assert flags.data.endswith(f"mix-{cell.mix}.json") and not flags.batch_size and not cell.stage2
+        assert flags.row_length >= 9 * (cfg.visual_tokens() + 35)
+    elif family == "pool":
+        kind, pixels, tokens = words
+        assert cfg.visual_tokens() == int(tokens) and f"{cfg.vit.image_size}px" == pixels
+        assert cfg.connector.kind == claims.POOLS[kind] and flags.batch_size == 16 and not cell.stage2
+    elif words != ["stage1"]:
+        kept = {"prune.pool": 25, "keep.50": 128, "keep.25": 64, "keep.05": 13}.get(".".join(words), 26)
+        kept = 80 if words[0] == "chain" else kept
+        assert cell.pruned and last_flags.steps == cell.steps2 and cfg.side == 16
+        assert (flags.pruner == "divprune") == (words[0] == "fast")  # all of stage 1 on pruned tokens
+        assert cfg.visual_tokens() == (336 if words[0] == "chain" else 256) and cfg.kept_tokens() == kept
+
+
+def test_what_is_compared_is_in_the_list():
+    names = [cell.name for cell in claims.CELLS]
+    assert len(set(names)) == len(names) and {name for pair in claims.COMPARE for name in pair} <= set(names)
 
 
 LINEAR = "--connector.kind linear"
 
 
 @pytest.mark.parametrize(
-    "flags, mode",
+    "flags, view",
     [(claims.FEW, "full"), (LINEAR, "full"), ("--connector.kind resampler", "full"), (LINEAR, "pruned"),
      (f"{LINEAR} --prune.name cdpruner", "pruned"), (f"{LINEAR} --prune.name random", "pruned")],
 )  # fmt: skip
-def test_one_pass_equals_greedy_decoding_for_all_questions(flags, mode):
+def test_one_pass_equals_greedy_decoding_for_all_questions(flags, view):
     """The shipped decoder already answers, often wrongly: nobody has shown it a picture."""
     torch.manual_seed(0)
     cfg = model.copy_config(model.preset("tiny")["model"])
     model.parse_cli(flags.split(), "", cfg)
     vlm, tokenizer = model.VLM.build(cfg).eval(), data.find_tokenizer(cfg)
-    questions, pixels, own, other = claims.exam(24, cfg.vit.image_size, cfg.image.resample)
-    right = claims.right_answers(vlm, tokenizer, questions * 2, pixels, own + other, 5, mode)
-    images = [q.images for q in questions]
+    questions, pixels, *pictures = claims.exam(24, cfg.vit.image_size, cfg.image.resample)
+    images = [question.images for question in questions]
     task = evaluation.Task("scenes_vqa", "vqa", questions, max_new_tokens=16)
-    for mine, shown in zip(right.reshape(2, -1), (images, evaluation.derange(images, 0))):
-        said = evaluation.answer_all(vlm, tokenizer, task, shown, mode, evaluation.EvalConfig())
-        assert [*mine] == [s == q.answers[0] for s, q in zip(said, questions)]
-        assert [*mine] == evaluation.score_answers(task, said)  # here nobody says "two" for 2
-        assert 0 < mine.mean() < 1
-        asked = [evaluation.Question(q.images, q.text, [s]) for q, s in zip(questions, said)]
-        whole = [len(tokenizer.encode(s)) < 16 for s in said]  # ended by itself
-        pictures = own if shown is images else other
-        assert (claims.right_answers(vlm, tokenizer, asked, pixels, pictures, mode=mode)[whole]).all()
+    both = claims.right_answers(vlm, tokenizer, questions * 2, pixels, sum(pictures, []), 5, view)
+    for right, numbers, shown in zip(both.reshape(2, -1), pictures, (images, evaluation.derange(images, 0))):
+        answers = evaluation.answer_all(vlm, tokenizer, task, shown, view, evaluation.EvalConfig())
+        assert [*right] == [answer == q.answers[0] for answer, q in zip(answers, questions)]
+        assert [*right] == evaluation.score_answers(task, answers)  # here nobody says "two" for 2
+        assert 0 < right.mean() < 1
+        easy = [evaluation.Question(q.images, q.text, [answer]) for q, answer in zip(questions, answers)]
+        ended = [len(tokenizer.encode(answer)) < 16 for answer in answers]  # by themselves
+        assert (claims.right_answers(vlm, tokenizer, easy, pixels, numbers, view=view)[ended]).all()
 
 
 def test_a_whole_cell(small_halves, tmp_path, monkeypatch):
@@ -226,9 +212,8 @@ def test_a_whole_cell(small_halves, tmp_path, monkeypatch):
     claims.main([*flags, "--out", str(tmp_path / "c")])
     row = json.loads((tmp_path / "c.json").read_text())["rows"][0]
     assert row["visual_tokens"] == {"stage1": 32, "stage2": 144} and row["n"] == 30
-    assert (
-        row["seconds"].keys() == {"stage1", "stage2", "eval"} and row["commit"] and 0 <= row["score"] <= 100
-    )
+    assert row["seconds"].keys() == {"stage1", "stage2", "eval"}
+    assert row["commit"] and 0 <= row["score"] <= 100
     (tmp_path / "c.json").unlink()  # lost: only the questions are asked again
     monkeypatch.setattr(claims, "TRAIN", {})
     claims.main([*flags, "--out", str(tmp_path / "c")])

@@ -121,7 +121,13 @@ def load_model(cfg: EvalConfig) -> tuple[model.VLM, data.Tokenizer, dict[str, st
 
 
 def find_rank() -> tuple[int, int]:
+    """This process's number among the ranks that share the questions, and how many they are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def print_once(text: str) -> None:
+    if find_rank()[0] == 0:
+        print(text)
 
 
 def write_results(tasks: list["Task"], cfg: EvalConfig, step: str, results: list, examples: list) -> None:
@@ -130,8 +136,9 @@ def write_results(tasks: list["Task"], cfg: EvalConfig, step: str, results: list
     summary = {"model": step, "commit": git_commit(), "seed": cfg.seed, "results": results, "demos": {}}
     for task in tasks:
         if task.shots:
-            names = [" ".join(demo.name for demo in question.demos) for question in task.questions]
-            summary["demos"][f"{task.name} {task.shots}-shot"] = names
+            names = summary["demos"][f"{task.name} {task.shots}-shot"] = []
+            for question in task.questions:
+                names.append(" ".join(demo.name for demo in question.demos))
     summary |= {"prompt": "base" if cfg.shots else "chat", "scoring": cfg.scoring, "examples": examples}
     if cfg.out:
         model.write_json(Path(cfg.out), summary)
@@ -410,9 +417,7 @@ def add_demos(task: Task, pool: list[Question], shots: int, seed: int) -> Task:
 # Asking
 
 
-def answer_all(
-    vlm, tokenizer, task: Task, images: list[tuple], view: str, cfg: EvalConfig, kept=None
-) -> list:
+def answer_all(vlm, tokenizer, task: Task, images: list, view: str, cfg: EvalConfig, kept=None) -> list[str]:
     """An answer to each question, asked in batches of similar length that the ranks share.
 
     images: the pictures of each question; demonstrations keep theirs. kept: an AnswerFile, whose answers are
@@ -452,9 +457,7 @@ def answer_all(
     return [answers[i] for i in range(len(task.questions))]
 
 
-def answer_batch(
-    vlm, tokenizer, task: Task, questions: list, samples: list, view: str, scoring: str, stops
-) -> list:
+def answer_batch(vlm, tokenizer, task: Task, questions, samples, view: str, scoring: str, stops) -> list[str]:
     """Greedy answers or the likeliest choices; of kind likelihood, the log-probabilities of all, as JSON."""
     if "likelihood" not in (scoring, task.kind):
         batch = data.prompt_batch(samples, view, vlm.cfg).to(next(vlm.parameters()).device)
@@ -532,7 +535,7 @@ def prompt_lengths(task: Task, prompts: dict, pictures: dict, cfg: model.ModelCo
         need = f"{task.name}: {need}was trained for {cfg.decoder.context}"
         if too_long > len(lengths) / 50:
             raise UserError(f"{need}: use fewer --shots or --tokens pruned")
-        print(f"{need}: {too_long} questions are too long and count as wrong")
+        print_once(f"{need}: {too_long} questions are too long and count as wrong")
     return fitting
 
 
@@ -576,11 +579,12 @@ class AnswerFile:
                     row = json.loads(line)
                 except ValueError:
                     continue  # a blank line, or one that was cut off
-                number = numbers.get((str(row["question_id"]), row["prompt"]))
-                changed = [key for key in self.settings if row["metadata"].get(key) != self.settings[key]]
+                name, settings = row.get("question_id"), row.get("metadata", {})
+                number = numbers.get((str(name), row.get("prompt")))
+                changed = [key for key in self.settings if settings.get(key) != self.settings[key]]
                 if changed or number is None:
                     problem = f"another {changed[0]}" if changed else "an unknown id or prompt"
-                    problem = f"the answer to question_id {row['question_id']} has {problem}"
+                    problem = f"the answer to question_id {name} has {problem}"
                     raise UserError(f"{path} is not of this run, {problem}: use another --answers")
                 answers[number] = row["text"]
         return answers
@@ -609,9 +613,7 @@ class AnswerFile:
                 file.write(json.dumps(row) + "\n")
 
 
-def answer_file(
-    task: Task, view: str, cfg: EvalConfig, facts: dict, blind: bool = False
-) -> AnswerFile | None:
+def answer_file(task: Task, view: str, cfg: EvalConfig, facts: dict, blind=False) -> AnswerFile | None:
     """Where the answers to a task are kept, if they are. facts: what identifies the model."""
     if not cfg.answers and not (cfg.out and task.path):
         return None
@@ -646,7 +648,7 @@ def score_task(vlm, tokenizer, task: Task, view: str, cfg: EvalConfig, facts: di
     answers = answer_all(vlm, tokenizer, task, [q.images for q in task.questions], view, cfg, kept)
     if not any(question.answers for question in task.questions):
         place = kept.path if kept else "nowhere: give --out or --answers"
-        print(f"{task.name}: no right answers in {task.path}, so no score; answers are kept in {place}")
+        print_once(f"{task.name}: no right answers in {task.path}, so no score; answers are kept in {place}")
         return [], []
     seeing = [i for i, question in enumerate(task.questions) if question.images]
     if cfg.blind and seeing:
@@ -675,9 +677,7 @@ def derange(images: list[tuple], seed: int) -> list[tuple]:
     return dealt
 
 
-def score_rows(
-    task: Task, answers: list[str], blind_answers: list[str] | None, view: str, seed: int
-) -> tuple:
+def score_rows(task: Task, answers: list, blind_answers: list | None, view: str, seed: int) -> tuple:
     """Rows and examples of a task, from its answers and those about swapped pictures."""
     scores = score_answers(task, answers)
     blind_scores = score_answers(task, blind_answers) if blind_answers else None
@@ -702,16 +702,16 @@ def score_rows(
     return task.finish_rows(rows, answers, blind_answers), examples
 
 
-def row_of(
-    task: Task, name: str, numbers: list[int], scores: list, blind_scores: list | None, view: str
-) -> dict:
+def row_of(task: Task, name: str, numbers: list, scores: list, blind_scores: list | None, view: str) -> dict:
     """The row of a task, or of its subset `name`, which holds the questions `numbers`."""
-    questions, chance, blind_score = [task.questions[i] for i in numbers], task.chance, None
+    questions = [task.questions[i] for i in numbers]
+    blind_score, chance = None, task.chance
     score, values = task.average(questions, [100 * scores[i] for i in numbers])
     if blind_scores and any(question.images for question in questions):
         blind_score = round(task.average(questions, [100 * blind_scores[i] for i in numbers])[0], 2)
     if chance is None:
-        right, chance = [question.answers[0] for question in questions], 0.0
+        right = [question.answers[0] for question in questions]
+        chance = 0.0
         for constant, _ in Counter(right).most_common(5) if task.metric in ("accuracy", "acc") else ():
             chance = max(chance, task.average(questions, [100 * (text == constant) for text in right])[0])
     row = {"task": f"{task.name}/{name}" if name else task.name, "metric": task.metric}
@@ -931,8 +931,11 @@ def caption_counts(captions: list[str], references: list[list[str]]) -> list[tup
 
 def ngram_counts(text: str) -> Counter:
     """How often each n-gram (a tuple of n = 1..4 tokens) occurs in a caption."""
-    words = ptb_tokenize(text)
-    return Counter(tuple(words[i : i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
+    words, counts = ptb_tokenize(text), Counter()
+    for n in range(1, 5):
+        for i in range(len(words) - n + 1):
+            counts[tuple(words[i : i + n])] += 1
+    return counts
 
 
 def cider_similarity(caption: Counter, reference: Counter, idf: dict[tuple, float], unseen: float) -> float:

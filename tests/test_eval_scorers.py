@@ -33,20 +33,12 @@ def test_vqa_accuracy(case):
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("couldntve", "couldntve"),
-        ("couldnt've", "couldn't've"),
-        ("couldn'tve", "couldn't've"),
-        ("ow's'at", "'ow's'at"),
-        ("yalld've", "yalld've"),
-        ("y'alld've", "y'all'd've"),
-        ("twas", "'twas"),
-        ("somebody'd", "somebodyd"),
-        ("somebodyd", "somebodyd"),
-        ("Im", "im"),
-        ("shed", "shed"),
+        ("couldntve", "couldntve"), ("couldnt've", "couldn't've"), ("couldn'tve", "couldn't've"),
+        ("ow's'at", "'ow's'at"), ("yalld've", "yalld've"), ("y'alld've", "y'all'd've"), ("twas", "'twas"),
+        ("somebody'd", "somebodyd"), ("somebodyd", "somebodyd"), ("Im", "im"), ("shed", "shed"),
         ("hed", "he'd"),
     ],
-)
+)  # fmt: skip
 def test_contractions_restore_one_apostrophe(text, expected):
     assert ev.vqa_normalise(text, official=True) == expected
 
@@ -58,14 +50,10 @@ def test_only_the_first_32_periods_go():
 @pytest.mark.parametrize(
     "answers, expected",
     [
-        (["Red."], 1.0),
-        (["blue"], 0.0),
-        (["red", "red"], 1 / 3),
-        (["red"] * 3, 2 / 3),
-        (["red"] * 4, 1.0),
+        (["Red."], 1.0), (["blue"], 0.0), (["red", "red"], 1 / 3), (["red"] * 3, 2 / 3), (["red"] * 4, 1.0),
         (["red", "red", "blue"], (2 / 3 + 2 / 3) / 3),
     ],
-)
+)  # fmt: skip
 def test_vqa_accuracy_with_few_answers(answers, expected):
     assert ev.vqa_accuracy("red", answers) == pytest.approx(expected)
 
@@ -92,30 +80,14 @@ def test_choice_parse_agrees_with_mmbench(case):
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("b", "B"),
-        (" (c) ", "C"),
-        ("**B**", "B"),
-        ("B: blue", "B"),
-        ("**C. dark green**", "C"),
-        ("D)", "D"),
-        ("A.M.", None),
-        ("A, B and D", None),
-        ("A cat", "D"),
-        ("a cat.", "D"),
-        ("A dog", None),
-        ("The answer is A", "A"),
-        ("the answer is (A).", "A"),
-        ("The answer is A cat", "D"),
-        ("Answer:\nB", "B"),
-        ("The answer is B because red is wrong", "B"),
-        ("The answer is A. The answer is B.", None),
-        ("It is DARK  green", "C"),
-        ("greenish", None),
-        ("reddish", None),
-        ("", None),
-        ("...", None),
+        ("b", "B"), (" (c) ", "C"), ("**B**", "B"), ("B: blue", "B"), ("**C. dark green**", "C"),
+        ("D)", "D"), ("A.M.", None), ("A, B and D", None), ("A cat", "D"), ("a cat.", "D"), ("A dog", None),
+        ("The answer is A", "A"), ("the answer is (A).", "A"), ("The answer is A cat", "D"),
+        ("Answer:\nB", "B"), ("The answer is B because red is wrong", "B"),
+        ("The answer is A. The answer is B.", None), ("It is DARK  green", "C"), ("greenish", None),
+        ("reddish", None), ("", None), ("...", None),
     ],
-)
+)  # fmt: skip
 def test_choice_parse(text, expected):
     assert ev.choice_parse(text, ["red", "blue", "dark green", "a cat"]) == expected
 
@@ -197,20 +169,13 @@ def test_cider_d_rejects_what_it_cannot_score():
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("10 20 300 999", (10, 20, 300, 999)),
-        ("The dog is at [[10, 20, 300, 400]].", (10, 20, 300, 400)),
-        ("(10,20),(300,400) or 5", (10, 20, 300, 400)),
-        ("x1=10, y1=20, x2=30, y2=40", (10, 20, 30, 40)),
-        ("10-20-30-40", (10, 20, 30, 40)),
-        ("30 40 10 20", (30, 40, 10, 20)),
-        ("10 20 30", None),
-        ("", None),
-        ("10 20 30 1000", None),
-        ("10 20 30 -4", None),
-        ("0.1 0.2 0.3 0.4", None),
+        ("10 20 300 999", (10, 20, 300, 999)), ("The dog is at [[10, 20, 300, 400]].", (10, 20, 300, 400)),
+        ("(10,20),(300,400) or 5", (10, 20, 300, 400)), ("x1=10, y1=20, x2=30, y2=40", (10, 20, 30, 40)),
+        ("10-20-30-40", (10, 20, 30, 40)), ("30 40 10 20", (30, 40, 10, 20)), ("10 20 30", None), ("", None),
+        ("10 20 30 1000", None), ("10 20 30 -4", None), ("0.1 0.2 0.3 0.4", None),
         ("9" * 5000 + " 1 2 3", None),
     ],
-)
+)  # fmt: skip
 def test_parse_box(text, expected):
     assert ev.parse_box(text) == expected
 

@@ -1069,8 +1069,8 @@ def scienceqa_parse(text: str, n: int) -> str | None:
     "A." alone fail, as does a final "The answer is C" without a period. A letter beyond n or beyond E: None.
     """
     start = re.match(r"([A-E])(?:\. |\Z)", text)
-    found = [start[1]] if start else re.findall(r"The answer is ([A-Z]).", text)
-    return found[0] if len(found) == 1 and found[0] in "ABCDE"[:n] else None
+    letters = [start[1]] if start else re.findall(r"The answer is ([A-Z]).", text)
+    return letters[0] if len(letters) == 1 and letters[0] in "ABCDE"[:n] else None
 
 
 MMBENCH_SHAPES = "{} {}. {}, {}: {}) {}). ({}) ({}). :{} :{}, :{}. :{}) :{}).".split()
@@ -1087,13 +1087,13 @@ def mmbench_parse(text: str, options: list[str]) -> str | None:
     """
     words = text.split()
     for shape in MMBENCH_SHAPES:
-        found = [letter for letter in "ABCDE" if shape.format(letter) in words]
-        article = shape == "{}" and found == ["A"] and len(words) > 3
-        if len(found) == 1 and not article:
-            return found[0]
+        letters = [letter for letter in "ABCDE" if shape.format(letter) in words]
+        article = shape == "{}" and letters == ["A"] and len(words) > 3
+        if len(letters) == 1 and not article:
+            return letters[0]
     lettered = zip(string.ascii_uppercase, options, strict=False)
-    said = [letter for letter, option in lettered if option.lower() in text.lower()]
-    return said[0] if len(said) == 1 else None
+    named = [letter for letter, option in lettered if option.lower() in text.lower()]
+    return named[0] if len(named) == 1 else None
 
 
 def mmbench_circular(groups: list[list[bool]]) -> float:
@@ -1127,9 +1127,9 @@ def mmmu_parse(text: str, options: list[str]) -> str | None:
         text = text.strip(mark)
     text = f" {text} "
     for shape, place in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
-        found = [letter for letter in letters if shape.format(letter) in text]
-        if found:
-            return max(found, key=lambda letter: text.rfind(place.format(letter)))
+        candidates = [letter for letter in letters if shape.format(letter) in text]
+        if candidates:
+            return max(candidates, key=lambda letter: text.rfind(place.format(letter)))
     places = [text.lower().rfind(option.lower()) for option in options]
     if max(places, default=-1) < 0 or len(text.split()) <= 5:
         return None
@@ -1163,9 +1163,13 @@ def mmmu_values(text: str) -> list[str | float]:
                 best = tail
         if best and best not in tuple(MMMU_MARKS):
             tails.append(best)
-    said = tails or [text]
-    numbers = [number for tail in said for pattern in MMMU_NUMBERS for number in re.findall(pattern, tail)]
-    return sorted({value for part in said + numbers for value in mmmu_normalise(part)}, key=str)
+    statements, values = tails or [text], set()
+    for statement in statements:
+        values.update(mmmu_normalise(statement))
+        for pattern in MMMU_NUMBERS:
+            for number in re.findall(pattern, statement):
+                values.update(mmmu_normalise(number))
+    return sorted(values, key=str)
 
 
 def mmmu_open(text: str, golds: list[str]) -> bool:
@@ -1174,12 +1178,13 @@ def mmmu_open(text: str, golds: list[str]) -> bool:
     Numbers are rounded to two places; see `mmmu_values`. Quirks kept: a gold "no" is right where the text
     says "unknown"; number words are no numbers.
     """
-    wanted = [value for gold in golds for value in mmmu_normalise(gold)]
-    return any(
-        gold in value if isinstance(gold, str) and isinstance(value, str) else gold == value
-        for value in mmmu_values(text)
-        for gold in wanted
-    )
+    values = mmmu_values(text)
+    for gold in golds:
+        for right in mmmu_normalise(gold):
+            for value in values:
+                if right == value or (isinstance(right, str) and isinstance(value, str) and right in value):
+                    return True
+    return False
 
 
 MMSTAR_NAMES = "answer/correct answer/best answer/correct option/best option/choice/correct choice".split("/")
@@ -1209,8 +1214,8 @@ def mmstar_parse(text: str, letters: str = "ABCD") -> str | None:
     ]
     for shape in ("({})", "{}.", "{}:", "{})", "{} ", "{}"):
         formats.append([(text.rfind(shape.format(x)), x) for x in letters])
-    for found in formats:
-        place, letter = max(found, default=(-1, None))
+    for places in formats:
+        place, letter = max(places, default=(-1, None))
         if place >= 0:
             return letter
     return None
@@ -1238,10 +1243,10 @@ def anls(prediction: str, answers: list[str], strict: bool = False) -> float:
     """
     if not answers:
         raise ValueError("anls needs at least one answer, this question has none")
-    tidy, *wanted = (" ".join(text.lower().split()) for text in (prediction, *answers))
+    tidy, *tidy_answers = (" ".join(text.lower().split()) for text in (prediction, *answers))
     distances = [
         edit_distance(tidy, short) / (max(len(prediction), len(answer)) or 1)
-        for short, answer in zip(wanted, answers, strict=True)
+        for short, answer in zip(tidy_answers, answers, strict=True)
     ]
     score = 1 - min(distances)
     return score if score > 0.5 or (score == 0.5 and not strict) else 0.0

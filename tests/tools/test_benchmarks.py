@@ -55,16 +55,15 @@ def put(folder: Path, name: str, content) -> Path:
     return path
 
 
-def put_coco(folder: Path, questions: str, annotations: str) -> None:
+def put_coco(folder: Path, question_file: str, label_file: str) -> None:
+    questions, labels = [], []
     for n in range(4):
         put(folder, f"val2014/COCO_val2014_{n:012d}.jpg", png(n))
-    asked = [{"image_id": n, "question": f"what is {n}?", "question_id": 10 * n + 1} for n in range(4)]
-    told = [
-        {"question_id": 10 * n + 1, "image_id": n, "answers": [{"answer": COLOURS[n], "answer_id": 1}] * 10}
-        for n in range(4)
-    ]
-    put(folder, questions, {"info": {}, "questions": asked})
-    put(folder, annotations, {"annotations": told[::-1]})
+        questions.append({"image_id": n, "question": f"what is {n}?", "question_id": 10 * n + 1})
+        answers = [{"answer": COLOURS[n], "answer_id": 1}] * 10
+        labels.append({"question_id": 10 * n + 1, "image_id": n, "answers": answers})
+    put(folder, question_file, {"info": {}, "questions": questions})
+    put(folder, label_file, {"annotations": labels[::-1]})
 
 
 def put_vqav2(folder: Path) -> None:
@@ -76,23 +75,15 @@ def put_okvqa(folder: Path) -> None:
 
 
 def put_textvqa(folder: Path) -> None:
-    asked, told = [], []
+    questions, labels = [], []
     for n in range(4):
         put(folder, f"train_images/p{n // 2}.jpg", png(n // 2))
-        text = f"What is {n}?\nReference OCR token: A{n}, b{SHORT}"
-        asked.append(
-            {"question_id": f"p{n // 2}", "image": f"p{n // 2}.jpg", "text": text, "category": "default"}
-        )
-        told.append(
-            {
-                "image_id": f"p{n // 2}",
-                "question_id": n,
-                "question": f"what is {n}?",
-                "answers": [COLOURS[n]] * 10,
-            }
-        )
-    put(folder, "llava_textvqa_val_v051_ocr.jsonl", asked)
-    put(folder, "TextVQA_0.5.1_val.json", {"data": told[::-1]})
+        text, name = f"What is {n}?\nReference OCR token: A{n}, b{SHORT}", f"p{n // 2}"
+        questions.append({"question_id": name, "image": f"{name}.jpg", "text": text, "category": "default"})
+        row = {"image_id": name, "question_id": n, "question": f"what is {n}?"}
+        labels.append({**row, "answers": [COLOURS[n]] * 10})
+    put(folder, "llava_textvqa_val_v051_ocr.jsonl", questions)
+    put(folder, "TextVQA_0.5.1_val.json", {"data": labels[::-1]})
 
 
 def put_vizwiz(folder: Path) -> None:
@@ -105,17 +96,17 @@ def put_vizwiz(folder: Path) -> None:
 
 
 def put_gqa(folder: Path) -> None:
-    asked, told = [], {}
+    questions, labels = [], {}
     for n in range(4):
         put(folder, f"data/images/n{n}.jpg", png(n))
-        asked.append({"question_id": f"0{n}", "image": f"n{n}.jpg", "text": "What colour?" + SHORT})
-        told[f"0{n}"] = {"question": "What colour?", "imageId": f"n{n}", "answer": COLOURS[n]}
-    put(folder, "llava_gqa_testdev_balanced.jsonl", asked[::-1])
-    put(folder, "data/testdev_balanced_questions.json", told)
+        questions.append({"question_id": f"0{n}", "image": f"n{n}.jpg", "text": "What colour?" + SHORT})
+        labels[f"0{n}"] = {"question": "What colour?", "imageId": f"n{n}", "answer": COLOURS[n]}
+    put(folder, "llava_gqa_testdev_balanced.jsonl", questions[::-1])
+    put(folder, "data/testdev_balanced_questions.json", labels)
 
 
 def put_scienceqa(folder: Path) -> None:
-    asked, told = [], {}
+    questions, labels = [], {}
     for n in range(4):
         text = f"Context: c{n}\nWhich?\nA. red\nB. blue\nC. green"
         row = {
@@ -125,45 +116,46 @@ def put_scienceqa(folder: Path) -> None:
         if n < 3:
             put(folder, f"images/test/{n}/image.png", png(n))
             row["image"], row["conversations"][0]["value"] = f"{n}/image.png", "<image>\n" + text
-        asked.append(row)
-        told[f"{n}"] = {
+        questions.append(row)
+        labels[f"{n}"] = {
             "question": "Which?",
             "choices": COLOURS[:3],
             "answer": n % 3,
             "split": "test",
             "image": None,
         }
-    put(folder, "llava_test_CQM-A.json", asked)
-    put(folder, "problems.json", {**told, "9": {**told["0"], "split": "train"}})
+    put(folder, "llava_test_CQM-A.json", questions)
+    put(folder, "problems.json", {**labels, "9": {**labels["0"], "split": "train"}})
 
 
 def put_pope(folder: Path) -> None:
-    asked = []
+    questions = []
     for number, category in enumerate(("random", "popular", "adversarial")):
-        told = []
+        labels = []
         for n in range(4):
             put(folder, f"val2014/C{n}.jpg", png(n))
             row = {"image": f"C{n}.jpg", "text": f"Is there a {COLOURS[n]} ring?"}
-            told.append({**row, "question_id": n + 1, "label": ("yes", "no")[n % 2]})
+            labels.append({**row, "question_id": n + 1, "label": ("yes", "no")[n % 2]})
             text = row["text"] + SHORT
-            asked.append({**row, "question_id": 100 * number + n, "text": text, "category": category})
-        put(folder, f"coco/coco_pope_{category}.json", "".join(json.dumps(row) + "\n" for row in told))
-    put(folder, "llava_pope_test.jsonl", asked[::-1])
+            questions.append({**row, "question_id": 100 * number + n, "text": text, "category": category})
+        put(folder, f"coco/coco_pope_{category}.json", "".join(json.dumps(row) + "\n" for row in labels))
+    put(folder, "llava_pope_test.jsonl", questions[::-1])
 
 
 def put_mme(folder: Path) -> None:
-    release, asked = "MME_Benchmark_release_version", []
+    release, questions = "MME_Benchmark_release_version", []
     for category, deep in (("color", ""), ("artwork", "deep"), ("code_reasoning", "")):
         for n in range(2):
-            told = [(f"Is it {COLOURS[n]}?", "Yes"), (f"Is it {COLOURS[n + 2]}?", "No")]
+            pairs = [(f"Is it {COLOURS[n]}?", "Yes"), (f"Is it {COLOURS[n + 2]}?", "No")]
             where = f"{release}/{category}/{'images/' if deep else ''}000{n}.png"
             put(folder, where, png(n + len(category) % 3))
-            lines = "".join(f"{q} Please answer yes or no.\t{a}\n" for q, a in told)
+            lines = "".join(f"{q} Please answer yes or no.\t{a}\n" for q, a in pairs)
             put(folder, f"{release}/{category}/{'questions_answers_YN/' if deep else ''}000{n}.txt", lines)
-            for q, _ in told:
+            for q, _ in pairs:
                 name = f"{category}/{'images/' if deep else ''}000{n}.png"
-                asked.append({"question_id": name, "image": name, "text": q + SHORT, "category": category})
-    put(folder, "llava_mme.jsonl", asked)
+                row = {"question_id": name, "image": name, "category": category}
+                questions.append({**row, "text": q + SHORT})
+    put(folder, "llava_mme.jsonl", questions)
 
 
 def mmbench_rows() -> list[dict]:
@@ -193,18 +185,18 @@ def put_mmbench_cn(folder: Path) -> None:
 
 
 def put_seed(folder: Path) -> None:
-    asked, told = [], []
+    questions, labels = [], []
     for n in range(4):
         kind = ("image", "video")[n // 3]
         put(folder, f"SEED-Bench-{kind}/p_{n}", png(n))
         lines = "".join(f"\n{c}. {o}" for c, o in zip("ABCD", COLOURS))
         text = f"Which?{lines}{LETTER}"
-        asked.append({"question_id": f"{n}_0", "image": f"SEED-Bench-{kind}/p_{n}", "text": text})
+        questions.append({"question_id": f"{n}_0", "image": f"SEED-Bench-{kind}/p_{n}", "text": text})
         row = {**{f"choice_{c}": o for c, o in zip("abcd", COLOURS)}, "answer": "ABCD"[n], "data_type": kind}
-        told.append({**row, "question": "Which?", "question_id": f"{n}_0", "question_type_id": 1 + n // 2})
-    put(folder, "llava-seed-bench.jsonl", asked)
+        labels.append({**row, "question": "Which?", "question_id": f"{n}_0", "question_type_id": 1 + n // 2})
+    put(folder, "llava-seed-bench.jsonl", questions)
     types = {"Scene Understanding": 1, "Action Recognition": 2}
-    put(folder, "SEED-Bench.json", {"question_type": types, "questions": told[::-1]})
+    put(folder, "SEED-Bench.json", {"question_type": types, "questions": labels[::-1]})
 
 
 def put_docvqa(folder: Path) -> None:
@@ -246,12 +238,12 @@ def put_flickr30k(folder: Path) -> None:
 
 
 def put_nocaps(folder: Path) -> None:
-    images, told = [], []
+    images, labels = [], []
     for n in range(4):
         put(folder, f"images/{n}.jpg", png(n))
         images.append({"id": n, "file_name": f"{n}.jpg", "domain": ("in-domain", "out-domain")[n % 2]})
-        told += [{"image_id": n, "id": 10 * n + k, "caption": CAPTIONS[n]} for k in range(3)]
-    put(folder, "nocaps_val_4500_captions.json", {"images": images, "annotations": told[::-1]})
+        labels += [{"image_id": n, "id": 10 * n + k, "caption": CAPTIONS[n]} for k in range(3)]
+    put(folder, "nocaps_val_4500_captions.json", {"images": images, "annotations": labels[::-1]})
 
 
 def put_textcaps(folder: Path) -> None:
@@ -501,8 +493,8 @@ def test_parquet_of_the_hub(name, tmp_path, monkeypatch):
 def test_gqa_of_the_hub_has_its_pictures_in_files_of_their_own(tmp_path, monkeypatch):
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     images = [{"id": f"n{n}", "image": picture(n)} for n in range(3)]
-    asked = [{"id": f"0{n}", "imageId": f"n{n}", "question": "?", "answer": COLOURS[n]} for n in range(3)]
-    for part, rows in (("images", images), ("instructions", asked)):
+    questions = [{"id": f"0{n}", "imageId": f"n{n}", "question": "?", "answer": COLOURS[n]} for n in range(3)]
+    for part, rows in (("images", images), ("instructions", questions)):
         (tmp_path / f"testdev_balanced_{part}").mkdir()
         file = tmp_path / f"testdev_balanced_{part}" / "testdev-00000-of-00001.parquet"
         parquet.write_table(arrow.Table.from_pylist(rows), file)
@@ -543,17 +535,17 @@ def test_prompts_to_the_letter(tmp_path):
 
 
 def test_pictures_stand_at_their_marks():
-    def told(text: str, n: int) -> str:
+    def laid(text: str, n: int) -> str:
         q = evaluation.Question((*map(png, range(n)),), text, ["A"])
         pieces = benchmarks.BenchmarkTask("t", "mmmu", [q]).prompt(q, TOKENIZER)
         return re.sub(" +", " ", prompt_text(pieces))
 
-    plain = told("which?", 1)
+    plain = laid("which?", 1)
     assert "[0]" in plain and plain.index("[0]") < plain.index("which?")
-    marked = told("see <image 2> then <image 1>, <image 2>; <image 9>", 3)
+    marked = laid("see <image 2> then <image 1>, <image 2>; <image 9>", 3)
     places = [marked.index(mark) for mark in ("[2]", "see", "[1]", "then", "[0]", "<image 2>", "<image 9>")]
     assert places == sorted(places)  # the one without a mark first, a second mark stays text
-    assert "[" not in told("no picture <image 1>", 0) and "<image 1>" in told("no picture <image 1>", 0)
+    assert "[" not in laid("no picture <image 1>", 0) and "<image 1>" in laid("no picture <image 1>", 0)
 
 
 def test_several_pictures_none_and_bytes_go_through_a_model(tmp_path):
@@ -661,12 +653,12 @@ def test_mmstar_is_a_mean_over_its_capabilities(tmp_path, monkeypatch):
 
 def test_captions_of_coco_and_rows_of_one_caption_each(tmp_path, monkeypatch):
     images = [{"id": n, "file_name": f"{n:012d}.jpg"} for n in range(3)]
-    told = [{"image_id": n % 3, "id": n, "caption": CAPTIONS[n]} for n in range(6)]
+    captions_of_all = [{"image_id": n % 3, "id": n, "caption": CAPTIONS[n]} for n in range(6)]
     for image in images:
         put(tmp_path, f"coco/val2017/{image['file_name']}", png(image["id"]))
         put(tmp_path, f"text/train_images/{image['id']}.jpg", png(image["id"]))
-    put(tmp_path, "coco/captions_val2017.json", {"images": images, "annotations": told})
-    rows = [{"image_id": row["image_id"], "caption_str": row["caption"]} for row in told]
+    put(tmp_path, "coco/captions_val2017.json", {"images": images, "annotations": captions_of_all})
+    rows = [{"image_id": row["image_id"], "caption_str": row["caption"]} for row in captions_of_all]
     put(tmp_path, "text/TextCaps_0.1_val.json", {"data": rows})
     for name, folder in (("coco_cap", "coco"), ("textcaps", "text")):
         task = open_one(name, tmp_path / folder)
@@ -848,29 +840,29 @@ def test_a_killed_run_goes_on_where_it_stopped(saved, tmp_path, monkeypatch, cap
         saved
     )  # as the question file has it, in its order
 
-    asked = []
+    batches = []
     real = model.VLM.generate
     monkeypatch.setattr(
         model.VLM,
         "generate",
-        lambda self, batch, *a, **k: asked.append(batch.samples) or real(self, batch, *a, **k),
+        lambda self, batch, *a, **k: batches.append(batch.samples) or real(self, batch, *a, **k),
     )
     benchmarks.main(flags)
-    assert not asked and {p.name: p.read_bytes() for p in answers.iterdir()} == whole
+    assert not batches and {p.name: p.read_bytes() for p in answers.iterdir()} == whole
 
     lines = whole["pope.jsonl"].splitlines(keepends=True)
     (answers / "pope.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:20])  # killed while it wrote
     (answers / "pope.rank1.jsonl").write_bytes(lines[9])  # by one of several ranks, before
     benchmarks.main(flags)
-    assert sum(asked) == 6 and {p.name: p.read_bytes() for p in answers.iterdir()} == whole
+    assert sum(batches) == 6 and {p.name: p.read_bytes() for p in answers.iterdir()} == whole
     assert results(out) == first
 
     def generate(self, batch, *a, **k):  # killed once more, in its second batch
-        if len(asked) == 1:
+        if len(batches) == 1:
             raise KeyboardInterrupt
-        return asked.append(batch.samples) or real(self, batch, *a, **k)
+        return batches.append(batch.samples) or real(self, batch, *a, **k)
 
-    asked.clear()
+    batches.clear()
     (answers / "pope.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:20])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(model.VLM, "generate", generate)

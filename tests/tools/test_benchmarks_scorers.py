@@ -117,18 +117,11 @@ def test_mmbench_parse(case):
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("A dog is", "A"),
-        ("A dog is here", None),
-        ("A. dog is here", "A"),
-        ("A dog and B", None),
-        ("A dog and B.", "B"),
-        ("A. or (B)", "A"),
-        ("E red", "E"),
-        ("covered", "A"),
-        ("it is DARK GREEN", "C"),
-        ("it is dark  green", None),
+        ("A dog is", "A"), ("A dog is here", None), ("A. dog is here", "A"), ("A dog and B", None),
+        ("A dog and B.", "B"), ("A. or (B)", "A"), ("E red", "E"), ("covered", "A"),
+        ("it is DARK GREEN", "C"), ("it is dark  green", None),
     ],
-)
+)  # fmt: skip
 def test_mmbench_parse_in_order(text, expected):
     assert benchmarks.mmbench_parse(text, ["red", "blue", "dark green", "a cat"]) == expected
 

@@ -26,7 +26,7 @@ demo: .venv/demo.ok
 	$(BIN)/python train_pretrain.py --preset tiny --data scenes --seed $(SEED) --out runs/demo/pretrain
 	$(BIN)/python train_sft.py --init runs/demo/pretrain --scale 32to144 --data scenes --seed $(SEED) --out runs/demo/sft
 	$(BIN)/python eval.py --model runs/demo/sft --tasks scenes --tokens both --seed $(SEED) --out runs/demo/eval.json
-	test ! -d tools || $(BIN)/python tools/report.py runs/demo/eval.json
+	test ! -d tools || $(BIN)/python tools/report.py runs/demo/eval.json --inflation true
 
 bench: .venv/demo.ok
 	$(BIN)/python tools/bench.py

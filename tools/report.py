@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import model
 import prune
+import train_pretrain
 from model import UserError
 from tools import benchmarks
 
@@ -38,6 +39,7 @@ LOSS = "nll_per_token"  # the metric that is no share of 100, and of which less 
 @dataclass
 class ReportConfig:
     out: str = ""  # page to write; default: report.html beside eval.json
+    inflation: bool = False  # also measure, on the CPU, the loss with random and with inflated new scales
 
 
 def main(argv: list[str]) -> None:
@@ -50,11 +52,11 @@ def main(argv: list[str]) -> None:
     out = Path(cfg.out) if cfg.out else path.with_name("report.html")
     if out.is_dir():
         raise UserError(f"--out {cfg.out} is a folder: give a file in it")
-    make_report(out, model.read_json(path))
+    make_report(out, model.read_json(path), cfg.inflation)
     print(f"report: {out}")
 
 
-def make_report(path: Path, summary: dict) -> None:
+def make_report(path: Path, summary: dict, inflation: bool = False) -> None:
     """The page of an eval.json."""
     examples = []
     for example in summary.get("examples", []):
@@ -66,8 +68,8 @@ def make_report(path: Path, summary: dict) -> None:
     if summary["model"]:
         step = model.find_step(summary["model"])
         vlm = model.VLM.from_pretrained(step).eval()
-        curves, run_facts = read_curves(step)
-        facts += run_facts_of(vlm, step, summary) + run_facts
+        curves = read_curves(step)
+        facts += run_facts_of(vlm, step, summary) + (inflation_facts(step) if inflation else [])
         overlays = draw_overlays(vlm, pictures[:1])
         scales = draw_scales(vlm, step, pictures[0]) if pictures else []
     write_report(path, "sightspeed report", facts, summary["results"], examples, curves, overlays, scales)
@@ -95,9 +97,9 @@ def run_facts_of(vlm, step: Path, summary: dict) -> list[tuple[str, str]]:
     ]
 
 
-def read_curves(step: Path) -> tuple[dict[str, dict], list[tuple[str, str]]]:
-    """Loss curves of a run and of those it came from, oldest first, and the losses at each scaling."""
-    curves, facts = {}, []
+def read_curves(step: Path) -> dict[str, dict]:
+    """Loss curves of a run and of those it came from, oldest first."""
+    curves = {}
     folder = run_of(step)
     while folder and (folder / "metrics.jsonl").is_file():
         config = model.read_json(folder / "config.json")
@@ -108,13 +110,30 @@ def read_curves(step: Path) -> tuple[dict[str, dict], list[tuple[str, str]]]:
             if points:
                 series[name] = points
         curves = {f"{config['stage']}: {folder}": series, **curves}
-        for line in lines:
-            if "scale" in line:
-                losses = [f"{key[5:]} {x:.3f}" for key, x in line.items() if key.startswith("loss ")]
-                name = f"loss on stage-1 data at the hand-over ({line['scale']})"
-                facts.append((name, ", ".join(losses)))
         folder = run_of(Path(config["train"]["init"])) if config["train"]["init"] else None
-    return curves, facts
+    return curves
+
+
+def inflation_facts(step: Path) -> list[tuple[str, str]]:
+    """What parameter inflation is worth: the loss on stage-1 data of the model before its tokens were scaled
+    up, and right after it, with random new scales and with inflated ones.
+    """
+    flags = model.read_run_config(step)["train"]
+    if not flags["scale"] or not Path(flags["init"]).exists():
+        return []
+    before = model.find_step(flags["init"])
+    cfg = model.from_dict(train_pretrain.PretrainConfig, model.read_run_config(before)["train"])
+    cfg.dtype = "float32"
+    run = train_pretrain.Run("pretrain", cfg, 0, 1, torch.device("cpu"))
+    tokenizer, losses = data.Tokenizer.from_pretrained(before / "tokenizer"), []
+    for scales in ("as it was", "random", "inflate"):
+        vlm = model.VLM.from_pretrained(before).eval()
+        torch.manual_seed(flags["seed"])
+        if scales != "as it was":
+            model.scale_up(vlm, flags["scale"], scales)
+        loss = train_pretrain.validation_loss(run, vlm, tokenizer, cfg.data, "pretrain")["all"]
+        losses.append(f"{scales} {loss:.3f}")
+    return [(f"loss on stage-1 data when tokens grow ({flags['scale']})", ", ".join(losses))]
 
 
 def run_of(path: Path) -> Path:

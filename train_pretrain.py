@@ -589,7 +589,8 @@ class Run:
         seconds, n = time.perf_counter() - self.since, len(self.plans)
         rate, wait = self.samples / seconds, self.wait / seconds
         bar = {name: f"{values[name]:.3f}" for name in ("loss", "kl") if name in values}
-        self.progress.set_postfix(**bar, samples_s=f"{rate:.0f}", tok_img=visual_tokens, wait=f"{wait:.0%}")
+        bar |= {"samples/s": f"{rate:.0f}", "tok/img": visual_tokens, "wait": f"{wait:.0%}"}
+        self.progress.set_postfix(bar)
         rows = Counter()  # how full they were, and each kind's share of the positions
         for plan in self.plans:
             rows.update({"fill": plan.fill / n, "image_fill": plan.images / n})

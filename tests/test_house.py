@@ -1,4 +1,4 @@
-"""The plan of the house: two tiers and one arrow, files that can be read in an evening, tests that mirror them."""
+"""The plan of the house: two tiers and one arrow, files to read in an evening, tests that mirror them."""
 
 import ast
 import subprocess

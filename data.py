@@ -54,27 +54,23 @@ from model import ASSETS, ModelConfig, UserError, find_half, read_decoder_config
 # letters "<|im_end|>" in a caption stay letters.
 
 # A tokenizer belongs to the first family whose "control" tokens it has; the first of these ends answers and
-# documents. "start": control token in front of every document. "turns": of each role (before, end, tail): a
-# turn is before, content, end, tail; of the assistant's turns content and end are supervised. "strips": white
-# space around contents is removed. "system": text of chats that have none; only Vicuna's belongs to its
-# template, the default ones of Qwen and SmolLM2 come only if the data has them.
+# documents, "start" stands in front of them. A turn is before, content, end, tail ("turns", by role); of an
+# assistant's turn content and end are supervised. "strips": contents lose the white space around them.
+# "system": text of chats that have none, which is part of Vicuna's template.
 FAMILIES = read_json(ASSETS / "chat_templates.json")
 CONTROL = {name for family in FAMILIES for name in family["control"]}
-# What rank files do not tell, by the number of ranks. "pattern" cuts text before merging; its possessive
-# forms (`++`) cut like the original patterns, which overflow the stack of tiktoken's regex engine on
-# 1,000,000 spaces.
+# What rank files do not tell, by the number of ranks. "pattern" cuts text before merging; possessive forms
+# (`++`) cut like the original ones, which overflow the stack of tiktoken's engine on 1,000,000 spaces.
 RANK_FILES = read_json(ASSETS / "rank_files.json")
 LONG_SPACE = re.compile(r"((?<!\s)\s{100000,})")  # before a word even the possessive forms overflow on these
-HUB_FILES = (
-    "tokenizer.json", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "tokenizer.model",
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-)  # fmt: skip
+HUB_FILES = """tokenizer.json vocab.json merges.txt encoder.json vocab.bpe tokenizer.model chat_template.jinja
+    tokenizer_config.json special_tokens_map.json added_tokens.json""".split()
 
 
 class Tokenizer:
-    """Ids of text and text of ids, and how the family of the tokenizer writes documents and chats.
+    """Ids of text (`encode`) and text of ids (`decode`), without control tokens by default, and how
+    the family of the tokenizer writes documents and chats.
 
-    template: "turns" of FAMILIES. end: id behind answers and documents. start: ids in front of a document.
     prefix: what `encode` puts in front of a text, "" or " ", so that a word is the same token wherever it
     stands. special: control tokens, name to id. vocab_size: largest id + 1; a decoder may have more rows.
     files: what `save` writes, name to content.
@@ -99,34 +95,28 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
         """A rank file, or a folder with tokenizer.json or with a rank file."""
-        path = Path(path)
-        path = path.parent if path.suffix == ".json" else path
+        path = Path(path).parent if Path(path).suffix == ".json" else Path(path)
         files = {name: (path / name).read_bytes() for name in HUB_FILES if (path / name).is_file()}
         llama3 = [path / "tokenizer.model", path / "original" / "tokenizer.model"]
         ranks = [file for file in (path, *llama3) if file.is_file()][:1] or [*path.glob("*.tiktoken")]
+        convert = f"python tools/tokenizer.py {path} makes it of vocab.json and merges.txt"
+        missing = f"{path} holds no tokenizer.json ({convert}) and {len(ranks)} rank files, not one"
+        require("tokenizer.json" in files or len(ranks) == 1, missing)
         try:
             if "tokenizer.json" in files:
                 return HubTokenizer(read_json(path / "tokenizer.json"), files)
-            if len(ranks) == 1:
-                name = "tokenizer.model" if ranks[0].name == "tokenizer.model" else "ranks.tiktoken"
-                return RankTokenizer(read_ranks(ranks[0]), files | {name: ranks[0].read_bytes()})
+            name = "tokenizer.model" if ranks[0].name == "tokenizer.model" else "ranks.tiktoken"
+            return RankTokenizer(read_ranks(ranks[0]), files | {name: ranks[0].read_bytes()})
         except UserError:
             raise
         except Exception as e:  # `tokenizers` raises nothing more precise
             raise UserError(f"{path} holds no usable tokenizer ({type(e).__name__}: {e})") from None
-        convert = f"python tools/tokenizer.py {path} makes it of vocab.json and merges.txt"
-        raise UserError(f"{path} holds no tokenizer.json ({convert}) and {len(ranks)} rank files, not one")
 
     def save(self, folder: Path) -> None:
         """The files it came from, byte for byte: `from_pretrained(folder)` gives the same tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
-            (folder / (name + ".tmp")).write_bytes(content)
-            os.replace(folder / (name + ".tmp"), folder / name)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a content: no control token is among them."""
-        return self.ids_of(text, control=False)
+            (folder / name).write_bytes(content)
 
     def control(self, text: str, after: str = "", before_image: bool = False) -> list[int]:
         """Ids of a template's text behind the text `after`: the only place where control tokens are made.
@@ -137,20 +127,16 @@ class Tokenizer:
         if self.prefix:
             text = text.removeprefix(" ")
             text = text if before_image else text.removesuffix(" ")
-        return self.ids_of(after + text, control=True)[len(self.ids_of(after, control=True)) :]
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of ids, without control tokens and without the prefix."""
-        return self.text_of(ids, control=False)
+        return self.encode(after + text, True)[len(self.encode(after, True)) :]
 
     def show(self, ids: list[int]) -> str:
         """Text of ids as it stands in a document: with control tokens and with the prefix."""
         lead = self.encode("a")
-        return self.text_of(lead + ids, control=True).removeprefix(self.text_of(lead, control=True))
+        return self.decode(lead + ids, True).removeprefix(self.decode(lead, True))
 
     def ids_with(self, marks: tuple[str, ...]) -> list[int]:
         """Ids of text that holds one of the marks."""
-        texts = [self.text_of([i], control=False) for i in range(self.vocab_size)]
+        texts = [self.decode([i]) for i in range(self.vocab_size)]
         return [i for i, text in enumerate(texts) if any(mark in text for mark in marks)]
 
 
@@ -168,9 +154,7 @@ class HubTokenizer(Tokenizer):
         special = {token["content"] for token in added if token["special"]}
         bpe["merges"] = [merge for merge in bpe["merges"] if "".join(merge).replace(" ", "") not in special]
         bpe["unk_token"] = None if bpe.get("unk_token") in special else bpe.get("unk_token")
-        self.bpe = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        self.bpe.no_truncation()
-        self.bpe.no_padding()
+        self.bpe = tokenizers.Tokenizer.from_str(json.dumps(spec | {"truncation": None, "padding": None}))
         ids = {token.content: i for i, token in self.bpe.get_added_tokens_decoder().items() if token.special}
         super().__init__(ids, max(self.bpe.get_vocab().values()) + 1, files)
         if leaks := [name for name, i in ids.items() if i in self.encode(name)]:
@@ -178,11 +162,11 @@ class HubTokenizer(Tokenizer):
         if self.bpe.encode("a", add_special_tokens=False).tokens[0].startswith(("▁", "Ġ")):
             self.prefix = " "
 
-    def ids_of(self, text: str, control: bool) -> list[int]:
+    def encode(self, text: str, control: bool = False) -> list[int]:
         self.bpe.encode_special_tokens = not control  # true: their names are text like any other
         return self.bpe.encode(text, add_special_tokens=False).ids
 
-    def text_of(self, ids: list[int], control: bool) -> str:
+    def decode(self, ids: list[int], control: bool = False) -> str:
         return self.bpe.decode(ids, skip_special_tokens=not control)
 
 
@@ -190,28 +174,27 @@ class RankTokenizer(Tokenizer):
     """tiktoken with the ids of tokens; an id is also the priority of its merge."""
 
     def __init__(self, ranks: dict[bytes, int], files: dict[str, bytes]):
-        self.n_ranks = len(ranks)
-        if self.n_ranks > 2**16 and str(self.n_ranks) not in RANK_FILES:
-            raise ValueError(f"{self.n_ranks} ranks are neither Llama-3 nor Qwen")
+        self.n_ranks = n = len(ranks)
+        if n > 2**16 and str(n) not in RANK_FILES:
+            raise ValueError(f"{n} ranks are neither Llama-3 nor Qwen")
         n_bytes = len([token for token in ranks if len(token) == 1])
-        if sorted(ranks.values()) != list(range(self.n_ranks)) or n_bytes < 256:
+        if sorted(ranks.values()) != list(range(n)) or n_bytes < 256:
             raise ValueError("its ids must count up from 0, with every byte among its tokens")
-        family = RANK_FILES.get(str(self.n_ranks), RANK_FILES["scenes"])
+        family = RANK_FILES.get(str(n), RANK_FILES["scenes"])
         self.prefix = family["prefix"]
         self.nfc = family["nfc"]
-        special = {name: self.n_ranks + n for n, name in enumerate(family["special"])}
-        super().__init__(special, self.n_ranks + len(special), files)
-        self.bpe = tiktoken.Encoding(
-            "ranks", pat_str=family["pattern"], mergeable_ranks=ranks, special_tokens=special
-        )
+        pattern = family["pattern"]
+        special = {name: n + k for k, name in enumerate(family["special"])}
+        super().__init__(special, n + len(special), files)
+        self.bpe = tiktoken.Encoding("ranks", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
-    def ids_of(self, text: str, control: bool) -> list[int]:
+    def encode(self, text: str, control: bool = False) -> list[int]:
         if control:
             return self.bpe.encode(text, allowed_special="all")
         text = unicodedata.normalize("NFC", text) if self.nfc else self.prefix + text
         return [i for part in LONG_SPACE.split(text) for i in self.bpe.encode_ordinary(part)]
 
-    def text_of(self, ids: list[int], control: bool) -> str:
+    def decode(self, ids: list[int], control: bool = False) -> str:
         size = self.vocab_size if control else self.n_ranks
         text = self.bpe.decode([i for i in ids if i < size], errors="replace")
         return text if control else text.removeprefix(self.prefix)
@@ -220,12 +203,9 @@ class RankTokenizer(Tokenizer):
 def read_ranks(path: Path) -> dict[bytes, int]:
     """Lines of a token in base64 and its id."""
     content = path.read_bytes()
-    if not content.isascii():
-        convert = f"AutoTokenizer.from_pretrained('{path.parent}').save_pretrained('{path.parent}')"
-        raise UserError(
-            f"{path} is SentencePiece's own format: pip install transformers sentencepiece protobuf, then "
-            f'write tokenizer.json with python -c "from transformers import AutoTokenizer; {convert}"'
-        )
+    load = f"pip install transformers sentencepiece protobuf, AutoTokenizer.from_pretrained('{path.parent}')"
+    how = f"{load}.save_pretrained('{path.parent}')"
+    require(content.isascii(), f"{path} is SentencePiece's own format: {how}")
     pairs = [line.split() for line in content.splitlines() if line.strip()]
     try:
         return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
@@ -234,9 +214,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def find_tokenizer(cfg: ModelConfig) -> Tokenizer:
-    """cfg.tokenizer_from if set, else the tokenizer in the decoder's folder, else that of Scenes.
-
-    A decoder with as many rows as Scenes has ids, as the shipped one has, gets that of Scenes, too.
+    """cfg.tokenizer_from if set, else the tokenizer in the decoder's folder, else that of Scenes, which also
+    belongs to a decoder with as many rows as it has ids, such as the shipped one.
     """
     scenes = Tokenizer.from_pretrained(ASSETS / "scenes.tiktoken")
     source = cfg.tokenizer_from or cfg.decoder_from
@@ -1263,7 +1242,8 @@ def index_file(path: Path, size: int, changed: int) -> np.ndarray:
     once, as long as its size and time of change stay; NAME.tar.index.npy keeps the index of a tar.
     """
     scan = {".tar": scan_tar, ".json": scan_json}.get(path.suffix, scan_lines)
-    kept, temporary = f"{path}.index.npy", f"{path}.index.{os.getpid()}.npy"
+    kept = f"{path}.index.npy"
+    temporary = f"{path}.index.{os.getpid()}.npy"
     if path.suffix == ".tar":
         with contextlib.suppress(OSError, ValueError, EOFError, IndexError):  # none yet, or not one of ours
             index = np.load(kept)
@@ -1335,15 +1315,16 @@ class Table:
     Only where records begin is held in memory. raw(i) is a pure function of the files and i.
     """
 
-    suffixes, index = SUFFIXES, staticmethod(index_file)
+    suffixes = SUFFIXES
+    index = staticmethod(index_file)
 
     def __init__(self, path: Path):
-        self.files, self.indexes, self.changed = find_files(path, self.suffixes), [], []
+        self.files = find_files(path, self.suffixes)
+        self.indexes = []
         self.unit = "record" if self.files[0].suffix in (".tar", ".json") else "line"
         for file in tqdm(self.files, desc=f"index {path}", disable=len(self.files) < 20, leave=False):
             stat = file.stat()
             self.indexes.append(self.index(file, stat.st_size, stat.st_mtime_ns))
-            self.changed.append(stat.st_mtime_ns)
         self.first = np.cumsum([0] + [len(starts) - 1 for starts, _ in self.indexes])
         require(len(self) > 0, f"{path}: expected at least one record, in a .json file a list of them")
 
@@ -1353,10 +1334,11 @@ class Table:
     def raw(self, i: int) -> tuple[dict, str]:
         """Record i as its file has it, and its place for error messages. Pictures of tars are FileSlices."""
         n = int(np.searchsorted(self.first, i, side="right")) - 1
-        k, (starts, numbers) = i - int(self.first[n]), self.indexes[n]
+        starts, numbers = self.indexes[n]
+        k = i - int(self.first[n])
         place = f"{self.files[n]} {self.unit} {numbers[k]}"
-        file = open_shared(self.files[n], self.changed[n], os.getpid())
-        return self.read(file, int(starts[k]), int(starts[k + 1]), place), place
+        with open(self.files[n], "rb") as file:
+            return self.read(file, int(starts[k]), int(starts[k + 1]), place), place
 
     def read(self, file, start: int, end: int, place: str) -> dict:
         """The record between two bytes of a file."""
@@ -1365,12 +1347,6 @@ class Table:
             return read_tar_sample(file, start, end, place)
         file.seek(start)
         return read_object(file.read(end - start).strip().rstrip(b", \t\r\n"), suffix, place)
-
-
-@functools.lru_cache(maxsize=64)
-def open_shared(file: Path, changed: int, process: int):
-    """An open file, by process: a forked worker would share the file position of its parent."""
-    return open(file, "rb")
 
 
 def read_object(content: bytes, suffix: str, place: str) -> dict:
@@ -1435,8 +1411,10 @@ class FileSource(Table):
 
     def __init__(self, path: Path, kind: str = "", images: str = ""):
         super().__init__(path)
-        self.name, self.folder = path.stem, (path if path.is_dir() else path.parent) / images
-        self.kind = kind or LAYOUTS.get(layout_of(self.first_usable(self.raw)[0]), ("chat",))[0]
+        self.name = path.stem
+        self.folder = (path if path.is_dir() else path.parent) / images
+        raw, _ = self.first_usable(self.raw)
+        self.kind = kind or LAYOUTS.get(layout_of(raw), ("chat",))[0]
         if kind:  # one that does not fit shows before a run begins
             self.first_usable(self.__getitem__)
 
@@ -1474,8 +1452,7 @@ def local_pictures(images: list, folder: Path, place: str) -> list[Picture]:
             there = "://" not in image or path.is_file()
             require_usable(there, f"{place}: image {image} is a URL: download it and write the file's path")
             inside = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))  # links are followed
-            outside = f"image {image} leads out of the folder {folder}"
-            require_usable(inside, f"{place}: {outside}", "image outside")
+            require_usable(inside, f"{place}: image {image} leads out of the folder", "image outside")
             image = path
         pictures.append(image)
     return pictures
@@ -1511,22 +1488,34 @@ ROLE_OF = {"human": "user", "gpt": "assistant", "system": "system", "user": "use
 
 
 def read_conversation(raw: dict, kind: str, folder: Path, place: str) -> Record:
-    """LLaVA's form. In a record without images "<image>" is plain text."""
+    """LLaVA's form, in stage 1 a caption: the bare images and the first answer, without the instruction. In a
+    record without images "<image>" is plain text.
+    """
     images = raw.get("image") or raw.get("images") or []
     images = images if isinstance(images, list) else [images]
-    has_images = bool(images) or "image" in raw or "images" in raw
     turns, marks = [], 0
     for turn in raw["conversations"]:
         role, text = ROLE_OF.get(str(turn["from"])), turn["value"]
         fits = role is not None and isinstance(text, str)
         require_usable(fits, f"{place}: a turn must have 'from' (human or gpt) and a text 'value'")
         content = [text]
-        if role == "user" and has_images:
-            content, marks = split_at_images(text, marks), marks + text.count("<image>")
+        if role == "user" and raw.keys() & {"image", "images"}:
+            content = split_at_images(text, marks)
+            marks += text.count("<image>")
         turns.append((role, content))
-    counts = f"{len(images)} images but {marks} <image> marks in its human turns"
-    require_usable(marks == len(images), f"{place}: {counts}")
-    return chat_record(turns, local_pictures(images, folder, place), kind, place)
+    require_usable(marks == len(images), f"{place}: {len(images)} images but {marks} <image> marks")
+    images = local_pictures(images, folder, place)
+    if turns and turns[0][0] == "assistant":  # ShareGPT's cuts: LLaVA drops it, too
+        turns = turns[1:]
+    roles = [role for role, _ in turns]
+    first = 1 if roles[:1] == ["system"] else 0
+    begins = roles[first : first + 2] == ["user", "assistant"] and "system" not in roles[1:]
+    require_usable(begins, f"{place}: a conversation must start with a human turn and an answer")
+    empty = any(role == "assistant" and not content[0].strip() for role, content in turns)
+    require_usable(not empty, f"{place}: an answer is empty", "empty answer")
+    if kind == "caption":
+        return Record("caption", [*range(len(images)), turns[first + 1][1][0]], images, place)
+    return Record("chat", turns, images, place)
 
 
 def split_at_images(text: str, first: int) -> list:
@@ -1539,22 +1528,6 @@ def split_at_images(text: str, first: int) -> list:
         content += [first + n - 1] if n else []
         content += [chunk.strip("\n")] if chunk.strip() else []
     return content
-
-
-def chat_record(turns: list[tuple[str, list]], images: list, kind: str, place: str) -> Record:
-    """Turns that begin with a question (and perhaps a system text), or a caption: the first answer alone."""
-    if turns and turns[0][0] == "assistant":  # ShareGPT's cuts: LLaVA drops it, too
-        turns = turns[1:]
-    roles = [role for role, _ in turns]
-    first = 1 if roles[:1] == ["system"] else 0
-    begins = roles[first : first + 2] == ["user", "assistant"] and "system" not in roles[1:]
-    require_usable(begins, f"{place}: a conversation must start with a human turn and an answer")
-    for n, (role, content) in enumerate(turns):
-        answered = role != "assistant" or content[0].strip()
-        require_usable(answered, f"{place}: turn {n} is an empty answer", "empty answer")
-    if kind == "caption":  # stage 1 of LLaVA: the bare image and its caption, no instruction
-        return Record("caption", [*range(len(images)), turns[first + 1][1][0]], images, place)
-    return Record("chat", turns, images, place)
 
 
 KINDS = ("chat", "caption", "interleaved", "text")
@@ -1572,9 +1545,8 @@ def open_sources(spec: str, stage: str) -> list[tuple[Dataset, float]]:
     """--data: "scenes", one file of records (see FileSource) or a mixture; gives (source, weight) pairs.
 
     A mixture is a .json list of {"kind", "path", "images", "weight", "name", "note"}, the last four optional.
-    path is "scenes" or that of a file, folder or glob of records, relative to the mixture. What the weights
-    of a kind's sources sum to is its share; where no entry has a weight, SHARES hold. Every source has `kind`
-    and `name`: the entry's, or the file's without suffix.
+    path is "scenes" or that of a file, folder or glob of records, relative to the mixture. Where no entry has
+    a weight, SHARES hold, equally within a kind. A source's `name` is its entry's, or its file's.
     """
     path, sources = Path(spec), []
     if spec == "scenes":
@@ -1596,18 +1568,20 @@ def open_sources(spec: str, stage: str) -> list[tuple[Dataset, float]]:
         sources.append(source)
     if all("weight" in entry for entry in entries):
         return [(source, entry["weight"]) for source, entry in zip(sources, entries)]
-    kinds = [entry["kind"] for entry in entries]  # MM1's shares of the kinds, equal within a kind
+    kinds = [entry["kind"] for entry in entries]
     total = sum(SHARES[kind] for kind in set(kinds))
     return [(source, SHARES[source.kind] / total / kinds.count(source.kind)) for source in sources]
 
 
 def check_entries(entries: list[dict], stage: str, path: Path) -> None:
     for n, entry in enumerate(entries):
-        place, kind, weight = f"{path} entry {n}", entry.get("kind"), entry.get("weight", 1.0)
+        place = f"{path} entry {n}"
+        kind = entry.get("kind")
+        weight = entry.get("weight", 1.0)
         require(isinstance(entry.get("path"), str), f"{place}: expected an object with kind and path")
         require(kind in KINDS, f"{place}: kind '{kind}' is not known, use {', '.join(KINDS)}")
-        stage_1 = f"{place}: interleaved data is for stage 1, stage 2 takes chat, caption and text"
-        require((kind, stage) != ("interleaved", "sft"), stage_1)
+        fits = kind != "interleaved" or stage != "sft"
+        require(fits, f"{place}: interleaved data is for stage 1, stage 2 takes chat, caption and text")
         unknown = ", ".join(entry.keys() - set(ENTRY_KEYS))
         require(not unknown, f"{place}: unknown key '{unknown}', use {', '.join(ENTRY_KEYS)}")
         valid = isinstance(weight, int | float) and 0 <= weight < math.inf
@@ -1615,9 +1589,8 @@ def check_entries(entries: list[dict], stage: str, path: Path) -> None:
     names = dict.fromkeys(entry["path"] for entry in entries if entry["path"] != "scenes")
     missing = ", ".join(n for n in names if not (path.parent / n).exists() and not glob.has_magic(n))
     require(not missing, f"{path}: these files are missing in {path.parent}: {missing}; put them there")
-    bare = [str(n) for n, entry in enumerate(entries) if "weight" not in entry]
-    numbers = f"entries {', '.join(bare)} have no weight, others have"
-    require(len(bare) in (0, len(entries)), f"{path}: {numbers}: give one to all or to none")
+    bare = sum("weight" not in entry for entry in entries)
+    require(bare in (0, len(entries)), f"{path}: {bare} entries have no weight: give one to all or to none")
     require(any(entry.get("weight", 1.0) for entry in entries), f"{path}: all weights are 0")
 
 
@@ -1673,11 +1646,10 @@ class Scene:
     word_xy: tuple[float, float]
     paper: int  # grey level
 
-    def names(self, boxes: bool = False) -> dict[int, str]:
+    def names(self) -> dict[int, str]:
         """What lies in each cell."""
         words = {self.word_cell: f"word {self.word}"} if self.word else {}
-        things = {thing.cell: f"{thing.name} [{thing.box}]" if boxes else thing.name for thing in self.things}
-        return words | things
+        return words | {thing.cell: thing.name for thing in self.things}
 
 
 def make_scene(split: str, index: int) -> Scene:
@@ -1719,16 +1691,15 @@ def render(scene: Scene, size: int = CANVAS) -> Image.Image:
     return picture if size == CANVAS else picture.resize((size, size), Image.Resampling.BOX)
 
 
-# What can be said and asked about a scene. Questions end with what they are about, places come before things.
-
+# Questions end with what they are about, places come before things.
 QUESTION_TYPES = ("colour", "shape", "count", "relation", "exists")
 SCENE_QUESTIONS = (*QUESTION_TYPES, *QUESTION_TYPES, "place", "what", "text", "ref")  # the five come twice
 YES_NO = ("no", "yes")
 
 
-def say(scene: Scene, rng: random.Random | None = None, boxes: bool = False) -> str:
+def say(scene: Scene, rng: random.Random | None = None) -> str:
     """One sentence that names everything, in raster order or, given rng, in a random one."""
-    phrases = [f"{PLACES[cell]} {name}" for cell, name in sorted(scene.names(boxes).items())]
+    phrases = [f"{PLACES[cell]} {name}" for cell, name in sorted(scene.names().items())]
     if rng:
         rng.shuffle(phrases)
     return ", ".join(phrases) + "."
@@ -1743,7 +1714,7 @@ class SceneQuestion(NamedTuple):
 
 def ask(scene: Scene, kind: str, rng: random.Random, split: str) -> SceneQuestion | None:
     """A question of one type, or None where the scene offers none; yes and no are equally likely."""
-    things = list(scene.things)
+    things = scene.things
     pairs = [thing.pair for thing in things]
     unique = [thing for thing in things if pairs.count(thing.pair) == 1]
     if kind in ("colour", "shape"):
@@ -1761,7 +1732,8 @@ def ask(scene: Scene, kind: str, rng: random.Random, split: str) -> SceneQuestio
     if kind == "relation":
         return ask_relation(unique, rng)
     if kind == "exists":  # absent pairs are mostly hard: colour and shape are both there, but apart
-        yes, colours, shapes = rng.random() < 0.5, {pair[0] for pair in pairs}, {pair[1] for pair in pairs}
+        yes = rng.random() < 0.5
+        colours, shapes = zip(*pairs)
         absent = [pair for pair in PAIRS if pair not in pairs and (split == "test" or pair not in HELD_OUT)]
         hard = [pair for pair in absent if pair[0] in colours and pair[1] in shapes]
         absent = hard if not yes and hard and rng.random() < 0.6 else absent
@@ -1783,7 +1755,8 @@ def ask_relation(unique: list[Thing], rng: random.Random) -> SceneQuestion | Non
     """Only where A and B lie in different columns (rows); listed both ways round, as many yes as no."""
     options = []
     for a, b in itertools.product(unique, repeat=2):
-        right, down = a.cell % 3 - b.cell % 3, a.cell // 3 - b.cell // 3
+        right = a.cell % 3 - b.cell % 3
+        down = a.cell // 3 - b.cell // 3
         if right:
             options += [(a, b, "left of", right < 0), (a, b, "right of", right > 0)]
         if down:
@@ -1809,7 +1782,8 @@ def ask_bound(scene: Scene, thing: Thing, word: str, meaning: str, named: bool) 
     """A question that needs the meaning of a made-up word: "is the north shape dax?" or, named, "what colour
     is north?", whose answer is the word if it fits and else the ordinary name.
     """
-    attribute, place = "colour" if meaning in COLOURS else "shape", PLACES[thing.cell]
+    attribute = "colour" if meaning in COLOURS else "shape"
+    place = PLACES[thing.cell]
     ordinary = getattr(thing, attribute)
     if named:
         return Example(scene, f"what {attribute} is {place}?", word if ordinary == meaning else ordinary)
@@ -1828,16 +1802,10 @@ def draw_bound(word: str, meaning: str, fits: bool, named: bool, rng: random.Ran
             return ask_bound(scene, thing, word, meaning, named)._replace(name=str(number))
 
 
-# Records made of scenes, in the three data kinds of MM1 and as instructions. That captions lift 0-shot and
-# interleaved documents few-shot (MM1 3.2) holds by construction: only captions describe a lone picture in
-# ordinary words; documents do so in words of their own, but only they reward reading what stands before and
-# have questions in the template of a base model.
-
-
-def chat_about(scene: Scene, picture: list, rng: random.Random, split: str, n: int = 6) -> list[tuple]:
-    """n questions and answers; `picture` opens the first: [0] for an image, or a text about the scene."""
+def chat_about(scene: Scene, picture: list, rng: random.Random, split: str) -> list[tuple]:
+    """Six questions and answers; `picture` opens the first: [0] for an image, or a text about the scene."""
     turns = []
-    for question in ask_many(scene, SCENE_QUESTIONS, n, rng, split):
+    for question in ask_many(scene, SCENE_QUESTIONS, 6, rng, split):
         turns += [("user", [question.question]), ("assistant", [question.answer])]
     if rng.random() < 0.2:
         turns[-2:] = [("user", [CAPTION_PROMPT]), ("assistant", [say(scene)])]
@@ -1847,13 +1815,17 @@ def chat_about(scene: Scene, picture: list, rng: random.Random, split: str, n: i
 
 def facts_about(scene: Scene, rng: random.Random) -> str:
     """Text only: the sentence and a few true statements, no picture."""
-    questions = ask_many(scene, QUESTION_TYPES, 3, rng, "train")
-    facts = [f"{question.question} {question.answer}." for question in questions]
+    facts = [f"{fact.question} {fact.answer}." for fact in ask_many(scene, QUESTION_TYPES, 3, rng, "train")]
     return " ".join([say(scene, rng), *facts])
 
 
 class Scenes:
-    """Endless records of one kind; record i is a pure function of (split, kind, i)."""
+    """Endless records of one kind; record i is a pure function of (split, kind, i).
+
+    That captions lift 0-shot and interleaved documents few-shot (MM1 3.2) holds by construction: captions
+    alone describe a picture in ordinary words, some behind the template that asks for it; documents do so in
+    words of their own, but they alone reward reading what stands before and have questions in the template.
+    """
 
     def __init__(self, kind: str, split: str = "train"):
         self.kind, self.split = kind, split
@@ -1862,7 +1834,8 @@ class Scenes:
         return 1_000_000
 
     def __getitem__(self, i: int) -> Record:
-        rng, name = random.Random(f"{self.split}-{self.kind}-{i}"), f"scenes {self.kind} {i}"
+        rng = random.Random(f"{self.split}-{self.kind}-{i}")
+        name = f"scenes {self.kind} {i}"
         scene = make_scene(self.split, rng.randrange(1 << 40))
         if self.kind == "caption":  # plain as on the web, or as 0-shot prompts ask
             begin = PHOTO + " " if rng.random() < 0.25 else ""
@@ -1875,10 +1848,8 @@ class Scenes:
         return Record("interleaved", document_parts(examples), [example.image for example in examples], name)
 
     def examples(self, first: Scene, rng: random.Random) -> list[Example]:
-        """2 to 9 pictures (8 shots and a question), each with a caption, or each with a question, or the
-        first showing what a made-up word stands for and the others with questions about that.
-
-        In captions, too, a made-up word stands for one colour or shape of the first picture throughout.
+        """2 to 9 pictures (8 shots and a question): each with a caption, where a made-up word stands for one
+        colour or shape throughout; or each with a question; or each with a question about such a word.
         """
         scenes = [first]
         for _ in range(rng.choices(range(1, 9), [1 / n for n in range(1, 9)])[0]):  # 3.9 pictures on average

@@ -128,7 +128,7 @@ def test_a_file_is_scanned_once_until_it_changes(tmp_path):
 
 
 def test_forked_workers_read_one_file_at_the_same_time(tmp_path):
-    """The file is open before the fork: with a position shared by all, records would be mixed up."""
+    """With a file position shared by all, records would be mixed up."""
     texts = [f"{i} " * (1 + i % 400) for i in range(3000)]
     source = open_one(tmp_path / "x.jsonl", [{"text": text} for text in texts])
     assert source[7].parts == [texts[7]]
@@ -138,12 +138,12 @@ def test_forked_workers_read_one_file_at_the_same_time(tmp_path):
         assert record.parts == [texts[i]] and source[i].parts == [texts[i]]
 
 
-def test_many_files_take_few_handles(tmp_path):
+def test_many_files_leave_no_handles_open(tmp_path):
     for n in range(150):
         write(tmp_path / f"{n:03d}.jsonl", [{"text": f"{n}"}])
     source = data.FileSource(tmp_path)
     assert [source[i].parts[0] for i in range(150)] == [str(n) for n in range(150)]
-    assert data.open_shared.cache_info().currsize <= 64
+    assert not [fd for fd in Path("/proc/self/fd").iterdir() if fd.resolve().is_relative_to(tmp_path)]
 
 
 # --- Lists of objects
@@ -315,15 +315,15 @@ def test_broken_lines_are_named(tmp_path, line, words):
         ({"image": None, "conversations": None}, "not a record of conversations (TypeError("),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "'from' (human or gpt)"),
         ({"conversations": [{"from": ["human"], "value": "x"}]}, "'from' (human or gpt)"),
-        (chat("../secret.png"), "leads out of the folder"),
-        (chat("a/../../secret.png"), "leads out of the folder"),
-        (chat("/etc/secret.png"), "leads out of the folder"),
+        (chat("../secret.png"), "leads out of"),
+        (chat("a/../../secret.png"), "leads out of"),
+        (chat("/etc/secret.png"), "leads out of"),
         (chat("a.png", "No mark"), "1 images but 0 <image> marks"),
         (chat("a.png", "<image><image>"), "1 images but 2 <image> marks"),
         (chat(["a.png", "b.png"]), "2 images but 1 <image> marks"),
         (chat("\ud800.png", "no mark"), "1 images but 0"),
         (chat("") | {"image": ""}, "0 images but 1 <image> marks"),
-        (chat(None, "Q?", " \n"), "turn 1 is an empty answer"),
+        (chat(None, "Q?", " \n"), "an answer is empty"),
     ],
 )
 def test_broken_records_are_named(tmp_path, record, words):
@@ -439,7 +439,11 @@ TEXT = {"kind": "text", "path": "t.jsonl"}
 @pytest.mark.parametrize(
     "entries, stage, words",
     [
-        ([TEXT | {"weight": 1}, TEXT, TEXT], "pretrain", "entries 1, 2 have no weight, others have"),
+        (
+            [TEXT | {"weight": 1}, TEXT, TEXT],
+            "pretrain",
+            "2 entries have no weight: give one to all or to none",
+        ),
         ([TEXT | {"weight": 0}] * 2, "pretrain", "all weights are 0"),
         (
             [TEXT, TEXT | {"wieght": 3}],

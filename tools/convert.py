@@ -85,7 +85,7 @@ class TsvTable(data.Table):
 
     def read(self, file, start: int, end: int, place: str) -> dict[str, str]:
         path = Path(file.name)
-        header = tsv_header(path, self.changed[self.files.index(path)])
+        header = tsv_header(path, path.stat().st_mtime_ns)
         file.seek(start)
         cells = tsv_cells(file.read(end - start), place)
         if len(cells) != len(header):

@@ -247,6 +247,13 @@ def probe(steps: int = 300) -> None:
 # Decoder: text only
 
 
+def say(scene: data.Scene, rng: random.Random | None, boxes: bool) -> str:
+    """A scene in one sentence, perhaps with each thing's box behind its name."""
+    boxes_of = {f"{data.PLACES[thing.cell]} {thing.name}": f" [{thing.box}]" for thing in scene.things}
+    phrases = data.say(scene, rng).removesuffix(".").split(", ")
+    return ", ".join(phrase + (boxes_of.get(phrase, "") if boxes else "") for phrase in phrases) + "."
+
+
 def text_record(i: int, split: str = "train") -> data.Record:
     """Mostly a scene told in words, where the picture will be, then questions; some plain documents."""
     rng = random.Random(f"{split}-lm-{i}")
@@ -267,7 +274,7 @@ def text_record(i: int, split: str = "train") -> data.Record:
         ]
         return data.Record("text", told, [])
     boxes = rng.random() < 0.1  # boxes are long
-    told = data.say(scene, rng if rng.random() < 0.3 else None, boxes) + "\n"
+    told = say(scene, rng if rng.random() < 0.3 else None, boxes) + "\n"
     kinds = data.SCENE_QUESTIONS if boxes else [k for k in data.SCENE_QUESTIONS if k != "ref"]
     turns = []
     for _, question, answer, _ in data.ask_many(scene, kinds, 10, rng, split):
@@ -335,7 +342,7 @@ def score_text(lm: model.Decoder, tokenizer: data.Tokenizer, n: int) -> str:
         rng = random.Random(f"score-{i}")
         scene = data.make_scene("test", i)
         for kind, question, answer, _ in data.ask_many(scene, data.SCENE_QUESTIONS, 8, rng, "test"):
-            told = data.say(scene, None, kind == "ref") + "\n"
+            told = say(scene, None, kind == "ref") + "\n"
             pieces = data.chat_pieces([("user", [told, question]), ("assistant", [answer])], tokenizer)
             laid = data.lay_out(pieces, [])
             rows = data.make_rows([laid], data.row_width([len(laid.ids)], 64), [[0]])

@@ -1280,10 +1280,7 @@ def scan_json(path: Path):
             yield item.start("object"), number
             at = item.end()
         if not LIST_ENDS.match(content, at):
-            try:
-                json.loads(content[:])
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}: not JSON ({error})") from None
+            read_json(path)  # tells where it is no JSON
             raise UserError(f"{path}: a .json file must be a list of objects")
     yield at, number + 1
 

@@ -17,7 +17,6 @@ tools/convert.py makes tars of other forms; tools/check.py tells what a run woul
 import base64
 import contextlib
 import dataclasses
-import difflib
 import errno
 import functools
 import glob
@@ -31,7 +30,6 @@ import random
 import re
 import tarfile
 import unicodedata
-from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,7 +46,7 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 import prune
-from model import ASSETS, ModelConfig, UserError, find_half, read_decoder_config, read_json
+from model import ASSETS, ModelConfig, UserError, find_half, read_decoder_config, read_json, require
 
 # ---------------------------------------------------------------------------------------------------------
 # Tokenizer: `tokenizers` runs those of Hugging Face repositories, tiktoken runs rank files (that of Scenes,
@@ -56,27 +54,23 @@ from model import ASSETS, ModelConfig, UserError, find_half, read_decoder_config
 # letters "<|im_end|>" in a caption stay letters.
 
 # A tokenizer belongs to the first family whose "control" tokens it has; the first of these ends answers and
-# documents. "start": control token in front of every document. "turns": of each role (before, end, tail): a
-# turn is before, content, end, tail; of the assistant's turns content and end are supervised. "strips": white
-# space around contents is removed. "system": text of chats that have none; only Vicuna's belongs to its
-# template, the default ones of Qwen and SmolLM2 come only if the data has them.
+# documents, "start" stands in front of them. A turn is before, content, end, tail ("turns", by role); of an
+# assistant's turn content and end are supervised. "strips": contents lose the white space around them.
+# "system": text of chats that have none, which is part of Vicuna's template.
 FAMILIES = read_json(ASSETS / "chat_templates.json")
 CONTROL = {name for family in FAMILIES for name in family["control"]}
-# What rank files do not tell, by the number of ranks. "pattern" cuts text before merging; its possessive
-# forms (`++`) cut like the original patterns, which overflow the stack of tiktoken's regex engine on
-# 1,000,000 spaces.
+# What rank files do not tell, by the number of ranks. "pattern" cuts text before merging; possessive forms
+# (`++`) cut like the original ones, which overflow the stack of tiktoken's engine on 1,000,000 spaces.
 RANK_FILES = read_json(ASSETS / "rank_files.json")
 LONG_SPACE = re.compile(r"((?<!\s)\s{100000,})")  # before a word even the possessive forms overflow on these
-HUB_FILES = (
-    "tokenizer.json", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "tokenizer.model",
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-)  # fmt: skip
+HUB_FILES = """tokenizer.json vocab.json merges.txt encoder.json vocab.bpe tokenizer.model chat_template.jinja
+    tokenizer_config.json special_tokens_map.json added_tokens.json""".split()
 
 
 class Tokenizer:
-    """Ids of text and text of ids, and how the family of the tokenizer writes documents and chats.
+    """Ids of text (`encode`) and text of ids (`decode`), without control tokens by default, and how
+    the family of the tokenizer writes documents and chats.
 
-    template: "turns" of FAMILIES. end: id behind answers and documents. start: ids in front of a document.
     prefix: what `encode` puts in front of a text, "" or " ", so that a word is the same token wherever it
     stands. special: control tokens, name to id. vocab_size: largest id + 1; a decoder may have more rows.
     files: what `save` writes, name to content.
@@ -101,34 +95,28 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "Tokenizer":
         """A rank file, or a folder with tokenizer.json or with a rank file."""
-        path = Path(path)
-        path = path.parent if path.suffix == ".json" else path
+        path = Path(path).parent if Path(path).suffix == ".json" else Path(path)
         files = {name: (path / name).read_bytes() for name in HUB_FILES if (path / name).is_file()}
         llama3 = [path / "tokenizer.model", path / "original" / "tokenizer.model"]
         ranks = [file for file in (path, *llama3) if file.is_file()][:1] or [*path.glob("*.tiktoken")]
+        convert = f"python tools/tokenizer.py {path} makes it of vocab.json and merges.txt"
+        missing = f"{path} holds no tokenizer.json ({convert}) and {len(ranks)} rank files, not one"
+        require("tokenizer.json" in files or len(ranks) == 1, missing)
         try:
             if "tokenizer.json" in files:
                 return HubTokenizer(read_json(path / "tokenizer.json"), files)
-            if len(ranks) == 1:
-                name = "tokenizer.model" if ranks[0].name == "tokenizer.model" else "ranks.tiktoken"
-                return RankTokenizer(read_ranks(ranks[0]), files | {name: ranks[0].read_bytes()})
+            name = "tokenizer.model" if ranks[0].name == "tokenizer.model" else "ranks.tiktoken"
+            return RankTokenizer(read_ranks(ranks[0]), files | {name: ranks[0].read_bytes()})
         except UserError:
             raise
         except Exception as e:  # `tokenizers` raises nothing more precise
             raise UserError(f"{path} holds no usable tokenizer ({type(e).__name__}: {e})") from None
-        convert = f"python tools/tokenizer.py {path} makes it of vocab.json and merges.txt"
-        raise UserError(f"{path} holds no tokenizer.json ({convert}) and {len(ranks)} rank files, not one")
 
     def save(self, folder: Path) -> None:
         """The files it came from, byte for byte: `from_pretrained(folder)` gives the same tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
-            (folder / (name + ".tmp")).write_bytes(content)
-            os.replace(folder / (name + ".tmp"), folder / name)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a content: no control token is among them."""
-        return self.ids_of(text, control=False)
+            (folder / name).write_bytes(content)
 
     def control(self, text: str, after: str = "", before_image: bool = False) -> list[int]:
         """Ids of a template's text behind the text `after`: the only place where control tokens are made.
@@ -139,20 +127,16 @@ class Tokenizer:
         if self.prefix:
             text = text.removeprefix(" ")
             text = text if before_image else text.removesuffix(" ")
-        return self.ids_of(after + text, control=True)[len(self.ids_of(after, control=True)) :]
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of ids, without control tokens and without the prefix."""
-        return self.text_of(ids, control=False)
+        return self.encode(after + text, True)[len(self.encode(after, True)) :]
 
     def show(self, ids: list[int]) -> str:
         """Text of ids as it stands in a document: with control tokens and with the prefix."""
         lead = self.encode("a")
-        return self.text_of(lead + ids, control=True).removeprefix(self.text_of(lead, control=True))
+        return self.decode(lead + ids, True).removeprefix(self.decode(lead, True))
 
     def ids_with(self, marks: tuple[str, ...]) -> list[int]:
         """Ids of text that holds one of the marks."""
-        texts = [self.text_of([i], control=False) for i in range(self.vocab_size)]
+        texts = [self.decode([i]) for i in range(self.vocab_size)]
         return [i for i, text in enumerate(texts) if any(mark in text for mark in marks)]
 
 
@@ -170,9 +154,7 @@ class HubTokenizer(Tokenizer):
         special = {token["content"] for token in added if token["special"]}
         bpe["merges"] = [merge for merge in bpe["merges"] if "".join(merge).replace(" ", "") not in special]
         bpe["unk_token"] = None if bpe.get("unk_token") in special else bpe.get("unk_token")
-        self.bpe = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        self.bpe.no_truncation()
-        self.bpe.no_padding()
+        self.bpe = tokenizers.Tokenizer.from_str(json.dumps(spec | {"truncation": None, "padding": None}))
         ids = {token.content: i for i, token in self.bpe.get_added_tokens_decoder().items() if token.special}
         super().__init__(ids, max(self.bpe.get_vocab().values()) + 1, files)
         if leaks := [name for name, i in ids.items() if i in self.encode(name)]:
@@ -180,11 +162,11 @@ class HubTokenizer(Tokenizer):
         if self.bpe.encode("a", add_special_tokens=False).tokens[0].startswith(("▁", "Ġ")):
             self.prefix = " "
 
-    def ids_of(self, text: str, control: bool) -> list[int]:
+    def encode(self, text: str, control: bool = False) -> list[int]:
         self.bpe.encode_special_tokens = not control  # true: their names are text like any other
         return self.bpe.encode(text, add_special_tokens=False).ids
 
-    def text_of(self, ids: list[int], control: bool) -> str:
+    def decode(self, ids: list[int], control: bool = False) -> str:
         return self.bpe.decode(ids, skip_special_tokens=not control)
 
 
@@ -192,28 +174,27 @@ class RankTokenizer(Tokenizer):
     """tiktoken with the ids of tokens; an id is also the priority of its merge."""
 
     def __init__(self, ranks: dict[bytes, int], files: dict[str, bytes]):
-        self.n_ranks = len(ranks)
-        if self.n_ranks > 2**16 and str(self.n_ranks) not in RANK_FILES:
-            raise ValueError(f"{self.n_ranks} ranks are neither Llama-3 nor Qwen")
+        self.n_ranks = n = len(ranks)
+        if n > 2**16 and str(n) not in RANK_FILES:
+            raise ValueError(f"{n} ranks are neither Llama-3 nor Qwen")
         n_bytes = len([token for token in ranks if len(token) == 1])
-        if sorted(ranks.values()) != list(range(self.n_ranks)) or n_bytes < 256:
+        if sorted(ranks.values()) != list(range(n)) or n_bytes < 256:
             raise ValueError("its ids must count up from 0, with every byte among its tokens")
-        family = RANK_FILES.get(str(self.n_ranks), RANK_FILES["scenes"])
+        family = RANK_FILES.get(str(n), RANK_FILES["scenes"])
         self.prefix = family["prefix"]
         self.nfc = family["nfc"]
-        special = {name: self.n_ranks + n for n, name in enumerate(family["special"])}
-        super().__init__(special, self.n_ranks + len(special), files)
-        self.bpe = tiktoken.Encoding(
-            "ranks", pat_str=family["pattern"], mergeable_ranks=ranks, special_tokens=special
-        )
+        pattern = family["pattern"]
+        special = {name: n + k for k, name in enumerate(family["special"])}
+        super().__init__(special, n + len(special), files)
+        self.bpe = tiktoken.Encoding("ranks", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
-    def ids_of(self, text: str, control: bool) -> list[int]:
+    def encode(self, text: str, control: bool = False) -> list[int]:
         if control:
             return self.bpe.encode(text, allowed_special="all")
         text = unicodedata.normalize("NFC", text) if self.nfc else self.prefix + text
         return [i for part in LONG_SPACE.split(text) for i in self.bpe.encode_ordinary(part)]
 
-    def text_of(self, ids: list[int], control: bool) -> str:
+    def decode(self, ids: list[int], control: bool = False) -> str:
         size = self.vocab_size if control else self.n_ranks
         text = self.bpe.decode([i for i in ids if i < size], errors="replace")
         return text if control else text.removeprefix(self.prefix)
@@ -222,12 +203,9 @@ class RankTokenizer(Tokenizer):
 def read_ranks(path: Path) -> dict[bytes, int]:
     """Lines of a token in base64 and its id."""
     content = path.read_bytes()
-    if not content.isascii():
-        convert = f"AutoTokenizer.from_pretrained('{path.parent}').save_pretrained('{path.parent}')"
-        raise UserError(
-            f"{path} is SentencePiece's own format: pip install transformers sentencepiece protobuf, then "
-            f'write tokenizer.json with python -c "from transformers import AutoTokenizer; {convert}"'
-        )
+    load = f"pip install transformers sentencepiece protobuf, AutoTokenizer.from_pretrained('{path.parent}')"
+    how = f"{load}.save_pretrained('{path.parent}')"
+    require(content.isascii(), f"{path} is SentencePiece's own format: {how}")
     pairs = [line.split() for line in content.splitlines() if line.strip()]
     try:
         return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
@@ -236,9 +214,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def find_tokenizer(cfg: ModelConfig) -> Tokenizer:
-    """cfg.tokenizer_from if set, else the tokenizer in the decoder's folder, else that of Scenes.
-
-    A decoder with as many rows as Scenes has ids, as the shipped one has, gets that of Scenes, too.
+    """cfg.tokenizer_from if set, else the tokenizer in the decoder's folder, else that of Scenes, which also
+    belongs to a decoder with as many rows as it has ids, such as the shipped one.
     """
     scenes = Tokenizer.from_pretrained(ASSETS / "scenes.tiktoken")
     source = cfg.tokenizer_from or cfg.decoder_from
@@ -1091,12 +1068,17 @@ class BadRecord(UserError):
         self.why = why
 
 
+def require_usable(condition: bool, message: str, why: str = "malformed") -> None:
+    if not condition:
+        raise BadRecord(message, why)
+
+
 class FileSlice(NamedTuple):
-    """A picture inside a tar."""
+    """A picture inside a tar: `size` bytes of a file."""
 
     file: str
     start: int
-    size: int  # bytes
+    size: int
 
     def read(self) -> bytes:
         with open(self.file, "rb") as file:
@@ -1106,84 +1088,72 @@ class FileSlice(NamedTuple):
 
 Picture = Image.Image | str | Path | bytes | FileSlice  # at hand, in a file, encoded, in a tar
 ANY_SIZE = (1, 1)  # stands for the size of a picture where it does not matter
-MOST_PIXELS = 178_956_970  # Pillow's limit against decompression bombs; files with more count as broken
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")  # none runs a program
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
-
-
-def read_image(image: Picture, name: str, read):
-    """read(opened picture). Raises BadRecord if the file is missing, no picture or truncated."""
-    if isinstance(image, Image.Image):
-        return read(image)
-    content = image.read() if isinstance(image, FileSlice) else image
-    described = f"of {len(content):,} bytes" if isinstance(content, bytes) else content
-    try:
-        file = io.BytesIO(content) if isinstance(content, bytes) else content
-        with Image.open(file, formats=FORMATS) as opened:
-            if math.prod(opened.size) > MOST_PIXELS:
-                raise ValueError(f"{opened.size[0]} x {opened.size[1]} pixels are too many")
-            return read(opened)
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise anything
-        if getattr(error, "errno", None) in NOT_THERE:
-            raise BadRecord(f"{name}: image {described} does not exist", "image missing") from None
-        if getattr(
-            error, "errno", None
-        ):  # too many open files, a network that hangs: not the picture's fault
-            raise
-        raise BadRecord(f"{name}: image {described} does not decode ({error})", "image broken") from None
-
-
-def require_picture(image, name: str) -> None:
-    """Raises BadRecord where a picture's file is missing, without opening it."""
-    if isinstance(image, str | Path) and not os.path.isfile(image):
-        raise BadRecord(f"{name}: image {image} does not exist", "image missing")
-
-
-def orientation_of(picture: Image.Image) -> int:
-    """EXIF orientation, 1 to 8, or 0. That of a PNG counts only if it stands before the pixels, so that it is
-    known without decoding them.
-    """
-    if isinstance(picture, PngImagePlugin.PngImageFile) and "exif" not in picture.info:
-        return 0
-    orientation = picture.getexif().get(ExifTags.Base.Orientation, 0)
-    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 0
-
-
 # What undoes an EXIF orientation, from 2 on
 FLIPS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
 TURNS = dict(enumerate((Image.Transpose[flip] for flip in FLIPS), 2))
 
 
+@contextlib.contextmanager
+def opened(image: Picture, name: str):
+    """A picture that is not decoded yet. Raises BadRecord if its file is missing, no picture or truncated."""
+    content = image.read() if isinstance(image, FileSlice) else image
+    encoded = isinstance(content, bytes)
+    place = f"{name}: image of {len(content):,} bytes" if encoded else f"{name}: image {content}"
+    try:
+        if isinstance(image, Image.Image):
+            yield image
+            return
+        with Image.open(io.BytesIO(content) if encoded else content, formats=FORMATS) as picture:
+            yield picture
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise anything
+        number = getattr(error, "errno", None)
+        require_usable(number not in NOT_THERE, f"{place} does not exist", "image missing")
+        if number:  # too many open files, a network that hangs: not the picture's fault
+            raise
+        raise BadRecord(f"{place} does not decode ({error})", "image broken") from None
+
+
+def require_picture(image, name: str) -> None:
+    """Raises BadRecord where a picture's file is missing, without opening it."""
+    there = not isinstance(image, str | Path) or os.path.isfile(image)
+    require_usable(there, f"{name}: image {image} does not exist", "image missing")
+
+
+def orientation_of(picture: Image.Image) -> int:
+    """EXIF orientation, 1 to 8, or 0. In a PNG one behind the pixels, not read yet, does not count."""
+    if isinstance(picture, PngImagePlugin.PngImageFile) and "exif" not in picture.info:
+        return 0
+    orientation = picture.getexif().get(ExifTags.Base.Orientation)
+    return orientation if orientation in range(1, 9) else 0
+
+
 def open_image(image: Picture, name: str = "") -> Image.Image:
     """Decode to RGB: EXIF orientation applied, palette and alpha laid on white."""
-
-    def decode(picture: Image.Image) -> Image.Image:
+    with opened(image, name) as picture:
         orientation = orientation_of(picture)
         picture.load()
-        return picture.transpose(TURNS[orientation]) if orientation > 1 else picture
-
-    image = read_image(image, name, decode)
-    if image.mode[0] in "IF":  # 16 bits, or numbers of any size
-        values = np.asarray(image, np.float32)
+    if orientation > 1:
+        picture = picture.transpose(TURNS[orientation])
+    if picture.mode[0] in "IF":  # 16 bits, or numbers of any size
+        values = np.asarray(picture, np.float32)
         largest = next((x for x in (1, 255, 65535) if values.max() <= x), values.max())
-        image = Image.fromarray((values * (255 / largest)).clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+        picture = Image.fromarray((values * (255 / largest)).clip(0, 255).astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def picture_size(image, name: str = "") -> tuple[int, int]:
     """(width, height) of a Scene or picture as `open_image` would turn it, from the header alone."""
     if isinstance(image, Scene):
         return CANVAS, CANVAS
-
-    def read(picture: Image.Image) -> tuple[int, int]:
+    with opened(image, name) as picture:
         return picture.size[::-1] if orientation_of(picture) >= 5 else picture.size
-
-    return read_image(image, name, read)
 
 
 def picture_sizes(images: list, cfg: ModelConfig, name: str = "") -> list[tuple[int, int]]:
@@ -1201,26 +1171,28 @@ def to_pixels(image: Image.Image, size: int, resample: int = Image.Resampling.BI
 def cut_picture(picture: Image.Image, cfg: ModelConfig) -> np.ndarray:
     """An RGB picture's tiles, uint8 (tiles, 3, side, side): the whole as a square, then tiles row by row.
 
-    "split" cuts the picture as a square, "anyres" and "unpad" with its aspect, centred on black.
+    "pad" first centres it on a square of the encoder's mean colour, as LLaVA-1.5 does. "split" cuts it as a
+    square, "anyres" and "unpad" with its aspect, centred on black.
     """
-    side, resample = cfg.vit.image_size, cfg.image.resample
-    if (
-        cfg.image.cut == "pad"
-    ):  # on a square of its longer side, in the encoder's mean colour, as in LLaVA-1.5
-        (w, h), longer = picture.size, max(picture.size)
-        square = Image.new("RGB", (longer, longer), tuple(int(255 * x) for x in cfg.image.mean))
-        square.paste(picture, ((longer - w) // 2, (longer - h) // 2))
-        picture = square
+    side, resample, cut = cfg.vit.image_size, cfg.image.resample, cfg.image.cut
+    if cut == "pad":
+        mean = tuple(int(255 * x) for x in cfg.image.mean)
+        picture = centred(picture, (max(picture.size), max(picture.size)), mean)
     columns, rows = tiling_of(cfg, picture.size)
-    square = to_pixels(picture, side, resample)[None]
+    square = to_pixels(picture, side, resample)[None]  # (1, 3, side, side)
     if not columns:
         return square
-    W, H = canvas = columns * side, rows * side
-    w, h = canvas if cfg.image.cut == "split" else inside(picture.size, canvas, ceil=True)
-    sheet = Image.new("RGB", canvas)
-    sheet.paste(picture.resize((w, h), resample, reducing_gap=3.0), ((W - w) // 2, (H - h) // 2))
+    canvas = columns * side, rows * side
+    size = canvas if cut == "split" else inside(picture.size, canvas, ceil=True)
+    sheet = centred(picture.resize(size, resample, reducing_gap=3.0), canvas, "black")
     tiles = np.asarray(sheet).reshape(rows, side, columns, side, 3).transpose(0, 2, 4, 1, 3)
-    return np.concatenate([square, tiles.reshape(-1, 3, side, side)])
+    return np.concatenate([square, tiles.reshape(-1, 3, side, side)])  # (1 + rows * columns, 3, side, side)
+
+
+def centred(picture: Image.Image, size: tuple[int, int], colour) -> Image.Image:
+    sheet = Image.new("RGB", size, colour)
+    sheet.paste(picture, ((size[0] - picture.width) // 2, (size[1] - picture.height) // 2))
+    return sheet
 
 
 def load_images(images: list, cfg: ModelConfig, name: str = "") -> np.ndarray:
@@ -1228,10 +1200,8 @@ def load_images(images: list, cfg: ModelConfig, name: str = "") -> np.ndarray:
     size = cfg.vit.image_size
     pixels = [np.zeros((0, 3, size, size), np.uint8)]
     for image in images:
-        if isinstance(image, Scene):
-            picture = render(image, CANVAS if cfg.image.cut else size)
-        else:
-            picture = open_image(image, name)
+        scene_size = CANVAS if cfg.image.cut else size
+        picture = render(image, scene_size) if isinstance(image, Scene) else open_image(image, name)
         pixels.append(cut_picture(picture, cfg))
     return np.concatenate(pixels)
 
@@ -1250,8 +1220,90 @@ CONVERT = "python tools/convert.py PATH OUT makes tars of other forms"
 # A list of JSON objects, walked without parsing them: 50 MB a second
 LIST_BEGINS = regex.compile(rb"(?:\xef\xbb\xbf)?\s*+\[")
 LIST_OBJECT = rb'(?P<object>\{(?:[^"{}]++|"(?:[^"\\]++|\\.)*+"|(?&object))*+\})'
-LIST_ITEM = regex.compile(rb"\s*+" + LIST_OBJECT + rb"\s*+(?:,(?!\s*+\])|(?=\]))", regex.DOTALL)
+LIST_ITEM = regex.compile(rb"\G\s*+" + LIST_OBJECT + rb"\s*+(?:,(?!\s*+\])|(?=\]))", regex.DOTALL)
 LIST_ENDS = regex.compile(rb"\s*+\]\s*+\Z")
+
+
+def find_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """A file itself; those of the first suffix that a folder has; those that match a glob."""
+    files = [path] if path.is_file() else sorted(path.parent.glob(path.name)) if path.name else []
+    if path.is_dir():
+        files = next(filter(None, (sorted(path.glob(f"*{suffix}")) for suffix in suffixes)), [])
+    kinds = {file.suffix for file in files}
+    what = f"found {', '.join(sorted(kinds))}" if files else "no such file"
+    hint = f"use a file, folder or glob of one of {', '.join(suffixes)}; {CONVERT}"
+    require(len(kinds) == 1 and kinds <= set(suffixes), f"{path}: {what}; {hint}")
+    return files
+
+
+@functools.cache
+def index_file(path: Path, size: int, changed: int) -> np.ndarray:
+    """int64 (2, n + 1): where records begin, and the end; their line or record numbers. A file is scanned
+    once, as long as its size and time of change stay; NAME.tar.index.npy keeps the index of a tar.
+    """
+    scan = {".tar": scan_tar, ".json": scan_json}.get(path.suffix, scan_lines)
+    kept = f"{path}.index.npy"
+    temporary = f"{path}.index.{os.getpid()}.npy"
+    if path.suffix == ".tar":
+        with contextlib.suppress(OSError, ValueError, EOFError, IndexError):  # none yet, or not one of ours
+            index = np.load(kept)
+            if index[0].tolist() == [size, changed]:
+                return index[1:].T
+    index = np.fromiter(scan(path), np.dtype((np.int64, 2)))
+    if path.suffix == ".tar":
+        with contextlib.suppress(OSError):  # a folder that cannot be written: the next run scans again
+            np.save(temporary, np.concatenate([[[size, changed]], index]))
+            os.replace(temporary, kept)
+    return index.T
+
+
+def scan_lines(path: Path):
+    """.jsonl: a record is a line that is not blank; .txt: the lines up to a blank one."""
+    at, inside = 0, False
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            blank = not line.strip()
+            if not blank and not inside:
+                yield at, number
+            inside = path.suffix == ".txt" and not blank
+            at += len(line)
+    yield at, 0
+
+
+def scan_json(path: Path):
+    """The objects of a list. What is wrong with the list as a whole shows here."""
+    with open(path, "rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+        begin, number = LIST_BEGINS.match(content), -1
+        at = begin.end() if begin else len(content)
+        for number, item in enumerate(LIST_ITEM.finditer(content, at)):
+            yield item.start("object"), number
+            at = item.end()
+        if not LIST_ENDS.match(content, at):
+            read_json(path)  # tells where it is no JSON
+            raise UserError(f"{path}: a .json file must be a list of objects")
+    yield at, number + 1
+
+
+def scan_tar(path: Path):
+    """Samples: members that share their path up to its first dot."""
+    number, last = 0, None
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                folder, _, base = member.name.rpartition("/")
+                key = folder, base.partition(".")[0]
+                if member.isfile() and key != last:
+                    yield member.offset, number
+                    number, last = number + 1, key
+                tar.members = []  # it would keep them all
+            yield tar.offset, number
+            tar.fileobj.seek(tar.offset)
+            while block := tar.fileobj.read(2**20):
+                if block.strip(b"\0"):  # tarfile takes a damaged header for the end
+                    raise tarfile.TarError(f"no member where one should begin, at byte {tar.offset}")
+    except tarfile.TarError as error:
+        raise UserError(f"{path} is damaged or no plain tar ({error}): unpack a compressed one") from None
 
 
 class Table:
@@ -1261,20 +1313,17 @@ class Table:
     """
 
     suffixes = SUFFIXES
+    index = staticmethod(index_file)
 
     def __init__(self, path: Path):
-        self.path, self.files = path, find_files(path, self.suffixes)
-        self.suffix, self.indexes, self.changed = self.files[0].suffix, [], []
+        self.files = find_files(path, self.suffixes)
+        self.indexes = []
+        self.unit = "record" if self.files[0].suffix in (".tar", ".json") else "line"
         for file in tqdm(self.files, desc=f"index {path}", disable=len(self.files) < 20, leave=False):
             stat = file.stat()
             self.indexes.append(self.index(file, stat.st_size, stat.st_mtime_ns))
-            self.changed.append(stat.st_mtime_ns)
         self.first = np.cumsum([0] + [len(starts) - 1 for starts, _ in self.indexes])
-        if not len(self):
-            raise UserError(f"{path}: expected at least one record, in a .json file a list of them")
-
-    def index(self, file: Path, size: int, changed: int) -> tuple[np.ndarray, np.ndarray]:
-        return index_file(file, size, changed)
+        require(len(self) > 0, f"{path}: expected at least one record, in a .json file a list of them")
 
     def __len__(self) -> int:
         return int(self.first[-1])
@@ -1282,145 +1331,35 @@ class Table:
     def raw(self, i: int) -> tuple[dict, str]:
         """Record i as its file has it, and its place for error messages. Pictures of tars are FileSlices."""
         n = int(np.searchsorted(self.first, i, side="right")) - 1
-        k, (starts, numbers) = i - int(self.first[n]), self.indexes[n]
-        place = f"{self.files[n]} {'record' if self.suffix in ('.tar', '.json') else 'line'} {numbers[k]}"
-        file = open_shared(self.files[n], self.changed[n], os.getpid())
-        return self.read(file, int(starts[k]), int(starts[k + 1]), place), place
+        starts, numbers = self.indexes[n]
+        k = i - int(self.first[n])
+        place = f"{self.files[n]} {self.unit} {numbers[k]}"
+        with open(self.files[n], "rb") as file:
+            return self.read(file, int(starts[k]), int(starts[k + 1]), place), place
 
     def read(self, file, start: int, end: int, place: str) -> dict:
         """The record between two bytes of a file."""
-        if self.suffix == ".tar":
+        suffix = Path(file.name).suffix
+        if suffix == ".tar":
             return read_tar_sample(file, start, end, place)
-        text = read_utf8(file, start, end, place).strip()
-        if self.suffix == ".txt":
-            return {"text": text.replace("\r\n", "\n")}
-        return parse_object(text.rstrip(", \t\r\n"), place)
+        file.seek(start)
+        return read_object(file.read(end - start).strip().rstrip(b", \t\r\n"), suffix, place)
 
 
-@functools.lru_cache(maxsize=64)
-def open_shared(file: Path, changed: int, process: int):
-    """An open file, by process: a forked worker would share the file position of its parent."""
-    return open(file, "rb")
-
-
-def find_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """A file itself; those of the first suffix that a folder has; those that match a glob."""
-    files = [path] if path.is_file() else sorted(path.parent.glob(path.name)) if path.name else []
-    if path.is_dir():
-        files = sorted(path.iterdir())
-        suffix = next((s for s in suffixes if s in {file.suffix for file in files}), "")
-        files = [file for file in files if file.suffix == suffix] if suffix else files
-    found = {file.suffix for file in files}
-    if len(found) == 1 and found <= set(suffixes):
-        return files
-    what = f"found {', '.join(sorted(found))}" if files else "no such file"
-    raise UserError(f"{path}: {what}; use a file, folder or glob of one of {', '.join(suffixes)}; {CONVERT}")
-
-
-@functools.cache
-def index_file(path: Path, size: int, changed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where records begin, and the end: int64 (n + 1,); their line or record numbers: int64 (n,). A file is
-    scanned once, as long as its size and time of change stay.
-    """
-    if path.suffix in (".jsonl", ".txt"):
-        return index_lines(path)
-    starts = index_tar(path, size, changed) if path.suffix == ".tar" else index_json(path)
-    return starts, np.arange(len(starts) - 1)
-
-
-def index_lines(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """.jsonl: a record is a line that is not blank; .txt: the lines up to a blank one."""
-    starts, numbers, at, inside = array("q"), array("q"), 0, False
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            blank = not line.strip()
-            if not blank and not inside:
-                starts.append(at)
-                numbers.append(number)
-            inside = path.suffix == ".txt" and not blank
-            at += len(line)
-    starts.append(at)
-    return np.array(starts), np.array(numbers)
-
-
-def index_json(path: Path) -> np.ndarray:
-    """Where the objects of a list begin. What is wrong with the list as a whole shows here."""
-    starts = array("q")
-    with open(path, "rb") as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
-        begin = LIST_BEGINS.match(content)
-        at = begin.end() if begin else len(content)
-        while item := LIST_ITEM.match(content, at):
-            starts.append(item.start("object"))
-            at = item.end()
-        if not LIST_ENDS.match(content, at):
-            problem = "a .json file must be a list of objects"
-            try:
-                json.loads(content[:])
-            except (ValueError, RecursionError) as error:
-                problem = f"not JSON ({error})"
-            raise UserError(f"{path}: {problem}")
-    starts.append(at)
-    return np.array(starts)
-
-
-def read_utf8(file, start: int, end: int, place: str) -> str:
-    file.seek(start)
+def read_object(content: bytes, suffix: str, place: str) -> dict:
+    """A JSON object; of a .txt {"text"}."""
     try:
-        return file.read(end - start).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadRecord(f"{place}: byte {error.start} is not UTF-8") from None
-
-
-def parse_object(text: str | bytes, place: str) -> dict:
-    try:
-        value = json.loads(text)
+        text = content.decode("utf-8-sig")
+        value = {"text": text.strip().replace("\r\n", "\n")} if suffix == ".txt" else json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadRecord(f"{place}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise BadRecord(f"{place}: expected an object, got {str(value)[:40]!r}")
+        raise BadRecord(f"{place}: not {'UTF-8' if suffix == '.txt' else 'JSON'} ({error})") from None
+    require_usable(isinstance(value, dict), f"{place}: expected an object, got {content[:40]!r}")
     return value
-
-
-def index_tar(path: Path, size: int, changed: int) -> np.ndarray:
-    """Where the samples of a tar begin: all of it must be read, so NAME.tar.index.npy keeps this."""
-    kept, temporary = (Path(f"{path}.index{mark}.npy") for mark in ("", f".{os.getpid()}"))
-    with contextlib.suppress(OSError, ValueError, EOFError):  # none yet, or not one of ours
-        header, starts = np.split(np.load(kept), [2])
-        if header.tolist() == [size, changed]:
-            return starts
-    starts = scan_tar(path)
-    with contextlib.suppress(OSError):  # a folder that cannot be written: the next run scans again
-        np.save(temporary, np.concatenate([np.array([size, changed]), starts]))
-        os.replace(temporary, kept)
-    return starts
-
-
-def scan_tar(path: Path) -> np.ndarray:
-    """First bytes of samples, and the end. A sample's members share their path up to its first dot."""
-    starts, last = array("q"), None
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, _, base = member.name.rpartition("/")
-                key = folder, base.partition(".")[0]
-                if member.isfile() and key != last:
-                    starts.append(member.offset)
-                    last = key
-                tar.members = []  # it would keep them all
-            starts.append(tar.offset)
-            tar.fileobj.seek(tar.offset)
-            while block := tar.fileobj.read(2**20):
-                if block.strip(b"\0"):  # tarfile takes a damaged header for the end
-                    raise tarfile.TarError(f"no member where one should begin, at byte {tar.offset}")
-    except tarfile.TarError as error:
-        raise UserError(f"{path} is damaged or no plain tar ({error}): unpack a compressed one") from None
-    return np.array(starts)
 
 
 def read_tar_sample(file, start: int, end: int, place: str) -> dict:
     """A sample's .json, or its .txt as a caption, with its pictures in order, which are not read yet."""
-    texts, pictures = {}, []
+    objects, pictures = {}, []
     file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -1429,20 +1368,19 @@ def read_tar_sample(file, start: int, end: int, place: str) -> dict:
                 if suffix in PICTURES:
                     pictures.append(FileSlice(file.name, member.offset_data, member.size))
                 elif suffix in (".json", ".txt"):
-                    first = member.offset_data
-                    texts[suffix] = read_utf8(file, first, first + member.size, place)
+                    objects[suffix] = read_object(tar.extractfile(member).read(), suffix, place)
     except tarfile.TarError as error:
         raise BadRecord(f"{place}: does not read ({error})") from None
-    raw = parse_object(texts.get(".json", "{}"), place)
-    if layout_of(raw) is None and (".txt" in texts or "caption" in raw):
-        text = texts[".txt"].strip() if ".txt" in texts else raw["caption"]
+    raw = objects.get(".json", {})
+    if layout_of(raw) is None and (".txt" in objects or "caption" in raw):
+        text = objects[".txt"]["text"] if ".txt" in objects else raw["caption"]
         raw = {"caption": text} if pictures else {"text": text}
     key = "images" if isinstance(raw.get("images"), list) else "image"
     if not isinstance(raw.get(key), list):
         return raw | {"image": pictures} if pictures else raw
     named = sum(image is not None for image in raw[key])  # in a document null stands where a text is
-    if named != len(pictures):
-        raise BadRecord(f"{place}: its .json names {named} images, it has {len(pictures)}", "image missing")
+    counts = f"its .json names {named} images, it has {len(pictures)}"
+    require_usable(named == len(pictures), f"{place}: {counts}", "image missing")
     left = iter(pictures)
     return raw | {key: [None if image is None else next(left) for image in raw[key]]}
 
@@ -1461,23 +1399,23 @@ def layout_of(raw: dict) -> tuple[str, ...] | None:
     return next((keys for keys in LAYOUTS if raw.keys() >= set(keys)), None)
 
 
-class FileSource:
-    """The records of a Table, of one kind; record i is a pure function of the files and i.
+class FileSource(Table):
+    """Records of one kind; record i is a pure function of the files and i.
 
     Without a kind the first record's form tells it. Image paths are relative to the file, or to the folder
     `images` beside it, and stay inside.
     """
 
     def __init__(self, path: Path, kind: str = "", images: str = ""):
-        self.table, self.path, self.name = Table(path), path, path.stem
+        super().__init__(path)
+        self.name = path.stem
         self.folder = (path if path.is_dir() else path.parent) / images
-        layout = layout_of(self.first(self.table.raw)[0])
-        self.kind = kind or LAYOUTS.get(layout, ("chat",))[0]
+        raw, _ = self.first_usable(self.raw)
+        self.kind = kind or LAYOUTS.get(layout_of(raw), ("chat",))[0]
+        if kind:  # one that does not fit shows before a run begins
+            self.first_usable(self.__getitem__)
 
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def first(self, read):
+    def first_usable(self, read):
         """read(i) of the first record for which it succeeds; if PROBE fail, the first one's error."""
         errors = []
         for i in range(min(PROBE, len(self))):
@@ -1487,15 +1425,8 @@ class FileSource:
                 errors.append(error)
         raise errors[0]
 
-    def with_pictures(self, i: int) -> Record:
-        """Record i, whose pictures are there and begin as pictures do."""
-        record = self[i]
-        for image in record.images:
-            picture_size(image, record.name)
-        return record
-
     def __getitem__(self, i: int) -> Record:
-        raw, place = self.table.raw(i)
+        raw, place = self.raw(i)
         layout = layout_of(raw)
         if self.kind not in LAYOUTS.get(layout, ()):
             keys = ", ".join([*raw][:8])
@@ -1504,24 +1435,22 @@ class FileSource:
         try:
             return read(raw, self.kind, self.folder, place)
         except (TypeError, ValueError, KeyError, AttributeError) as error:  # values of other types
-            raise BadRecord(f"{place}: not a record of {', '.join(layout)} ({error!r})") from None
+            raise BadRecord(f"{place}: not a record of {', '.join(layout)} ({error!r}); {CONVERT}") from None
 
 
 def local_pictures(images: list, folder: Path, place: str) -> list[Picture]:
-    """Pictures at hand as they are; paths must lie inside the folder."""
+    """Pictures at hand as they are; paths must lie inside the folder, where wget -x puts what a URL names."""
     pictures = []
     for image in images:
         if not isinstance(image, bytes | FileSlice):
-            if not isinstance(image, str):
-                raise BadRecord(f"{place}: an image must be the path of a file, got {image!r}")
-            if "://" in image and (folder / image.partition("://")[2]).is_file():
-                image = image.partition("://")[2]  # where wget --force-directories puts it
-            if "://" in image:
-                raise BadRecord(f"{place}: image {image} is a URL: download it and write the file's path")
-            path = os.path.abspath(folder / image)  # links are followed, ".." is not
-            if not path.startswith(os.path.join(os.path.abspath(folder), "")):
-                raise BadRecord(f"{place}: image {image} leads out of the folder {folder}", "image outside")
-            image = folder / image
+            text = isinstance(image, str)
+            require_usable(text, f"{place}: an image must be the path of a file, got {image!r}")
+            path = folder / (image.partition("://")[2] or image)
+            there = "://" not in image or path.is_file()
+            require_usable(there, f"{place}: image {image} is a URL: download it and write the file's path")
+            inside = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))  # links are followed
+            require_usable(inside, f"{place}: image {image} leads out of the folder", "image outside")
+            image = path
         pictures.append(image)
     return pictures
 
@@ -1530,20 +1459,16 @@ def read_document(raw: dict, kind: str, folder: Path, place: str) -> Record:
     """Images and texts in order, captions and texts alone, too; texts behind each other become one."""
     if kind == "interleaved":
         images, texts = raw["images"], raw["texts"]
-        if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
-            raise BadRecord(f"{place}: 'images' and 'texts' must be lists of equal length; {CONVERT}")
     elif kind == "caption":
         images = raw["image"] if isinstance(raw["image"], list) else [raw["image"]]
         images, texts = [*images, None], [*(None for _ in images), raw["caption"]]
     else:
         images, texts = [None], [raw["text"]]
-        if raw.keys() & {"image", "images"}:
-            raise BadRecord(f"{place}: 'text' must be a text without an image beside it")
+        require_usable(not raw.keys() & {"image", "images"}, f"{place}: a text has an image beside it")
     parts, pictures = [], []
-    for n, (image, text) in enumerate(zip(images, texts)):
-        if (image is None) == (text is None) or not isinstance(text, str | None):
-            needed = f"place {n} must have an image or a text, and null in the other list"
-            raise BadRecord(f"{place}: {needed}; {CONVERT}")
+    for n, (image, text) in enumerate(zip(images, texts, strict=True)):
+        one = (image is None) != (text is None) and isinstance(text, str | None)
+        require_usable(one, f"{place}: place {n} must have an image or a text, else null; {CONVERT}")
         if text is None:
             parts.append(len(pictures))
             pictures += local_pictures([image], folder, place)
@@ -1551,8 +1476,8 @@ def read_document(raw: dict, kind: str, folder: Path, place: str) -> Record:
             parts[-1] += "\n\n" + text
         else:
             parts.append(text)
-    if not any(isinstance(part, str) and part.strip() for part in parts):
-        raise BadRecord(f"{place}: a {kind} without text", "empty text")
+    has_text = any(isinstance(part, str) and part.strip() for part in parts)
+    require_usable(has_text, f"{place}: a {kind} without text", "empty text")
     return Record(kind, parts, pictures, place)
 
 
@@ -1560,58 +1485,46 @@ ROLE_OF = {"human": "user", "gpt": "assistant", "system": "system", "user": "use
 
 
 def read_conversation(raw: dict, kind: str, folder: Path, place: str) -> Record:
-    """LLaVA's form. In a record without images "<image>" is plain text."""
-    if not isinstance(raw["conversations"], list):
-        raise BadRecord(f"{place}: expected an object with a list of 'conversations'")
+    """LLaVA's form, in stage 1 a caption: the bare images and the first answer, without the instruction. In a
+    record without images "<image>" is plain text.
+    """
     images = raw.get("image") or raw.get("images") or []
     images = images if isinstance(images, list) else [images]
-    has_images = bool(images) or "image" in raw or "images" in raw
     turns, marks = [], 0
     for turn in raw["conversations"]:
-        turn = turn if isinstance(turn, dict) else {}
-        role, text = ROLE_OF.get(str(turn.get("from"))), turn.get("value")
-        if role is None or not isinstance(text, str):
-            needed = "a turn must have 'from' (human or gpt) and a text 'value'"
-            raise BadRecord(f"{place}: {needed}, got {str(turn)[:200]}")
+        role, text = ROLE_OF.get(str(turn["from"])), turn["value"]
+        fits = role is not None and isinstance(text, str)
+        require_usable(fits, f"{place}: a turn must have 'from' (human or gpt) and a text 'value'")
         content = [text]
-        if role == "user" and has_images:
-            content, marks = split_at_images(text, marks)
+        if role == "user" and raw.keys() & {"image", "images"}:
+            content = split_at_images(text, marks)
+            marks += text.count("<image>")
         turns.append((role, content))
-    if marks != len(images):
-        raise BadRecord(f"{place}: {len(images)} images but {marks} <image> marks in its human turns")
-    return chat_record(turns, local_pictures(images, folder, place), kind, place)
-
-
-def chat_record(turns: list[tuple[str, list]], images: list, kind: str, place: str) -> Record:
-    """Turns that begin with a question (and perhaps a system text), or a caption: the first answer alone."""
+    require_usable(marks == len(images), f"{place}: {len(images)} images but {marks} <image> marks")
+    images = local_pictures(images, folder, place)
     if turns and turns[0][0] == "assistant":  # ShareGPT's cuts: LLaVA drops it, too
         turns = turns[1:]
     roles = [role for role, _ in turns]
     first = 1 if roles[:1] == ["system"] else 0
-    if roles[first : first + 2] != ["user", "assistant"] or "system" in roles[1:]:
-        raise BadRecord(f"{place}: a conversation must start with a human turn and an answer")
-    for n, (role, content) in enumerate(turns):
-        if role == "assistant" and not content[0].strip():
-            raise BadRecord(f"{place}: turn {n} is an empty answer", "empty answer")
-    if kind == "caption":  # stage 1 of LLaVA: the bare image and its caption, no instruction
+    begins = roles[first : first + 2] == ["user", "assistant"] and "system" not in roles[1:]
+    require_usable(begins, f"{place}: a conversation must start with a human turn and an answer")
+    empty = any(role == "assistant" and not content[0].strip() for role, content in turns)
+    require_usable(not empty, f"{place}: an answer is empty", "empty answer")
+    if kind == "caption":
         return Record("caption", [*range(len(images)), turns[first + 1][1][0]], images, place)
     return Record("chat", turns, images, place)
 
 
-def split_at_images(text: str, first: int) -> tuple[list, int]:
-    """'<image>\\nWhat?' -> [first, 'What?'], and the next image's number. A single image moves to the front
-    of its turn, as in LLaVA.
-    """
+def split_at_images(text: str, first: int) -> list:
+    """'<image>\\nWhat?' -> [first, 'What?']. A single image moves to the front of its turn, as in LLaVA."""
     chunks = text.split("<image>")
     if len(chunks) == 2:
-        return [first, (chunks[0].strip() + " " + chunks[1].strip()).strip()], first + 1
+        return [first, f"{chunks[0].strip()} {chunks[1].strip()}".strip()]
     content = []
     for n, chunk in enumerate(chunks):
-        if n:
-            content.append(first + n - 1)
-        if chunk.strip():
-            content.append(chunk.strip("\n"))
-    return content, first + len(chunks) - 1
+        content += [first + n - 1] if n else []
+        content += [chunk.strip("\n")] if chunk.strip() else []
+    return content
 
 
 KINDS = ("chat", "caption", "interleaved", "text")
@@ -1629,81 +1542,53 @@ def open_sources(spec: str, stage: str) -> list[tuple[Dataset, float]]:
     """--data: "scenes", one file of records (see FileSource) or a mixture; gives (source, weight) pairs.
 
     A mixture is a .json list of {"kind", "path", "images", "weight", "name", "note"}, the last four optional.
-    path is "scenes" or that of a file, folder or glob of records, relative to the mixture. What the weights
-    of a kind's sources sum to is its share; where no entry has a weight, SHARES hold. Every source has `kind`
-    and `name`: the entry's, or the file's without suffix.
+    path is "scenes" or that of a file, folder or glob of records, relative to the mixture. Where no entry has
+    a weight, SHARES hold, equally within a kind. A source's `name` is its entry's, or its file's.
     """
-    path = Path(spec)
+    path, sources = Path(spec), []
     if spec == "scenes":
         entries = [{"kind": kind, "path": "scenes", "weight": weight} for kind, weight in SCENES_MIX[stage]]
-    elif not spec or not (path.exists() or glob.has_magic(path.name)):
-        raise UserError(f"--data {spec}: no such file; use 'scenes', a file of records or a mixture file")
-    elif path.suffix == ".json" and is_mixture(path):
-        entries = read_json(path)
-        check_mixture(entries, stage, path)
     else:
-        entries = [{"kind": "", "path": path.name, "weight": 1.0}]  # the first record tells its kind
-    sources = [open_entry(entry, path.parent) for entry in entries]
-    for source in sources:
-        check_kind(source.kind, stage, spec)
-    return [*zip(sources, weights_of(entries, spec))]
-
-
-def is_mixture(path: Path) -> bool:
-    raw = Table(path).raw(0)[0]
-    return layout_of(raw) is None and bool(raw.keys() & {"kind", "path"})
-
-
-def open_entry(entry: dict, folder: Path) -> Dataset:
-    path = folder / entry["path"]
-    if entry["path"] == "scenes":
-        source = Scenes(entry["kind"])
-    else:
-        source = FileSource(path, entry["kind"], entry.get("images", ""))
-        source.first(source.__getitem__)  # a kind that does not fit its file shows before a run begins
-    source.name = entry.get("name", path.stem)
-    return source
-
-
-def check_kind(kind: object, stage: str, place: str) -> None:
-    if kind not in KINDS:
-        raise UserError(f"{place}: kind '{kind}' is not known, use {', '.join(KINDS)}")
-    if kind == "interleaved" and stage == "sft":
-        raise UserError(f"{place}: interleaved data is for stage 1, stage 2 takes chat, caption and text")
-
-
-def check_mixture(entries: list, stage: str, path: Path) -> None:
-    for n, entry in enumerate(entries):
-        place = f"{path} entry {n}"
-        if not isinstance(entry.get("path"), str):
-            raise UserError(f"{place}: expected an object with kind and path")
-        check_kind(entry.get("kind"), stage, place)
-        for key in entry.keys() - set(ENTRY_KEYS):
-            close = difflib.get_close_matches(key, ENTRY_KEYS, 1, 0)[0]
-            raise UserError(f"{place}: unknown key '{key}', the closest one is '{close}'")
-        weight = entry.get("weight", 1.0)
-        if not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-            raise UserError(f"{place}: weight {weight!r} is not a number of at least 0")
-    names = [name for name in dict.fromkeys(entry["path"] for entry in entries) if name != "scenes"]
-    missing = [n for n in names if not (path.parent / n).exists() and not glob.has_magic(n)]
-    if missing:
-        names = ", ".join(missing)
-        raise UserError(f"{path}: these files are missing in {path.parent}: {names}; put them there")
-
-
-def weights_of(entries: list[dict], place: str) -> list[float]:
-    """As given; where no entry has one, MM1's shares of the kinds that are there, equal within a kind."""
-    weights = [entry["weight"] for entry in entries if "weight" in entry]
-    if len(weights) == len(entries):
-        if not any(weights):
-            raise UserError(f"{place}: all weights are 0")
-        return weights
-    if weights:
-        numbers = ", ".join(str(n) for n, entry in enumerate(entries) if "weight" not in entry)
-        raise UserError(f"{place}: entries {numbers} have no weight, others have: give one to all or to none")
+        there = spec and (path.exists() or glob.has_magic(path.name))
+        require(there, f"--data {spec}: no such file; use 'scenes', a file of records or a mixture file")
+        first = Table(path).raw(0)[0] if path.suffix == ".json" else {}
+        is_mixture = layout_of(first) is None and first.keys() & {"kind", "path"}
+        entries = read_json(path) if is_mixture else [{"kind": FileSource(path).kind, "path": path.name}]
+    check_entries(entries, stage, path)
+    for entry in entries:
+        file = path.parent / entry["path"]
+        if entry["path"] == "scenes":
+            source = Scenes(entry["kind"])
+        else:
+            source = FileSource(file, entry["kind"], entry.get("images", ""))
+        source.name = entry.get("name", file.stem)
+        sources.append(source)
+    if all("weight" in entry for entry in entries):
+        return [(source, entry["weight"]) for source, entry in zip(sources, entries)]
     kinds = [entry["kind"] for entry in entries]
     total = sum(SHARES[kind] for kind in set(kinds))
-    return [SHARES[kind] / total / kinds.count(kind) for kind in kinds]
+    return [(source, SHARES[source.kind] / total / kinds.count(source.kind)) for source in sources]
+
+
+def check_entries(entries: list[dict], stage: str, path: Path) -> None:
+    for n, entry in enumerate(entries):
+        place = f"{path} entry {n}"
+        kind = entry.get("kind")
+        weight = entry.get("weight", 1.0)
+        require(isinstance(entry.get("path"), str), f"{place}: expected an object with kind and path")
+        require(kind in KINDS, f"{place}: kind '{kind}' is not known, use {', '.join(KINDS)}")
+        fits = kind != "interleaved" or stage != "sft"
+        require(fits, f"{place}: interleaved data is for stage 1, stage 2 takes chat, caption and text")
+        unknown = ", ".join(entry.keys() - set(ENTRY_KEYS))
+        require(not unknown, f"{place}: unknown key '{unknown}', use {', '.join(ENTRY_KEYS)}")
+        valid = isinstance(weight, int | float) and 0 <= weight < math.inf
+        require(valid, f"{place}: weight {weight!r} is not a number of at least 0")
+    names = dict.fromkeys(entry["path"] for entry in entries if entry["path"] != "scenes")
+    missing = ", ".join(n for n in names if not (path.parent / n).exists() and not glob.has_magic(n))
+    require(not missing, f"{path}: these files are missing in {path.parent}: {missing}; put them there")
+    bare = sum("weight" not in entry for entry in entries)
+    require(bare in (0, len(entries)), f"{path}: {bare} entries have no weight: give one to all or to none")
+    require(any(entry.get("weight", 1.0) for entry in entries), f"{path}: all weights are 0")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1714,13 +1599,15 @@ COLOURS = {
     "red": (214, 40, 40), "green": (40, 150, 60), "blue": (40, 70, 220), "yellow": (245, 215, 40),
     "purple": (140, 40, 170), "orange": (245, 130, 20), "white": (250, 250, 250), "black": (15, 15, 15),
 }  # fmt: skip
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+DRAWN = read_json(ASSETS / "scene_shapes.json")  # of a shape (form, corners in units of the radius)
+SHAPES = tuple(DRAWN)
 PLACES = ("northwest", "north", "northeast", "west", "centre", "east", "southwest", "south", "southeast")
 LETTERS = "AEHKLNORTX"
 MADE_UP = ("dax", "wug", "blick", "fep", "zorp", "tulv")
 HELD_OUT = {("red", "star"), ("blue", "ring"), ("green", "square")}  # never drawn nor mentioned in training
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 CANVAS = 128  # pixels per side of the drawing, before it is resized to what the encoder wants
+WORD_FONT = ImageFont.load_default(size=18)  # the font that Pillow carries
 CAPTION_PROMPT = "Provide a one-sentence caption for the provided image."
 
 
@@ -1756,6 +1643,11 @@ class Scene:
     word_xy: tuple[float, float]
     paper: int  # grey level
 
+    def names(self) -> dict[int, str]:
+        """What lies in each cell."""
+        words = {self.word_cell: f"word {self.word}"} if self.word else {}
+        return words | {thing.cell: thing.name for thing in self.things}
+
 
 def make_scene(split: str, index: int) -> Scene:
     """Scene number `index` of "train" or "test". The two never meet, and only "test" has HELD_OUT pairs."""
@@ -1787,54 +1679,27 @@ def render(scene: Scene, size: int = CANVAS) -> Image.Image:
     picture = Image.new("RGB", (CANVAS, CANVAS), (scene.paper,) * 3)
     pen = ImageDraw.Draw(picture)
     for thing in scene.things:
-        draw_shape(pen, thing, scene.paper)
+        for form, points in DRAWN[thing.shape]:
+            xy = (np.array(points) * thing.radius + (thing.x, thing.y)).flatten().tolist()
+            draw = {"polygon": pen.polygon, "rectangle": pen.rectangle}.get(form, pen.ellipse)
+            draw(xy, fill=(scene.paper,) * 3 if form == "hole" else COLOURS[thing.colour])
     if scene.word:
-        pen.text(scene.word_xy, scene.word, fill=(0, 0, 60), font=word_font(), anchor="mm")
+        pen.text(scene.word_xy, scene.word, fill=(0, 0, 60), font=WORD_FONT, anchor="mm")
     return picture if size == CANVAS else picture.resize((size, size), Image.Resampling.BOX)
 
 
-def draw_shape(pen: ImageDraw.ImageDraw, thing: Thing, paper: int) -> None:
-    x, y, r, fill = thing.x, thing.y, thing.radius, COLOURS[thing.colour]
-    if thing.shape in ("circle", "ring"):
-        pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
-        if thing.shape == "ring":
-            pen.ellipse((x - r * 0.5, y - r * 0.5, x + r * 0.5, y + r * 0.5), fill=(paper,) * 3)
-    elif thing.shape == "square":
-        pen.rectangle((x - r * 0.9, y - r * 0.9, x + r * 0.9, y + r * 0.9), fill=fill)
-    elif thing.shape == "triangle":
-        pen.polygon([(x, y - r), (x + r, y + r * 0.8), (x - r, y + r * 0.8)], fill=fill)
-    elif thing.shape == "cross":
-        pen.rectangle((x - r, y - r * 0.33, x + r, y + r * 0.33), fill=fill)
-        pen.rectangle((x - r * 0.33, y - r, x + r * 0.33, y + r), fill=fill)
-    else:  # star: ten points, alternately far and near
-        reach = [r if k % 2 == 0 else r * 0.45 for k in range(10)]
-        turn = [math.pi * (k / 5 - 0.5) for k in range(10)]
-        pen.polygon([(x + a * math.cos(t), y + a * math.sin(t)) for a, t in zip(reach, turn)], fill=fill)
-
-
-@functools.cache
-def word_font() -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size=18)  # the font that Pillow carries
-
-
-# What can be said and asked about a scene. Questions end with what they are about, places come before things.
-
+# Questions end with what they are about, places come before things.
 QUESTION_TYPES = ("colour", "shape", "count", "relation", "exists")
+SCENE_QUESTIONS = (*QUESTION_TYPES, *QUESTION_TYPES, "place", "what", "text", "ref")  # the five come twice
 YES_NO = ("no", "yes")
 
 
-def say(scene: Scene, rng: random.Random | None = None, boxes: bool = False) -> str:
+def say(scene: Scene, rng: random.Random | None = None) -> str:
     """One sentence that names everything, in raster order or, given rng, in a random one."""
-    phrases = []
-    for thing in scene.things:
-        box = f" [{thing.box}]" if boxes else ""
-        phrases.append((thing.cell, f"{PLACES[thing.cell]} {thing.name}{box}"))
-    if scene.word:
-        phrases.append((scene.word_cell, f"{PLACES[scene.word_cell]} word {scene.word}"))
-    phrases.sort()
+    phrases = [f"{PLACES[cell]} {name}" for cell, name in sorted(scene.names().items())]
     if rng:
         rng.shuffle(phrases)
-    return ", ".join(phrase for _, phrase in phrases) + "."
+    return ", ".join(phrases) + "."
 
 
 class SceneQuestion(NamedTuple):
@@ -1846,7 +1711,7 @@ class SceneQuestion(NamedTuple):
 
 def ask(scene: Scene, kind: str, rng: random.Random, split: str) -> SceneQuestion | None:
     """A question of one type, or None where the scene offers none; yes and no are equally likely."""
-    things = list(scene.things)
+    things = scene.things
     pairs = [thing.pair for thing in things]
     unique = [thing for thing in things if pairs.count(thing.pair) == 1]
     if kind in ("colour", "shape"):
@@ -1863,13 +1728,17 @@ def ask(scene: Scene, kind: str, rng: random.Random, split: str) -> SceneQuestio
         return SceneQuestion(kind, f"how many shapes are {what}?", str(answer), False)
     if kind == "relation":
         return ask_relation(unique, rng)
-    if kind == "exists":
-        return ask_exists(pairs, rng, split)
+    if kind == "exists":  # absent pairs are mostly hard: colour and shape are both there, but apart
+        yes = rng.random() < 0.5
+        colours, shapes = zip(*pairs)
+        absent = [pair for pair in PAIRS if pair not in pairs and (split == "test" or pair not in HELD_OUT)]
+        hard = [pair for pair in absent if pair[0] in colours and pair[1] in shapes]
+        absent = hard if not yes and hard and rng.random() < 0.6 else absent
+        colour, shape = pair = rng.choice(pairs if yes else absent)
+        return SceneQuestion(kind, f"is there any {colour} {shape}?", YES_NO[yes], pair in HELD_OUT)
     if kind == "what":
         cell = rng.randrange(9)
-        here = [thing.name for thing in things if thing.cell == cell]
-        word = f"word {scene.word}" if scene.word and scene.word_cell == cell else "nothing"
-        return SceneQuestion(kind, f"what is {PLACES[cell]}?", here[0] if here else word, False)
+        return SceneQuestion(kind, f"what is {PLACES[cell]}?", scene.names().get(cell, "nothing"), False)
     if kind == "text" and scene.word:
         return SceneQuestion(kind, "what is the word?", scene.word, False)
     if kind in ("place", "ref") and unique:
@@ -1880,17 +1749,15 @@ def ask(scene: Scene, kind: str, rng: random.Random, split: str) -> SceneQuestio
 
 
 def ask_relation(unique: list[Thing], rng: random.Random) -> SceneQuestion | None:
-    """Is A left of / right of / above / below B? Only where the two lie in different columns (rows). Every
-    pair is listed both ways round, so that yes and no are balanced.
-    """
+    """Only where A and B lie in different columns (rows); listed both ways round, as many yes as no."""
     options = []
     for a, b in itertools.product(unique, repeat=2):
-        if a.cell % 3 != b.cell % 3:
-            options.append((a, b, "left of", a.cell % 3 < b.cell % 3))
-            options.append((a, b, "right of", a.cell % 3 > b.cell % 3))
-        if a.cell // 3 != b.cell // 3:
-            options.append((a, b, "above", a.cell // 3 < b.cell // 3))
-            options.append((a, b, "below", a.cell // 3 > b.cell // 3))
+        right = a.cell % 3 - b.cell % 3
+        down = a.cell // 3 - b.cell // 3
+        if right:
+            options += [(a, b, "left of", right < 0), (a, b, "right of", right > 0)]
+        if down:
+            options += [(a, b, "above", down < 0), (a, b, "below", down > 0)]
     if not options:
         return None
     a, b, relation, true = rng.choice(options)
@@ -1898,72 +1765,64 @@ def ask_relation(unique: list[Thing], rng: random.Random) -> SceneQuestion | Non
     return SceneQuestion("relation", question, YES_NO[true], bool({a.pair, b.pair} & HELD_OUT))
 
 
-def ask_exists(pairs: list[tuple[str, str]], rng: random.Random, split: str) -> SceneQuestion:
-    """Half the answers are yes. Absent pairs are mostly hard: colour and shape are both there, but apart; and
-    only in tests held out ones, as training would teach the no.
-    """
-    yes = rng.random() < 0.5
-    if yes:
-        pair = rng.choice(pairs)
-    else:
-        colours, shapes = {colour for colour, _ in pairs}, {shape for _, shape in pairs}
-        absent = [pair for pair in PAIRS if pair not in pairs and (split == "test" or pair not in HELD_OUT)]
-        hard = [pair for pair in absent if pair[0] in colours and pair[1] in shapes]
-        pair = rng.choice(hard if hard and rng.random() < 0.6 else absent)
-    return SceneQuestion("exists", f"is there any {pair[0]} {pair[1]}?", YES_NO[yes], pair in HELD_OUT)
-
-
 def ask_many(scene: Scene, kinds: tuple, n: int, rng: random.Random, split: str) -> list[SceneQuestion]:
     """n different questions of types drawn from `kinds`; fewer where the scene offers fewer."""
-    questions = {}
-    for _ in range(3 * n):
-        question = ask(scene, rng.choice(kinds), rng, split)
-        if question:
+    questions, tries = {}, 3 * n
+    while tries and len(questions) < n:
+        tries -= 1
+        if question := ask(scene, rng.choice(kinds), rng, split):
             questions.setdefault(question.question, question)
-        if len(questions) == n:
-            break
     return list(questions.values())
 
 
 def ask_bound(scene: Scene, thing: Thing, word: str, meaning: str, named: bool) -> Example:
-    """A question about a thing that can be answered only by knowing what the made-up `word` stands for.
-
-    named: "what colour is north?", whose answer is the word if it fits and else the ordinary name; otherwise
-    "is the north shape dax?".
+    """A question that needs the meaning of a made-up word: "is the north shape dax?" or, named, "what colour
+    is north?", whose answer is the word if it fits and else the ordinary name.
     """
     attribute = "colour" if meaning in COLOURS else "shape"
-    place, ordinary = PLACES[thing.cell], getattr(thing, attribute)
+    place = PLACES[thing.cell]
+    ordinary = getattr(thing, attribute)
     if named:
         return Example(scene, f"what {attribute} is {place}?", word if ordinary == meaning else ordinary)
     return Example(scene, f"is the {place} shape {word}?", YES_NO[ordinary == meaning])
 
 
 def draw_bound(word: str, meaning: str, fits: bool, named: bool, rng: random.Random, split: str) -> Example:
-    """Such a question about a thing of a new scene that the word fits, or does not fit.
-
-    In training not even a "no" is about a held-out pair.
-    """
+    """Such a question about a new scene; in training not even a "no" is about a held-out pair."""
     attribute = "colour" if meaning in COLOURS else "shape"
     while True:  # one thing of each scene: all things of a scene would make rare ones fit more often
         number = rng.randrange(1 << 40)
         scene = make_scene(split, number)
         thing = rng.choice(scene.things)
-        asked_for = replace(thing, **{attribute: meaning})
-        if (asked_for == thing) == fits and (split == "test" or asked_for.pair not in HELD_OUT):
+        meant = replace(thing, **{attribute: meaning})
+        if (meant == thing) == fits and (split == "test" or meant.pair not in HELD_OUT):
             return ask_bound(scene, thing, word, meaning, named)._replace(name=str(number))
 
 
-# Records made of scenes, in the three data kinds of MM1 and as instructions. That captions lift 0-shot and
-# interleaved documents few-shot (MM1 3.2) holds by construction. Only captions describe a lone picture in
-# ordinary words, some behind the template that asks for it; but they have one picture and no question.
-# Interleaved documents caption in words of their own, so that what 0-shot learns from them is wrong; but only
-# they reward reading what stands before, and only they have questions in the template.
+def chat_about(scene: Scene, picture: list, rng: random.Random, split: str) -> list[tuple]:
+    """Six questions and answers; `picture` opens the first: [0] for an image, or a text about the scene."""
+    turns = []
+    for question in ask_many(scene, SCENE_QUESTIONS, 6, rng, split):
+        turns += [("user", [question.question]), ("assistant", [question.answer])]
+    if rng.random() < 0.2:
+        turns[-2:] = [("user", [CAPTION_PROMPT]), ("assistant", [say(scene)])]
+    turns[0] = ("user", picture + turns[0][1])
+    return turns
 
-SCENE_QUESTIONS = (*QUESTION_TYPES, *QUESTION_TYPES, "place", "what", "text", "ref")  # the five come twice
+
+def facts_about(scene: Scene, rng: random.Random) -> str:
+    """Text only: the sentence and a few true statements, no picture."""
+    facts = [f"{fact.question} {fact.answer}." for fact in ask_many(scene, QUESTION_TYPES, 3, rng, "train")]
+    return " ".join([say(scene, rng), *facts])
 
 
 class Scenes:
-    """Endless records of one kind; record i is a pure function of (split, kind, i)."""
+    """Endless records of one kind; record i is a pure function of (split, kind, i).
+
+    That captions lift 0-shot and interleaved documents few-shot (MM1 3.2) holds by construction: captions
+    alone describe a picture in ordinary words, some behind the template that asks for it; documents do so in
+    words of their own, but they alone reward reading what stands before and have questions in the template.
+    """
 
     def __init__(self, kind: str, split: str = "train"):
         self.kind, self.split = kind, split
@@ -1973,24 +1832,21 @@ class Scenes:
 
     def __getitem__(self, i: int) -> Record:
         rng = random.Random(f"{self.split}-{self.kind}-{i}")
-        scene = make_scene(self.split, rng.randrange(1 << 40))
         name = f"scenes {self.kind} {i}"
-        if self.kind == "caption":
-            begin = (
-                PHOTO + " " if rng.random() < 0.25 else ""
-            )  # plain as on the web, or as 0-shot prompts ask
+        scene = make_scene(self.split, rng.randrange(1 << 40))
+        if self.kind == "caption":  # plain as on the web, or as 0-shot prompts ask
+            begin = PHOTO + " " if rng.random() < 0.25 else ""
             return Record("caption", [0, begin + say(scene)], [scene], name)
         if self.kind == "chat":
             return Record("chat", chat_about(scene, [0], rng, self.split), [scene], name)
         if self.kind == "text":
             return Record("text", [facts_about(scene, rng)], [], name)
-        return self.interleaved(scene, rng, name)
+        examples = self.examples(scene, rng)
+        return Record("interleaved", document_parts(examples), [example.image for example in examples], name)
 
-    def interleaved(self, first: Scene, rng: random.Random, name: str) -> Record:
-        """2 to 9 pictures (8 shots and a question), each with a caption, or each with a question, or the
-        first showing what a made-up word stands for and the others with questions about that.
-
-        In captions, too, a made-up word stands for one colour or shape of the first picture throughout.
+    def examples(self, first: Scene, rng: random.Random) -> list[Example]:
+        """2 to 9 pictures (8 shots and a question): each with a caption, where a made-up word stands for one
+        colour or shape throughout; or each with a question; or each with a question about such a word.
         """
         scenes = [first]
         for _ in range(rng.choices(range(1, 9), [1 / n for n in range(1, 9)])[0]):  # 3.9 pictures on average
@@ -2009,22 +1865,4 @@ class Scenes:
             for n in range(1, len(scenes)):
                 fits, named = rng.random() < 0.5, rng.random() < 0.5
                 examples[n] = draw_bound(word, meaning, fits, named, rng, self.split)
-        return Record("interleaved", document_parts(examples), [example.image for example in examples], name)
-
-
-def chat_about(scene: Scene, picture: list, rng: random.Random, split: str, n: int = 6) -> list[tuple]:
-    """n questions and answers; `picture` opens the first: [0] for an image, or a text about the scene."""
-    turns = []
-    for question in ask_many(scene, SCENE_QUESTIONS, n, rng, split):
-        turns += [("user", [question.question]), ("assistant", [question.answer])]
-    if rng.random() < 0.2:
-        turns[-2:] = [("user", [CAPTION_PROMPT]), ("assistant", [say(scene)])]
-    turns[0] = ("user", picture + turns[0][1])
-    return turns
-
-
-def facts_about(scene: Scene, rng: random.Random) -> str:
-    """Text only: the sentence and a few true statements, no picture."""
-    questions = ask_many(scene, QUESTION_TYPES, 3, rng, "train")
-    facts = [f"{question.question} {question.answer}." for question in questions]
-    return " ".join([say(scene, rng), *facts])
+        return examples

@@ -112,7 +112,7 @@ def test_offsets_find_every_line(tmp_path, newline, at_end):
     path = tmp_path / "x.jsonl"
     path.write_bytes((newline.join(lines) + newline * at_end).encode())
     source = data.FileSource(path)
-    assert len(source) == len(texts) and source.table.indexes[0][0].dtype == np.int64
+    assert len(source) == len(texts) and source.indexes[0][0].dtype == np.int64
     order = np.random.default_rng(0).permutation(len(texts))
     assert [source[i].parts[0] for i in order] == [texts[i] for i in order]
     assert [int(source[i].name.split()[-1]) for i in range(len(texts))] == [1, 2, 6, 7, 8, 9]
@@ -121,14 +121,14 @@ def test_offsets_find_every_line(tmp_path, newline, at_end):
 def test_a_file_is_scanned_once_until_it_changes(tmp_path):
     path = tmp_path / "x.jsonl"
     write(path, [{"text": "a"}])
-    first = data.FileSource(path).table
-    assert data.FileSource(path).table.indexes[0] is first.indexes[0]
+    first = data.FileSource(path)
+    assert data.FileSource(path).indexes[0] is first.indexes[0]
     write(path, [{"text": "a"}, {"text": "b"}])
     assert len(data.FileSource(path)) == 2 and data.FileSource(path)[1].parts == ["b"]
 
 
 def test_forked_workers_read_one_file_at_the_same_time(tmp_path):
-    """The file is open before the fork: with a position shared by all, records would be mixed up."""
+    """With a file position shared by all, records would be mixed up."""
     texts = [f"{i} " * (1 + i % 400) for i in range(3000)]
     source = open_one(tmp_path / "x.jsonl", [{"text": text} for text in texts])
     assert source[7].parts == [texts[7]]
@@ -138,12 +138,12 @@ def test_forked_workers_read_one_file_at_the_same_time(tmp_path):
         assert record.parts == [texts[i]] and source[i].parts == [texts[i]]
 
 
-def test_many_files_take_few_handles(tmp_path):
+def test_many_files_leave_no_handles_open(tmp_path):
     for n in range(150):
         write(tmp_path / f"{n:03d}.jsonl", [{"text": f"{n}"}])
     source = data.FileSource(tmp_path)
     assert [source[i].parts[0] for i in range(150)] == [str(n) for n in range(150)]
-    assert data.open_shared.cache_info().currsize <= 64
+    assert not [fd for fd in Path("/proc/self/fd").iterdir() if fd.resolve().is_relative_to(tmp_path)]
 
 
 # --- Lists of objects
@@ -268,16 +268,16 @@ def test_a_compressed_or_damaged_tar_is_named_and_not_cut_short(tmp_path):
     "line, words",
     [
         (b'{"text": "a"', "line 3: not JSON (Expecting ',' delimiter"),
-        (b'{"text": "\xff"}', "line 3: byte 10 is not UTF-8"),
+        (b'{"text": "\xff"}', "line 3: not JSON ('utf-8' codec can't decode byte 0xff in position 10"),
         (b"[" * 100000, "line 3: not JSON (maximum recursion depth"),
-        (b"[1]", "line 3: expected an object, got '[1]'"),
+        (b"[1]", "line 3: expected an object, got b'[1]'"),
         (
             b'{"txt": "a", "n": 1}',
             "line 3: expected a record of kind text, but it has txt, n; python tools/con",
         ),
         (b'{"text": 5}', "must have an image or a text"),
         (b'{"text": " "}', "a text without text"),
-        (b'{"text": "a", "image": "a.png"}', "'text' must be a text without an image beside it"),
+        (b'{"text": "a", "image": "a.png"}', "a text has an image beside it"),
     ],
 )
 def test_broken_lines_are_named(tmp_path, line, words):
@@ -291,8 +291,8 @@ def test_broken_lines_are_named(tmp_path, line, words):
 @pytest.mark.parametrize(
     "record, words",
     [
-        ({"images": [None], "texts": ["a", "b"]}, "lists of equal length"),
-        ({"images": "a.png", "texts": ["a"]}, "lists of equal length"),
+        ({"images": [None], "texts": ["a", "b"]}, "not a record of images, texts (ValueError('zip() arg"),
+        ({"images": 3, "texts": ["a"]}, "not a record of images, texts (TypeError("),
         ({"images": ["a.png"], "texts": ["a"]}, "place 0 must have an image or a text"),
         ({"images": ["a.png", None], "texts": [None, None]}, "place 1 must have an image or a text"),
         ({"images": [None], "texts": [3]}, "place 0 must have"),
@@ -312,18 +312,18 @@ def test_broken_lines_are_named(tmp_path, line, words):
             {"conversations": turns("Q?", "A.") + [{"from": "system", "value": "x"}]},
             "must start with a human",
         ),
-        ({"image": None, "conversations": None}, "list of 'conversations'"),
+        ({"image": None, "conversations": None}, "not a record of conversations (TypeError("),
         ({"conversations": [{"from": "robot", "value": "x"}]}, "'from' (human or gpt)"),
         ({"conversations": [{"from": ["human"], "value": "x"}]}, "'from' (human or gpt)"),
-        (chat("../secret.png"), "leads out of the folder"),
-        (chat("a/../../secret.png"), "leads out of the folder"),
-        (chat("/etc/secret.png"), "leads out of the folder"),
+        (chat("../secret.png"), "leads out of"),
+        (chat("a/../../secret.png"), "leads out of"),
+        (chat("/etc/secret.png"), "leads out of"),
         (chat("a.png", "No mark"), "1 images but 0 <image> marks"),
         (chat("a.png", "<image><image>"), "1 images but 2 <image> marks"),
         (chat(["a.png", "b.png"]), "2 images but 1 <image> marks"),
         (chat("\ud800.png", "no mark"), "1 images but 0"),
         (chat("") | {"image": ""}, "0 images but 1 <image> marks"),
-        (chat(None, "Q?", " \n"), "turn 1 is an empty answer"),
+        (chat(None, "Q?", " \n"), "an answer is empty"),
     ],
 )
 def test_broken_records_are_named(tmp_path, record, words):
@@ -340,18 +340,18 @@ def test_broken_records_are_named(tmp_path, record, words):
         ("x.jsonl", "\n \n", "at least one record"),
         ("x.txt", "\n", "at least one record"),
         ("x.json", "[]", "at least one record"),
-        ("x.json", "", "not JSON (Expecting value: line 1 column 1"),
+        ("x.json", "", "x.json line 1 column 1: not valid JSON (Expecting value"),
         ("x.json", '{"text": "a"}', "a .json file must be a list of objects"),
         ("x.json", "5", "a .json file must be a list of objects"),
-        ("x.json", '[{"a": 1},\n {"a": "x}]', "not JSON (Unterminated string starting at: line 2 column 8"),
+        ("x.json", '[{"a": 1},\n {"a": "x}]', "line 2 column 8: not valid JSON (Unterminated string"),
         (
             "x.json",
             '[{"a": 1},\n\n  {"a": 2} {"a": 3}]',
-            "not JSON (Expecting ',' delimiter: line 3 column 12",
+            "line 3 column 12: not valid JSON (Expecting ',' delimiter",
         ),
-        ("x.json", '[{"a": 1},', "not JSON"),
-        ("x.json", '[{"a": 1},]', "not JSON"),
-        ("x.json", '[{"a": 1}', "not JSON"),
+        ("x.json", '[{"a": 1},', "not valid JSON"),
+        ("x.json", '[{"a": 1},]', "not valid JSON"),
+        ("x.json", '[{"a": 1}', "not valid JSON"),
         (
             "x.csv",
             "a,b",
@@ -439,14 +439,18 @@ TEXT = {"kind": "text", "path": "t.jsonl"}
 @pytest.mark.parametrize(
     "entries, stage, words",
     [
-        ([TEXT | {"weight": 1}, TEXT, TEXT], "pretrain", "entries 1, 2 have no weight, others have"),
+        (
+            [TEXT | {"weight": 1}, TEXT, TEXT],
+            "pretrain",
+            "2 entries have no weight: give one to all or to none",
+        ),
         ([TEXT | {"weight": 0}] * 2, "pretrain", "all weights are 0"),
         (
             [TEXT, TEXT | {"wieght": 3}],
             "pretrain",
-            "entry 1: unknown key 'wieght', the closest one is 'weight'",
+            "entry 1: unknown key 'wieght', use kind, path, images, weight, name, note",
         ),
-        ([TEXT | {"image": "x"}], "pretrain", "entry 0: unknown key 'image', the closest one is 'images'"),
+        ([TEXT | {"image": "x"}], "pretrain", "entry 0: unknown key 'image', use kind, path, images"),
         ([TEXT | {"weight": -1}], "pretrain", "entry 0: weight -1 is not a number of at least 0"),
         ([TEXT | {"weight": "1"}], "pretrain", "entry 0: weight '1' is not a number"),
         ([TEXT | {"weight": float("nan")}], "pretrain", "entry 0: weight nan"),

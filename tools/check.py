@@ -22,7 +22,6 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -88,7 +87,9 @@ def examine(plan: data.Plan, i: int, skipped: list[tuple[str, str]]) -> Counts:
     record, chunks = plan.read(place_of(i))
     for image in record.images:
         if not isinstance(image, data.Scene):
-            data.read_image(image, record.name, decode_small)
+            with data.opened(image, record.name) as picture:
+                picture.draft("RGB", (1, 1))  # of a JPEG only an eighth of its pixels a side
+                picture.load()
     if not chunks:
         text = f"{record.name}: no answer within {plan.rows.sample_limit} positions"
         raise BadRecord(text, "no answer left")
@@ -111,12 +112,6 @@ def has_marks(record: data.Record) -> bool:
     """Whether a question has "<image>" as text, which often means that a picture was meant."""
     questions = [content for role, content in record.parts if role == "user"] if record.kind == "chat" else []
     return any("<image>" in item for content in questions for item in content if isinstance(item, str))
-
-
-def decode_small(picture: Image.Image) -> None:
-    """Reads a whole file, but of a JPEG only an eighth of its pixels a side."""
-    picture.draft("RGB", (1, 1))
-    picture.load()
 
 
 def check(spec: str, cfg: CheckConfig) -> int:

@@ -85,8 +85,9 @@ class TsvTable(data.Table):
 
     def read(self, file, start: int, end: int, place: str) -> dict[str, str]:
         path = Path(file.name)
-        header = tsv_header(path, self.changed[self.files.index(path)])
-        cells = tsv_cells(data.read_utf8(file, start, end, place).strip("\r\n"), place)
+        header = tsv_header(path, path.stat().st_mtime_ns)
+        file.seek(start)
+        cells = tsv_cells(file.read(end - start), place)
         if len(cells) != len(header):
             raise BadRecord(f"{place}: {len(cells)} cells, but the header names {len(header)}")
         row = dict(zip(header, cells))
@@ -138,14 +139,16 @@ def quote_continues(line: bytes, quoted: bool) -> bool:
 @functools.lru_cache
 def tsv_header(file: Path, changed: int) -> list[str]:
     with open(file, "rb") as opened:
-        line = opened.readline().decode("utf-8-sig", "replace")
-    return tsv_cells(line.strip("\r\n"), f"{file} line 1")
+        return tsv_cells(opened.readline(), f"{file} line 1")
 
 
-def tsv_cells(text: str, place: str) -> list[str]:
+def tsv_cells(line: bytes, place: str) -> list[str]:
     csv.field_size_limit(CSV_FIELD_LIMIT)
     try:
+        text = line.decode("utf-8-sig").strip("\r\n")
         return next(csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True), [])
+    except UnicodeDecodeError as error:
+        raise BadRecord(f"{place}: byte {error.start} is not UTF-8") from None
     except csv.Error as error:
         raise BadRecord(f"{place}: its quotes do not close where cells end ({error})") from None
 
@@ -350,7 +353,8 @@ def picture_content(image, folder: Path, place: str) -> bytes:
 
 
 def picture_suffix(content: bytes, place: str) -> str:
-    suffix = data.read_image(content, place, lambda picture: picture.format or "").lower()
+    with data.opened(content, place) as picture:
+        suffix = (picture.format or "").lower()
     suffix = {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2"}.get(suffix, suffix)
     if f".{suffix}" not in data.PICTURES:
         raise BadRecord(f"{place}: a picture of format {suffix} has no place in a tar", "image broken")

@@ -276,6 +276,13 @@ def probe(_: AssetsConfig, steps: int = 300) -> None:
 # Decoder: text only
 
 
+def say(scene: data.Scene, rng: random.Random | None, boxes: bool) -> str:
+    """A scene in one sentence, perhaps with each thing's box behind its name."""
+    boxes_of = {f"{data.PLACES[thing.cell]} {thing.name}": f" [{thing.box}]" for thing in scene.things}
+    phrases = data.say(scene, rng).removesuffix(".").split(", ")
+    return ", ".join(phrase + (boxes_of.get(phrase, "") if boxes else "") for phrase in phrases) + "."
+
+
 def text_record(i: int) -> data.Record:
     """Mostly a scene in words, where the picture will be, then questions; some plain documents."""
     rng = random.Random(f"train-lm-{i}")
@@ -288,7 +295,7 @@ def text_record(i: int) -> data.Record:
     if draw < 0.16:
         return data.Record("text", made_up_words(scene, rng), [])
     boxes = rng.random() < 0.1  # boxes are long
-    story = data.say(scene, rng if rng.random() < 0.3 else None, boxes) + "\n"
+    story = say(scene, rng if rng.random() < 0.3 else None, boxes) + "\n"
     kinds = data.SCENE_QUESTIONS if boxes else [kind for kind in data.SCENE_QUESTIONS if kind != "ref"]
     turns = []
     for question in data.ask_many(scene, kinds, 10, rng, "train"):
@@ -360,7 +367,7 @@ def score_text(lm: model.Decoder, tokenizer: data.Tokenizer, n: int) -> str:
         rng = random.Random(f"score-{i}")
         scene = data.make_scene("test", i)
         for question in data.ask_many(scene, data.SCENE_QUESTIONS, 8, rng, "test"):
-            story = data.say(scene, None, question.kind == "ref") + "\n"
+            story = say(scene, None, question.kind == "ref") + "\n"
             turns = [("user", [story, question.question]), ("assistant", [question.answer])]
             laid = data.lay_out(data.chat_pieces(turns, tokenizer), [])
             rows = data.make_rows([laid], data.row_width([len(laid.ids)], 64), [[0]])

@@ -11,6 +11,8 @@
 and the start of a run, batches, checkpoints, validation and the log. Stage 2 imports these parts.
 """
 
+import model  # first of all: it answers --help before torch is loaded
+# isort: split
 import dataclasses
 import json
 import math
@@ -31,7 +33,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
-import model
 from model import UserError, require, require_at_least, require_one_of
 
 
@@ -288,7 +289,7 @@ def resolve_flags(config: type, stage: str, argv: list[str], doc: str) -> tuple:
     )
     if begun or cfg.init:
         origin, step = "resume" if begun else "init", model.find_step(cfg.out if begun else cfg.init)
-        saved = model.read_run_config(step)
+        saved = model.read_json(step / "config.json")
         name, base_model = saved["train"]["preset"], model.from_dict(model.ModelConfig, saved["model"])
         require(
             not begun or saved["stage"] == stage, f"--out {cfg.out} holds a run of stage {saved['stage']}"

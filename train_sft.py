@@ -10,6 +10,8 @@ A fast sample is trained on K pruned visual tokens behind the mode isolator, a s
 teacher of a slow sample is the model itself on its pruned tokens. Model and tokenizer come with --init.
 """
 
+import model  # first of all: it answers --help before torch is loaded
+# isort: split
 import functools
 from dataclasses import dataclass
 
@@ -17,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
-import model
 import prune
 from model import UserError
 from train_pretrain import (

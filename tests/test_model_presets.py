@@ -209,7 +209,7 @@ FEW = "--steps 1 --batch_size 4 --micro_steps 1 --workers 0 --device cpu --dtype
 
 
 def recipe_of(run: Path) -> dict:
-    return model.read_run_config(model.find_step(run))["train"]
+    return model.read_json(model.find_step(run) / "config.json")["train"]
 
 
 def test_flags_over_recipe_over_defaults_and_the_recipe_goes_on(tmp_path, small_halves, add_preset):

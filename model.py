@@ -3,9 +3,8 @@
     pixels ── ViT (hidden states at a few levels) ─► connector (Chain-of-Sight, MM1's, …) ─► V visual tokens
     V tokens ─► spliced into the slots of the text ─► decoder ─► head at supervised positions only
 
-Read it top to bottom: configs and the command line made from them, vision transformer, decoder, LoRA,
-connectors and their token scaling (arXiv 2407.15819), the VLM, checkpoints and files. Weights keep Hugging
-Face names inside each half.
+From top to bottom: configs and command line, vision transformer, decoder, LoRA, connectors and their token
+scaling (arXiv 2407.15819), the VLM, files. Weights keep Hugging Face names inside each half.
 
 Alphabet of all shape comments: B rows, T positions, I images (each tile of a cut picture is one), P patches
 an image, S patches a side, W window side, V visual tokens an image, K kept tokens, D width, H heads,
@@ -13,7 +12,6 @@ N vocabulary, R supervised positions.
 """
 
 import ast
-import copy
 import dataclasses
 import difflib
 import functools
@@ -25,6 +23,7 @@ import re
 import sys
 import timeit
 import types
+from copy import deepcopy as copy_config
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import accumulate
@@ -263,9 +262,6 @@ def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-copy_config = copy.deepcopy
-
-
 def from_dict(cls, values: dict):
     """Rebuild a nested dataclass from dataclasses.asdict; keys that it does not know are ignored."""
     if not dataclasses.is_dataclass(cls):
@@ -284,9 +280,6 @@ def preset(name: str) -> dict:
     """
     require_one_of("--preset", name, preset_names())
     values = read_json(PRESETS / f"{name}.json")
-    for half in ("encoder_from", "decoder_from"):
-        if values["model"][half].startswith("assets/"):  # of this repository, wherever the process runs
-            values["model"][half] = str(HERE / values["model"][half])
     return {**values, "model": from_dict(ModelConfig, values["model"])}
 
 
@@ -331,15 +324,21 @@ def parse_cli(argv: list[str], doc: str | None, *configs) -> None:
     """Set the fields of `configs` from `--name value` or `--name=value`; a bool may stand alone. --help
     prints doc and the flags with their values; doc None takes a first look and ignores --help.
     """
-    flags, words = {}, [*argv]
+    flags, words, group = {}, [word for word in argv if word not in ("-h", "--help")], ""
     for config in configs:
         flags |= flags_of(config)
+    if doc is not None and len(words) < len(argv):
+        print(doc)
+        for name, (config, attribute, _, comment, title) in flags.items():
+            value = getattr(config, attribute)
+            value = ",".join(map(str, value)) if isinstance(value, list) else value
+            heading = f"\n{title}:\n" if title != group else ""
+            print(f"{heading}  {f'--{name} [{value}]':37} {comment}")
+            group = title
+        raise SystemExit(0)
     while words:
         word, equals, text = words.pop(0).partition("=")
         name = word.removeprefix("--")
-        if word in ("-h", "--help"):
-            print_help(doc, flags)
-            continue
         if name not in flags or name == word:
             close = [*difflib.get_close_matches(name, flags, 1), "help"][0]
             raise UserError(f"unknown flag '{word}', did you mean --{close}?")
@@ -352,20 +351,6 @@ def parse_cli(argv: list[str], doc: str | None, *configs) -> None:
             setattr(config, attribute, read_value(kind, text))
         except ValueError:
             raise UserError(f"--{name}: '{text}' is no {inspect.formatannotation(kind)}") from None
-
-
-def print_help(doc: str | None, flags: dict[str, tuple]) -> None:
-    if doc is None:
-        return
-    print(doc)
-    for group in dict.fromkeys(flag[-1] for flag in flags.values()):
-        print(f"\n{group}:")
-        for name, (config, attribute, _, comment, title) in flags.items():
-            if title == group:
-                value = getattr(config, attribute)
-                value = ",".join(map(str, value)) if isinstance(value, list) else value
-                print(f"  {f'--{name} [{value}]':37} {comment}")
-    raise SystemExit(0)
 
 
 def run_cli(main) -> None:
@@ -391,10 +376,9 @@ def answer_early(argv: list[str]) -> None:
         file = HERE / f"{stem}.py"
         tree = ast.parse(file.read_text())
         classes = [node for node in tree.body if getattr(node, "name", "").endswith("Config")]
-        module = sys.modules[stem] = types.ModuleType(stem)  # where dataclasses and `flags_of` look for it
-        module.__dict__.update({**names, "__name__": stem, "__file__": str(file)})
-        exec(compile(ast.Module(classes, []), stem, "exec"), module.__dict__)
-        names |= {**module.__dict__, stem: module}
+        names |= {"__name__": stem, "__file__": str(file)}
+        exec(compile(ast.Module(classes, []), stem, "exec"), names)
+        names[stem] = sys.modules[stem] = types.SimpleNamespace(**names)
     configs = [names[classes[-1].name]()]
     if script.stem != "eval":  # a stage, whose defaults are those of a preset
         parse_cli(argv, None, *configs, ModelConfig())
@@ -1426,15 +1410,13 @@ def scaled_config(cfg: ModelConfig, name: str) -> ModelConfig:
     fits = kind == "chain" and max(source for source, _ in sources) < len(old)
     require(fits, f"--scale {name} does not fit a {kind} connector with {len(old)} scales")
     new.vit.image_size *= resolution
-    new.connector.plan = ""
-    new.connector.windows = [
-        window_side(new, cfg.side // old[scale][0] * factor) for scale, factor in sources
-    ]
-    new.connector.queries = [old[scale][1] for scale, _ in sources]
+    scales = [(*old[source], factor) for source, factor in sources]
+    new.connector.windows = [window_side(new, cfg.side // side * factor) for side, _, factor in scales]
+    new.connector.queries, new.connector.plan = [queries for _, queries, _ in scales], ""
     tokens = [cfg.visual_tokens(), new.check().visual_tokens()]
-    before, after = re.findall(r"\d+", name) if name in SCALINGS else map(str, tokens)
-    start = f"starts from two scales with {before} tokens, this model has {tokens[0]} in {len(old)}"
-    require([before, after] == [*map(str, tokens)], f"--scale {name} {start}")
+    named = [*map(int, re.findall(r"\d+", name))] if name in SCALINGS else tokens
+    start = f"starts from two scales with {named[0]} tokens, this model has {tokens[0]} in {len(old)}"
+    require(tokens == named, f"--scale {name} {start}")
     return new
 
 
@@ -1465,14 +1447,14 @@ def at_resolution(cfg: ModelConfig, resolution: str) -> ModelConfig:
     """The config after --resolution SIDE, SIDE+CUT or +CUT; not checked yet. "" changes nothing."""
     if not resolution:
         return cfg
-    match = re.fullmatch(rf"([1-9]\d*)?(?:\+({'|'.join(CUTS[1:])}))?", resolution)
+    side, _, cut = resolution.partition("+")
     form = f"use SIDE in pixels, SIDE+CUT or +CUT, CUT {' or '.join(CUTS[1:])}"
-    require(bool(match), f"--resolution '{resolution}': {form}")
+    require((side or "1").isdigit() and cut in CUTS, f"--resolution '{resolution}': {form}")
     new, old_side = copy_config(cfg), cfg.vit.image_size
-    new.vit.image_size, new.image.cut = int(match[1] or old_side), match[2] or ""
+    new.vit.image_size, new.image.cut = int(side or old_side), cut
+    fits = cfg.connector.kind != "chain" or new.vit.image_size == old_side
     chain = f"this chain connector sees {old_side} px, which --scale changes; +split or so cuts pictures"
-    same = cfg.connector.kind != "chain" or new.vit.image_size == old_side
-    require(same, f"--resolution {resolution}: {chain}")
+    require(fits, f"--resolution {resolution}: {chain}")
     return new
 
 
@@ -1799,9 +1781,8 @@ def find_ranks(name: str, hours: float = 0.5) -> tuple[int, int, torch.device]:
     cuda = name != "cpu" and torch.cuda.is_available()
     require(cuda or name != "cuda", "--device cuda: torch sees no GPU here; use --device cpu")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=hours))
@@ -1823,21 +1804,17 @@ REPO = r"(\w[\w.-]*/\w[\w.-]*)(?:@(.+))?"  # owner/name or owner/name@revision
 
 
 def find_half(half: str | Path) -> Path:
-    """A folder as it is, or the one that a repository was downloaded to. Never asks the network."""
-    folder, repo = Path(half), re.fullmatch(REPO, str(half))
-    if not folder.is_dir():
-        require(
-            bool(repo), f"{half} is neither a folder in Hugging Face layout nor a repository (owner/name)"
-        )
-        folder = Path("weights") / repo[1]
-        fetch = f"fetch it with python tools/download.py {half}"
-        require(folder.is_dir(), f"{half} is no folder and not downloaded: {fetch}")
-    if (folder / "source.json").is_file():  # written when a download is complete
-        source = read_json(folder / "source.json")
-        revisions = [None, source.get("revision"), source.get("commit")]
-        require(not repo or repo[2] in revisions, f"{folder} holds another revision than {half}: {source}")
-    elif any(folder.glob(".cache/huggingface/download/**/*.incomplete")):
-        raise UserError(f"{folder} is an unfinished download: repeat its python tools/download.py")
+    """A folder, here or beside this file, or the one that a repository was downloaded to. No network."""
+    for folder in (Path(half), HERE / half):
+        if folder.is_dir():
+            return folder
+    repo = re.fullmatch(REPO, str(half))
+    require(bool(repo), f"{half} is neither a folder in Hugging Face layout nor a repository (owner/name)")
+    folder = Path("weights") / repo[1]
+    complete = (folder / "source.json").is_file()  # the last file of a download: its repo, revision, commit
+    known = [None, *read_json(folder / "source.json").values()] if complete else []
+    fetch = f"fetch it with python tools/download.py {half}"
+    require(repo[2] in known, f"{half} is no folder and not downloaded: {fetch}")
     return folder
 
 
@@ -1873,7 +1850,7 @@ def open_weights(folder: Path) -> dict:
                 for name in safe_open(file, "pt").keys():
                     readers[name] = lambda file=file, name=name: safe_open(file, "pt").get_tensor(name)
         except Exception as e:  # of many kinds; some texts advise to load a .bin file all the same
-            damage = f"damaged or missing, or holds more than tensors ({type(e).__name__})"
+            damage = f"damaged, or holds more than tensors ({type(e).__name__})"
             raise UserError(f"{file} is {damage}") from None
     return readers
 
@@ -1898,8 +1875,8 @@ def load_weights(module: nn.Module, readers: dict, source: str | Path, dtype: to
         value = readers[name]()
         while value.ndim > like.ndim and value.shape[0] == 1:  # some tables have a leading axis
             value = value[0]
-        plain, shapes = value.is_floating_point(), f"{tuple(value.shape)}, not {tuple(like.shape)}"
-        require(plain, f"{source}: tensor '{name}' is {value.dtype}: quantized weights are not read")
-        require(value.shape == like.shape, f"{source}: tensor '{name}' is {shapes}")
+        fits = value.shape == like.shape and value.is_floating_point()  # not quantized
+        kinds = f"{tuple(value.shape)} of {value.dtype}, not {tuple(like.shape)} of floats"
+        require(fits, f"{source}: tensor '{name}' is {kinds}")
         loaded[name] = value.to(dtype or value.dtype, copy=True)  # off the mapped file
     module.load_state_dict(loaded, assign=True)

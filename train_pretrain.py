@@ -11,8 +11,7 @@
 and the start of a run, batches, checkpoints, validation and the log. Stage 2 imports these parts.
 """
 
-import model  # first of all: it answers --help before torch is loaded
-# isort: split
+import model  # isort: skip  # first of all: it answers --help before torch is loaded
 import dataclasses
 import json
 import math

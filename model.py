@@ -228,8 +228,11 @@ class ModelConfig:
         require(p.keep > 0, f"prune.keep {p.keep:g} must be above 0")
         require_one_of("prune.isolator_per", p.isolator_per, ("tile", "image"))
         sums = [*accumulate(self.scale_tokens())]
-        exact = p.name != "coarse" or p.keep <= 1 or self.kept_tokens() == min(round(p.keep), sums[-1])
-        require(exact, f"prune.keep {p.keep:g}: coarse keeps whole scales, so one of {sums}")
+        exact = min(round(p.keep), sums[-1]) in sums
+        require(
+            p.name != "coarse" or p.keep <= 1 or exact,
+            f"prune.keep {p.keep:g}: coarse keeps whole scales, so one of {sums}",
+        )
         if d.experts:
             every = d.expert_every
             require(d.experts > 1, f"decoder.experts {d.experts} must be 0 or above 1")
@@ -239,7 +242,7 @@ class ModelConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Presets and JSON files
+# JSON files, presets, and the command line: every script has a dataclass of flags
 
 
 def read_json(path: Path):
@@ -281,10 +284,6 @@ def preset(name: str) -> dict:
     require_one_of("--preset", name, preset_names())
     values = read_json(PRESETS / f"{name}.json")
     return {**values, "model": from_dict(ModelConfig, values["model"])}
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The command line: every script has a dataclass of flags; nested fields get dotted names.
 
 
 def flags_of(config, prefix: str = "") -> dict[str, tuple]:
@@ -363,10 +362,8 @@ def run_cli(main) -> None:
 
 
 def answer_early(argv: list[str]) -> None:
-    """Answer --help of a script before torch is imported, which takes seconds.
-
-    A script imports this file first, so its dataclass of flags does not exist yet. That class and those it
-    extends, all classes named …Config, are executed here from the source: they need nothing but each other.
+    """Answer --help of a script before torch is imported, which takes seconds. Its flags do not exist yet, as
+    it imports this file first: their classes, all named …Config, are executed here from the source.
     """
     script = Path(sys.argv[0]).resolve()
     if script.parent != HERE or not {"-h", "--help"} & {*argv}:
@@ -1764,13 +1761,13 @@ def trainable_parts(train: str) -> list[str]:
 @functools.cache
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on CUDA and on CPUs that multiply it about as fast as float32: many only emulate it."""
-    if device.type == "cuda":
-        return torch.bfloat16
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(256, 256, device=device, dtype=dtype)
-        seconds[dtype] = min(timeit.repeat(lambda x=x: x @ x, number=1, repeat=3))
-    return torch.bfloat16 if seconds[torch.bfloat16] < 2 * seconds[torch.float32] else torch.float32
+
+    def seconds(dtype: torch.dtype) -> float:
+        x = torch.ones(256, 256, dtype=dtype)
+        return min(timeit.repeat(lambda: x @ x, number=1, repeat=3))
+
+    fast = device.type == "cuda" or seconds(torch.bfloat16) < 2 * seconds(torch.float32)
+    return torch.bfloat16 if fast else torch.float32
 
 
 def find_ranks(name: str, hours: float = 0.5) -> tuple[int, int, torch.device]:
@@ -1833,10 +1830,8 @@ def read_preprocessor(folder: Path) -> tuple[ImageConfig, int]:
 
 
 def open_weights(folder: Path) -> dict:
-    """Name -> a function that reads that tensor from model.safetensors, its shards, or else a .bin file.
-
-    Nothing is read yet. Files are mapped, not loaded, and a safetensors file anew for each tensor, so that
-    the pages of one tensor are given back before the next is cast.
+    """Name -> a function that reads that tensor from model.safetensors, its shards, or else a .bin file. A
+    file is mapped, safetensors anew for each tensor: its pages are given back before the next is cast.
     """
     readers, files = {}, [*folder.glob("model.safetensors")] or [*folder.glob("model-*-of-*.safetensors")]
     files = files or [*folder.glob("pytorch_model.bin")] or [*folder.glob("pytorch_model-*-of-*.bin")]

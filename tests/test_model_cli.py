@@ -35,7 +35,7 @@ REFUSED = {  # flags of train_pretrain.py beside --out: a regular expression tha
     "--steps many": "--steps: 'many' is no int",
     "--model.x 1": "unknown flag '--model.x'",
     "--clip --steps 1": "--clip: expected a value",
-    "--init nowhere": "nowhere is neither a run folder .* nor a checkpoint",
+    "--init nowhere": "nowhere is neither a run folder nor a checkpoint",
     f"--init {ROOT}/assets/tiny_vit": "assets/tiny_vit is neither a run .*--encoder_from",
     "--preset huge": "'huge' is unknown: use one of .*tiny",
     "--preset cos-7b": "is no folder and not downloaded: fetch it with python tools/download.py",

@@ -1370,7 +1370,7 @@ SCALE_PLANS = {
 # Steps RESOLUTION:SOURCExFACTOR,…: the pictures' side grows by RESOLUTION; each new scale takes its weights
 # from scale SOURCE of the old ones and has FACTOR times its windows a side, so tokens grow by the square.
 # Windows keep their size in patches if FACTOR is RESOLUTION ("resolution scaling"), else there are more of
-# them ("window scaling"); both is compound scaling. Names give the tokens before and after, as in the paper.
+# them ("window scaling"); both make compound scaling. Names give the tokens before and after, as in the paper.
 SCALINGS = {
     "80to80": "2:0x1,1x1",  # resolution alone
     "80to144w": "1:0x1,0x2,1x1",  # window scaling at the same resolution

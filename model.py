@@ -362,27 +362,28 @@ def run_cli(main) -> None:
 
 
 def answer_early(argv: list[str]) -> None:
-    """Answer --help of a script before torch is imported, which takes seconds. Its flags do not exist yet, as
-    it imports this file first: their classes, all named …Config, are executed here from the source.
+    """Answer --help and mistyped flags of a script before torch is imported, which takes seconds. Its flags
+    do not exist yet, as it imports this file first: their classes (…Config) are executed from the source.
     """
     script = Path(sys.argv[0]).resolve()
-    if script.parent != HERE or not {"-h", "--help"} & {*argv}:
+    if script.parent != HERE:
         return
     names = {**globals()}
     for stem in ("data", "train_pretrain", script.stem):
         file = HERE / f"{stem}.py"
         tree = ast.parse(file.read_text())
         classes = [node for node in tree.body if getattr(node, "name", "").endswith("Config")]
-        names |= {"__name__": stem, "__file__": str(file)}
+        names |= {"__name__": f"flags of {stem}", "__file__": str(file)}
         exec(compile(ast.Module(classes, []), stem, "exec"), names)
-        names[stem] = sys.modules[stem] = types.SimpleNamespace(**names)
-    configs = [names[classes[-1].name]()]
-    if script.stem != "eval":  # a stage, whose defaults are those of a preset
-        parse_cli(argv, None, *configs, ModelConfig())
-        values = preset(configs[0].preset)
-        recipe = values[script.stem.removeprefix("train_")]
-        configs = [dataclasses.replace(configs[0], **recipe), values["model"]]
-    parse_cli(argv, ast.get_docstring(tree), *configs)
+        names[stem] = sys.modules[names["__name__"]] = types.SimpleNamespace(**names)
+    flags, stage = names[classes[-1].name](), script.stem.removeprefix("train_")
+    configs = [flags] if stage == "eval" else [flags, ModelConfig()]
+    parse_cli(argv, None, *configs)
+    if {"-h", "--help"} & {*argv}:
+        if stage != "eval":  # a stage's defaults are those of its preset
+            values = preset(flags.preset)
+            configs = [dataclasses.replace(flags, **values[stage]), values["model"]]
+        parse_cli(argv, ast.get_docstring(tree), *configs)
 
 
 run_cli(answer_early)
@@ -1370,7 +1371,7 @@ SCALE_PLANS = {
 # Steps RESOLUTION:SOURCExFACTOR,…: the pictures' side grows by RESOLUTION; each new scale takes its weights
 # from scale SOURCE of the old ones and has FACTOR times its windows a side, so tokens grow by the square.
 # Windows keep their size in patches if FACTOR is RESOLUTION ("resolution scaling"), else there are more of
-# them ("window scaling"); both make compound scaling. Names give the tokens before and after, as in the paper.
+# them ("window scaling"); both make compound scaling. Names give tokens before and after, as in the paper.
 SCALINGS = {
     "80to80": "2:0x1,1x1",  # resolution alone
     "80to144w": "1:0x1,0x2,1x1",  # window scaling at the same resolution

@@ -366,7 +366,7 @@ def answer_early(argv: list[str]) -> None:
     do not exist yet, as it imports this file first: their classes (…Config) are executed from the source.
     """
     script = Path(sys.argv[0]).resolve()
-    if script.parent != HERE:
+    if script.parent != HERE or script.stem not in ("train_pretrain", "train_sft", "eval"):
         return
     names = {**globals()}
     for stem in ("data", "train_pretrain", script.stem):

@@ -16,10 +16,7 @@ even 0, in that of a base model, behind demonstrations of the train split whose 
 Answers to questions in files are kept beside --out, and a run that was killed goes on from them.
 """
 
-import model  # first of all: it answers --help before torch is loaded
-
-# isort: split
-
+import model  # isort: skip  # first of all: it answers --help before torch is loaded
 import hashlib
 import json
 import math

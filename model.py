@@ -3,18 +3,15 @@
     pixels ── ViT (hidden states at a few levels) ─► connector (Chain-of-Sight, MM1's, …) ─► V visual tokens
     V tokens ─► spliced into the slots of the text ─► decoder ─► head at supervised positions only
 
-Read it top to bottom: configs and the command line made from them, vision transformer, decoder, LoRA,
-connectors and their token scaling (arXiv 2407.15819), the VLM, checkpoints and files. Weights keep Hugging
-Face names inside each half.
+From top to bottom: configs and command line, vision transformer, decoder, LoRA, connectors and their token
+scaling (arXiv 2407.15819), the VLM, files. Weights keep Hugging Face names inside each half.
 
 Alphabet of all shape comments: B rows, T positions, I images (each tile of a cut picture is one), P patches
 an image, S patches a side, W window side, V visual tokens an image, K kept tokens, D width, H heads,
 N vocabulary, R supervised positions.
 """
 
-import argparse
 import ast
-import copy
 import dataclasses
 import difflib
 import functools
@@ -22,20 +19,18 @@ import inspect
 import json
 import math
 import os
-import pickle
 import re
 import sys
 import timeit
 import types
-import typing
-from collections.abc import Callable
+from copy import deepcopy as copy_config
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE / "assets"
@@ -193,10 +188,8 @@ class ModelConfig:
         return CONNECTORS[self.connector.kind].grid(self)
 
     def visual_tokens(self, view: str = "full", tiles: int = 1) -> int:
-        """Number of sequence positions that a picture of so many tiles takes, before "unpad" drops padding.
+        """Positions of a picture of so many tiles ("full" or "pruned" view), before "unpad" drops padding.
         Nothing else computes this; data.picture_slots lists which tokens they are.
-
-        view: "full", all tokens of the connector, or "pruned", what the fast mode keeps, with isolators.
         """
         if view == "full":
             return tiles * sum(self.scale_tokens())
@@ -205,8 +198,8 @@ class ModelConfig:
 
     def kept_tokens(self) -> int:
         """What the pruner leaves of a tile, without isolator."""
-        p, full = self.prune, self.visual_tokens()
-        return prune.kept_tokens(p.name, p.keep, full, self.grid(), self.scale_tokens())
+        p = self.prune
+        return prune.kept_tokens(p.name, p.keep, self.visual_tokens(), self.grid(), self.scale_tokens())
 
     def coarse_scales(self) -> int:
         """How many of Chain-of-Sight's scales the pruner "coarse" keeps."""
@@ -217,67 +210,47 @@ class ModelConfig:
         return prune.PRUNERS[pruner].where in CONNECTORS[self.connector.kind].pruner_places(self)
 
     def check(self) -> "ModelConfig":
-        """Reject geometry that cannot work, before anything is built."""
-        v, c, d = self.vit, self.connector, self.decoder
-        require(v.image_size > 0, f"vit.image_size {v.image_size} must be above 0")
-        divides = v.image_size % v.patch_size == 0
-        require(divides, f"vit.image_size {v.image_size} is no multiple of vit.patch_size {v.patch_size}")
-        require_one_of("vit.activation", v.activation, ACTIVATIONS)
+        """Refuse what would silently train another model, or fail only when all is loaded."""
+        v, c, d, p = self.vit, self.connector, self.decoder, self.prune
+        size = f"vit.image_size {v.image_size} is no positive multiple of vit.patch_size {v.patch_size}"
+        require(v.image_size > 0 and v.image_size % v.patch_size == 0, size)
         require_one_of("vit.pre_norm", v.pre_norm, ("before", "after", ""))
-        ordered = c.levels and c.levels == sorted(c.levels) and c.levels[0] >= 0 and c.levels[-1] <= v.layers
-        states = f"0..{v.layers}, the ViT's hidden states, low to high"
-        require(ordered, f"connector.levels {c.levels} must lie in {states}")
-        divides = c.width % c.heads == 0
-        require(divides, f"connector.width {c.width} is not a multiple of connector.heads {c.heads}")
-        require(c.tokens > 0, f"connector.tokens {c.tokens}: must be at least 1")
+        known = sorted({*c.levels} & {*range(v.layers + 1)})
+        require(c.levels == known, f"connector.levels {c.levels} must lie in 0..{v.layers}, low to high")
         require_one_of("connector.kind", c.kind, CONNECTORS)
         CONNECTORS[c.kind].check(self)
         require_one_of("image.cut", self.image.cut, CUTS)
-        fits = self.image.cut != "unpad" or self.grid() > 0
-        require(fits, f"image.cut unpad needs a grid of tokens (mlp, avgpool, cabstractor), not {c.kind}")
-        self.check_pruner()
-        require(self.lora.rank >= 0, f"lora.rank {self.lora.rank} must be at least 0")
-        if d.experts:
-            require(d.experts > 1, f"decoder.experts {d.experts} must be 0 or above 1")
-            every = f"decoder.expert_every {d.expert_every} must lie in 1..{d.layers}"
-            require(1 <= d.expert_every <= d.layers, every)
-            require(d.capacity > 0, f"decoder.capacity {d.capacity} must be above 0")
-            widths = f"decoder.experts need multiples of 8, not {d.width} and {d.mlp_width} wide MLPs"
-            require(d.width % 8 == d.mlp_width % 8 == 0, widths)
-            lora = f"lora.rank {self.lora.rank}: adapters stand beside a dense decoder's linears only"
-            require(self.lora.rank == 0, f"{lora}; --lora.rank 0 merges them")
-        return self
-
-    def check_pruner(self) -> None:
-        p, kind = self.prune, self.connector.kind
-        if p.name not in prune.PRUNERS or not self.fits(p.name):
-            why = f"does not fit connector.kind {kind}" if p.name in prune.PRUNERS else "is unknown"
-            fitting = ", ".join(name for name in prune.PRUNERS if self.fits(name))
-            raise UserError(f"prune.name '{p.name}' {why}: use one of {fitting}")
+        grid = f"image.cut unpad needs a grid of tokens (mlp, avgpool, cabstractor), not {c.kind}"
+        require(self.image.cut != "unpad" or self.grid() > 0, grid)
+        fitting = [name for name in prune.PRUNERS if self.fits(name)]
+        fix = f"use one of {', '.join(fitting)}"
+        require(p.name in fitting, f"prune.name '{p.name}' does not fit connector.kind {c.kind}: {fix}")
         require(p.keep > 0, f"prune.keep {p.keep:g} must be above 0")
-        require(p.isolator >= 0, f"prune.isolator {p.isolator} must be at least 0")
         require_one_of("prune.isolator_per", p.isolator_per, ("tile", "image"))
-        if p.name == "coarse" and p.keep > 1:
-            sums = ", ".join(map(str, accumulate(self.scale_tokens())))
-            exact = self.kept_tokens() == min(round(p.keep), self.visual_tokens())
-            require(exact, f"prune.keep {p.keep:g}: coarse keeps whole scales, so one of {sums}")
+        sums = [*accumulate(self.scale_tokens())]
+        exact = min(round(p.keep), sums[-1]) in sums
+        require(
+            p.name != "coarse" or p.keep <= 1 or exact,
+            f"prune.keep {p.keep:g}: coarse keeps whole scales, so one of {sums}",
+        )
+        if d.experts:
+            every = d.expert_every
+            require(d.experts > 1, f"decoder.experts {d.experts} must be 0 or above 1")
+            require(0 < every <= d.layers, f"decoder.expert_every {every} must lie in 1..{d.layers}")
+            require(self.lora.rank == 0, "decoder.experts: adapters need a dense decoder, add --lora.rank 0")
+        return self
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Presets and JSON files
+# JSON files, presets, and the command line: every script has a dataclass of flags
 
 
-def read_json(path: Path, kind: type = object):
-    """The value in a JSON file, which must be of that kind: dict for a config."""
+def read_json(path: Path):
     require(path.is_file(), f"{path} does not exist")
     try:
-        value = json.loads(path.read_text())
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 text ({e})") from None
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path} line {e.lineno} column {e.colno}: not valid JSON ({e.msg})") from None
-    require(isinstance(value, kind), f"{path} is no JSON object, as a Hugging Face config.json is")
-    return value
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise UserError(f"{path}: not valid JSON ({e})") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -292,17 +265,12 @@ def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-copy_config = copy.deepcopy
-
-
 def from_dict(cls, values: dict):
     """Rebuild a nested dataclass from dataclasses.asdict; keys that it does not know are ignored."""
-    kinds = typing.get_type_hints(cls)
-    fields = {name: value for name, value in values.items() if name in kinds}
-    for name, value in fields.items():
-        if dataclasses.is_dataclass(kinds[name]):
-            fields[name] = from_dict(kinds[name], value)
-    return cls(**fields)
+    if not dataclasses.is_dataclass(cls):
+        return values
+    known = [member for member in dataclasses.fields(cls) if member.name in values]
+    return cls(**{member.name: from_dict(member.type, values[member.name]) for member in known})
 
 
 def preset_names() -> list[str]:
@@ -310,21 +278,12 @@ def preset_names() -> list[str]:
 
 
 def preset(name: str) -> dict:
-    """assets/presets/NAME.json: "model" as a ModelConfig; the recipes "pretrain", perhaps "pretrain_b" (of a
-    stage 1 with --scale) and "sft", flags of their stage; "scale", the step between the stages; "source" of
-    these numbers, and "ours", what that source did not publish.
+    """assets/presets/NAME.json: "model" as a ModelConfig, flags of its stages ("pretrain", "pretrain_b" with
+    --scale, "sft"), "scale" between them, "source" of the numbers, and what that leaves open, "ours".
     """
     require_one_of("--preset", name, preset_names())
     values = read_json(PRESETS / f"{name}.json")
-    cfg = from_dict(ModelConfig, values["model"])
-    for half in ("encoder_from", "decoder_from"):
-        if getattr(cfg, half).startswith("assets/"):  # of this repository, wherever the process runs
-            setattr(cfg, half, str(HERE / getattr(cfg, half)))
-    return {**values, "model": cfg}
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The command line: every script has a dataclass of flags; nested fields get dotted names.
+    return {**values, "model": from_dict(ModelConfig, values["model"])}
 
 
 def flags_of(config, prefix: str = "") -> dict[str, tuple]:
@@ -336,11 +295,12 @@ def flags_of(config, prefix: str = "") -> dict[str, tuple]:
         for title, name, comment in re.findall(r"^    (?:# -- (.+)|(\w+):[^#\n]*(?:# *(.*))?)$", body, re.M):
             group = title or group
             comments[name] = (comment, group)
-    for name, kind in typing.get_type_hints(type(config)).items():
-        if dataclasses.is_dataclass(kind):
-            flags.update(flags_of(getattr(config, name), f"{prefix}{name}."))
+    for member in dataclasses.fields(config):
+        name = member.name
+        if dataclasses.is_dataclass(member.type):
+            flags |= flags_of(getattr(config, name), f"{prefix}{name}.")
         else:
-            flags[prefix + name] = (config, name, kind, *comments[name])
+            flags[prefix + name] = (config, name, member.type, *comments[name])
     return flags
 
 
@@ -350,92 +310,80 @@ def changed_flags(before, after) -> list[str]:
     return [name for name in old if getattr(*old[name][:2]) != getattr(*new[name][:2])]
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(message.removeprefix("argument "))
-
-
 def read_value(kind, text: str):
-    """The text of a flag as its type."""
-    item = typing.get_args(kind)[0] if typing.get_origin(kind) is list else None
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        return [item(word) for word in text.split(",")] if item else kind(text)
-    except (ValueError, KeyError):
-        names = {bool: "true or false", int: "a whole number", float: "a number"}
-        expected = names.get(kind, "a comma list of numbers")
-        raise argparse.ArgumentTypeError(f"'{text}': expected {expected}") from None
+    """The text behind a flag as its type."""
+    if kind is bool:
+        return bool(["false", "true"].index(text.lower()))
+    if kind in (int, float, str):
+        return kind(text)
+    return [get_args(kind)[0](word) for word in text.split(",")]  # of list[int] or list[float]
 
 
 def parse_cli(argv: list[str], doc: str | None, *configs) -> None:
-    """Set the fields of `configs` from `--name value` or `--name=value`. --help prints doc and the flags with
-    the values that they have now; doc None takes a first look and ignores --help.
+    """Set the fields of `configs` from `--name value` or `--name=value`; a bool may stand alone. --help
+    prints doc and the flags with their values; doc None takes a first look and ignores --help.
     """
-    if doc is None:
-        argv = [word for word in argv if word not in ("-h", "--help")]
-    layout = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=40, width=110)
-    parser = Parser(description=doc, usage=argparse.SUPPRESS, allow_abbrev=False, formatter_class=layout)
-    flags, groups = {}, {}
+    flags, words, group = {}, [word for word in argv if word not in ("-h", "--help")], ""
     for config in configs:
-        flags.update(flags_of(config))
-    for name, (config, attribute, kind, comment, title) in flags.items():
-        value = getattr(config, attribute)
-        default = f"[{','.join(map(str, value)) if isinstance(value, list) else value}]"
-        options = {"type": functools.partial(read_value, kind), "metavar": default}
-        if kind is bool:  # --compile is --compile true; argparse adds the brackets
-            options |= {"nargs": "?", "const": True, "metavar": str(value).lower()}
-        groups[title] = groups.get(title) or parser.add_argument_group(title)
-        text = comment.replace("%", "%%")
-        groups[title].add_argument(f"--{name}", dest=name, default=argparse.SUPPRESS, help=text, **options)
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        name = unknown[0].split("=")[0]
-        close = difflib.get_close_matches(name.lstrip("-"), flags, 1)
-        hint = f", did you mean --{close[0]}?" if close else "; see --help"
-        raise UserError(f"unknown flag '{name}'{hint}")
-    for name, value in vars(given).items():
-        setattr(*flags[name][:2], value)
+        flags |= flags_of(config)
+    if doc is not None and len(words) < len(argv):
+        print(doc)
+        for name, (config, attribute, _, comment, title) in flags.items():
+            value = getattr(config, attribute)
+            value = ",".join(map(str, value)) if isinstance(value, list) else value
+            heading = f"\n{title}:\n" if title != group else ""
+            print(f"{heading}  {f'--{name} [{value}]':37} {comment}")
+            group = title
+        raise SystemExit(0)
+    while words:
+        word, equals, text = words.pop(0).partition("=")
+        name = word.removeprefix("--")
+        if name not in flags or name == word:
+            close = [*difflib.get_close_matches(name, flags, 1), "help"][0]
+            raise UserError(f"unknown flag '{word}', did you mean --{close}?")
+        config, attribute, kind, *_ = flags[name]
+        if not equals:
+            alone = not words or words[0].startswith("--")
+            require(kind is bool or not alone, f"--{name}: expected a value")
+            text = "true" if alone else words.pop(0)
+        try:
+            setattr(config, attribute, read_value(kind, text))
+        except ValueError:
+            raise UserError(f"--{name}: '{text}' is no {inspect.formatannotation(kind)}") from None
 
 
 def run_cli(main) -> None:
     """An entry point: a UserError, or what the system says of a path, becomes one line and exit code 2."""
     try:
         main(sys.argv[1:])
-    except (UserError, OSError, SafetensorError) as error:
+    except (UserError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-SCRIPTS = {"train_pretrain": "pretrain", "train_sft": "sft", "eval": ""}  # and their recipe in a preset
-
-
 def answer_early(argv: list[str]) -> None:
-    """Answer --help and mistyped flags of a script before torch is imported, which takes seconds.
-
-    A script imports this file first, so its dataclass of flags does not exist yet. That class and those it
-    extends, all classes named …Config, are executed here from the source: they need nothing but each other.
+    """Answer --help and mistyped flags of a script before torch is imported, which takes seconds. Its flags
+    do not exist yet, as it imports this file first: their classes (…Config) are executed from the source.
     """
     script = Path(sys.argv[0]).resolve()
-    if script.parent != HERE or script.stem not in SCRIPTS:
+    if script.parent != HERE or script.stem not in ("train_pretrain", "train_sft", "eval"):
         return
-    names = dict(globals())
+    names = {**globals()}
     for stem in ("data", "train_pretrain", script.stem):
-        module = types.ModuleType(f"flags of {stem}")
-        names |= {"__name__": module.__name__, "__file__": str(HERE / f"{stem}.py")}
-        module.__dict__.update(names)
-        sys.modules[module.__name__] = module  # where the dataclasses look for themselves
-        tree = ast.parse((HERE / f"{stem}.py").read_text())
+        file = HERE / f"{stem}.py"
+        tree = ast.parse(file.read_text())
         classes = [node for node in tree.body if getattr(node, "name", "").endswith("Config")]
-        exec(compile(ast.Module(classes, []), str(HERE / f"{stem}.py"), "exec"), module.__dict__)
-        names |= {**module.__dict__, stem: module}
-    flags, recipe, cfg = names[classes[-1].name](), SCRIPTS[script.stem], ModelConfig()
-    parse_cli(argv, None, flags, *([cfg] if recipe else []))
+        names |= {"__name__": f"flags of {stem}", "__file__": str(file)}
+        exec(compile(ast.Module(classes, []), stem, "exec"), names)
+        names[stem] = sys.modules[names["__name__"]] = types.SimpleNamespace(**names)
+    flags, stage = names[classes[-1].name](), script.stem.removeprefix("train_")
+    configs = [flags] if stage == "eval" else [flags, ModelConfig()]
+    parse_cli(argv, None, *configs)
     if {"-h", "--help"} & {*argv}:
-        if recipe:
+        if stage != "eval":  # a stage's defaults are those of its preset
             values = preset(flags.preset)
-            flags, cfg = dataclasses.replace(flags, **values[recipe]), values["model"]
-        parse_cli(argv, ast.get_docstring(tree), flags, *([cfg] if recipe else []))
+            configs = [dataclasses.replace(flags, **values[stage]), values["model"]]
+        parse_cli(argv, ast.get_docstring(tree), *configs)
 
 
 run_cli(answer_early)
@@ -702,7 +650,7 @@ ENCODERS = KEY_MAPS["encoders"]
 
 def read_vit_config(file: Path) -> ViTConfig:
     """config.json of a vision model, or the vision half of a full one."""
-    config = read_json(file, dict)
+    config = read_json(file)
     kind = str(config.get("model_type"))
     family = kind.removesuffix("_vision_model")
     if family not in ENCODERS:
@@ -1023,7 +971,7 @@ DECODERS = ("llama", "qwen2", "qwen3")
 
 def read_decoder_config(file: Path) -> DecoderConfig:
     """config.json of a decoder, in today's form (rope_parameters) or the older (rope_theta, rope_scaling)."""
-    config = read_json(file, dict)
+    config = read_json(file)
     family = config.get("model_type")
     known = f"is not one of {', '.join(DECODERS)} (SmolLM2 is a llama)"
     require(family in DECODERS, f"{file}: model_type '{family}' {known}")
@@ -1420,58 +1368,53 @@ SCALE_PLANS = {
     "336": [(1, 16), (2, 16), (8, 4)],
 }
 
-# Each new scale takes its weights from an old one and has so many times its windows a side: tokens grow by
-# the square. Windows keep their size in patches if the resolution grows by the same factor ("resolution
-# scaling"), else there are more of them ("window scaling"); both is compound scaling. Counts as in the paper.
-# name: tokens before, after, factor on the resolution, [(old scale, factor on its windows a side), …]
+# Steps RESOLUTION:SOURCExFACTOR,…: the pictures' side grows by RESOLUTION; each new scale takes its weights
+# from scale SOURCE of the old ones and has FACTOR times its windows a side, so tokens grow by the square.
+# Windows keep their size in patches if FACTOR is RESOLUTION ("resolution scaling"), else there are more of
+# them ("window scaling"); both make compound scaling. Names give tokens before and after, as in the paper.
 SCALINGS = {
-    "80to80": (80, 80, 2, [(0, 1), (1, 1)]),  # resolution alone
-    "80to144w": (80, 144, 1, [(0, 1), (0, 2), (1, 1)]),  # window scaling at the same resolution
-    "80to272w": (80, 272, 1, [(0, 1), (1, 2)]),
-    "80to336w": (80, 336, 1, [(0, 1), (0, 2), (1, 2)]),
-    "80to144": (80, 144, 2, [(0, 1), (0, 2), (1, 1)]),  # resolution scaling
-    "80to272": (80, 272, 2, [(0, 1), (1, 2)]),
-    "80to336": (80, 336, 2, [(0, 1), (0, 2), (1, 2)]),
-    "80to528": (80, 528, 2, [(0, 1), (0, 4), (1, 2)]),  # compound scaling
-    "80to1104": (80, 1104, 2, [(0, 1), (1, 1), (1, 4)]),  # the paper's windows 32,16,2: likely a misprint
-    "80to1296": (80, 1296, 2, [(0, 1), (0, 4), (1, 4)]),
-    "32to336": (32, 336, 2, [(0, 1), (0, 2), (1, 4)]),  # not spelled out in the paper: ours
-    "32to528": (32, 528, 2, [(0, 1), (0, 4), (1, 4)]),
-    "48to784": (48, 784, 2, [(0, 1), (0, 4), (1, 4)]),
-    "32to144": (32, 144, 2, [(0, 1), (0, 2), (1, 2)]),  # the step of 80to336 from 32 tokens: the demo's
+    "80to80": "2:0x1,1x1",  # resolution alone
+    "80to144w": "1:0x1,0x2,1x1",  # window scaling at the same resolution
+    "80to272w": "1:0x1,1x2",
+    "80to336w": "1:0x1,0x2,1x2",
+    "80to144": "2:0x1,0x2,1x1",  # resolution scaling
+    "80to272": "2:0x1,1x2",
+    "80to336": "2:0x1,0x2,1x2",
+    "80to528": "2:0x1,0x4,1x2",  # compound scaling
+    "80to1104": "2:0x1,1x1,1x4",  # the paper's windows 32,16,2: likely a misprint
+    "80to1296": "2:0x1,0x4,1x4",
+    "32to336": "2:0x1,0x2,1x4",  # not spelled out in the paper: ours
+    "32to528": "2:0x1,0x4,1x4",
+    "48to784": "2:0x1,0x4,1x4",
+    "32to144": "2:0x1,0x2,1x2",  # the step of 80to336 from 32 tokens: the demo's
 }
 SCALE_INITS = ("inflate", "queries", "random")
 
 
-def read_scaling(name: str) -> tuple[int, int, int, list[tuple[int, int]]]:
-    """A row of SCALINGS, or one spelled out as RESOLUTION:SOURCExFACTOR,… (token counts 0: any)."""
-    if name in SCALINGS:
-        return SCALINGS[name]
-    if not re.fullmatch(r"[1-9]:\d+x[1-9]\d*(,\d+x[1-9]\d*)*", name):
-        close = difflib.get_close_matches(name, SCALINGS, 1)
-        hint = f", did you mean {close[0]}?" if close else ";"
-        known = f"known are {', '.join(SCALINGS)}, or a step such as 2:0x1,1x4"
-        raise UserError(f"--scale '{name}' is unknown{hint} {known}")
-    resolution, scales = name.split(":")
-    return 0, 0, int(resolution), [tuple(map(int, scale.split("x"))) for scale in scales.split(",")]
+def read_scaling(name: str) -> tuple[int, list[tuple[int, int]]]:
+    """Resolution and [(source, factor), …] of a step, given by name or spelled out."""
+    step = SCALINGS.get(name, name)
+    if not re.fullmatch(r"[1-9]:\d+x[1-9]\d*(,\d+x[1-9]\d*)*", step):
+        close = [*difflib.get_close_matches(name, SCALINGS, 1), "a step such as 2:0x1,1x4"][0]
+        raise UserError(f"--scale '{name}' is none of {', '.join(SCALINGS)}: did you mean {close}?")
+    resolution, scales = step.split(":")
+    return int(resolution), [tuple(map(int, scale.split("x"))) for scale in scales.split(",")]
 
 
 def scaled_config(cfg: ModelConfig, name: str) -> ModelConfig:
     """The config after a scaling step; a named one refuses to start from another number of tokens."""
-    before, after, resolution, sources = read_scaling(name)
-    kind, old = cfg.connector.kind, cfg.scales()
+    resolution, sources = read_scaling(name)
+    kind, old, new = cfg.connector.kind, cfg.scales(), copy_config(cfg)
     fits = kind == "chain" and max(source for source, _ in sources) < len(old)
     require(fits, f"--scale {name} does not fit a {kind} connector with {len(old)} scales")
-    start = f"this model has {cfg.visual_tokens()} in {len(old)}"
-    same = not before or (len(old) == 2 and cfg.visual_tokens() == before)
-    require(same, f"--scale {name} starts from two scales with {before} tokens, {start}")
-    vit = dataclasses.replace(cfg.vit, image_size=cfg.vit.image_size * resolution)
-    new = dataclasses.replace(cfg, vit=vit)
-    windows = [window_side(new, cfg.side // old[source][0] * factor) for source, factor in sources]
-    queries = [old[source][1] for source, _ in sources]
-    new.connector = dataclasses.replace(cfg.connector, plan="", windows=windows, queries=queries)
-    tokens = new.check().visual_tokens()
-    require(tokens == (after or tokens), f"--scale {name} would give {tokens} tokens: its base is another")
+    new.vit.image_size *= resolution
+    scales = [(*old[source], factor) for source, factor in sources]
+    new.connector.windows = [window_side(new, cfg.side // side * factor) for side, _, factor in scales]
+    new.connector.queries, new.connector.plan = [queries for _, queries, _ in scales], ""
+    tokens = [cfg.visual_tokens(), new.check().visual_tokens()]
+    named = [*map(int, re.findall(r"\d+", name))] if name in SCALINGS else tokens
+    start = f"starts from two scales with {named[0]} tokens, this model has {tokens[0]} in {len(old)}"
+    require(tokens == named, f"--scale {name} {start}")
     return new
 
 
@@ -1479,16 +1422,15 @@ def scale_up(vlm: "VLM", name: str, init: str = "inflate") -> None:
     """Scale the visual tokens of a model in place. init of the new scales: "inflate" copies weights and
     queries of their source (the paper); to compare, "queries" leaves queries random, "random" everything.
     """
-    cfg = scaled_config(vlm.cfg, name)
-    old = vlm.connector
+    cfg, old = scaled_config(vlm.cfg, name), vlm.connector
     new = ChainOfSight(cfg).to(old.norm.weight)
     new.norm, new.proj = old.norm, old.proj
-    for scale, (source, factor) in zip(new.scales, read_scaling(name)[3]):
+    for scale, (source, factor) in zip(new.scales, read_scaling(name)[1]):
+        drawn = scale.queries.detach().clone()
         if init != "random" or factor == 1:
-            drawn = scale.queries.detach().clone()
             scale.inflate_from(old.scales[source], factor)
-            if init == "queries" and factor > 1:
-                scale.queries.data.copy_(drawn)
+        if init == "queries" and factor > 1:
+            scale.queries.data.copy_(drawn)
     vlm.vit.resize(cfg.vit.image_size)
     vlm.connector, vlm.cfg = new, cfg
 
@@ -1501,18 +1443,17 @@ CUTS = ("", "pad", "split", "anyres", "unpad")
 
 def at_resolution(cfg: ModelConfig, resolution: str) -> ModelConfig:
     """The config after --resolution SIDE, SIDE+CUT or +CUT; not checked yet. "" changes nothing."""
-    match = re.fullmatch(rf"([1-9]\d*)?(?:\+({'|'.join(CUTS[1:])}))?", resolution)
-    form = f"use SIDE in pixels, SIDE+CUT or +CUT, CUT {' or '.join(CUTS[1:])}"
-    require(bool(match), f"--resolution '{resolution}': {form}")
     if not resolution:
         return cfg
-    old_side = cfg.vit.image_size
-    side, cut = int(match[1] or old_side), match[2] or ""
-    chain = f"--resolution {resolution}: this chain connector sees {old_side} px, which --scale changes"
-    fix = "(a new model: --vit.image_size); without a SIDE it cuts pictures, as +split"
-    require(cfg.connector.kind != "chain" or side == old_side, f"{chain} {fix}")
-    vit, image = dataclasses.replace(cfg.vit, image_size=side), dataclasses.replace(cfg.image, cut=cut)
-    return dataclasses.replace(cfg, vit=vit, image=image)
+    side, _, cut = resolution.partition("+")
+    form = f"use SIDE in pixels, SIDE+CUT or +CUT, CUT {' or '.join(CUTS[1:])}"
+    require((side or "1").isdigit() and cut in CUTS, f"--resolution '{resolution}': {form}")
+    new, old_side = copy_config(cfg), cfg.vit.image_size
+    new.vit.image_size, new.image.cut = int(side or old_side), cut
+    fits = cfg.connector.kind != "chain" or new.vit.image_size == old_side
+    chain = f"this chain connector sees {old_side} px, which --scale changes; +split or so cuts pictures"
+    require(fits, f"--resolution {resolution}: {chain}")
+    return new
 
 
 def set_resolution(vlm: "VLM", resolution: str) -> None:
@@ -1521,10 +1462,10 @@ def set_resolution(vlm: "VLM", resolution: str) -> None:
     if cfg.side != vlm.cfg.side:
         vlm.vit.resize(cfg.vit.image_size)
         weights = vlm.connector.state_dict()
-        for name in weights:
+        for name, table in weights.items():
             if name.endswith("positions"):  # the C-Abstractor's, (1, P, C); a resampler's, (P, C)
-                table = resize_grid(weights[name].flatten(0, -2), cfg.side)
-                weights[name] = table.view(*weights[name].shape[:-2], *table.shape)
+                resized = resize_grid(table.flatten(0, -2), cfg.side)  # (P, C)
+                weights[name] = resized.expand(*table.shape[:-2], -1, -1)
         with torch.device("meta"):
             vlm.connector = CONNECTORS[cfg.connector.kind](cfg)
         vlm.connector.load_state_dict(weights, assign=True)
@@ -1534,9 +1475,7 @@ def set_resolution(vlm: "VLM", resolution: str) -> None:
 
 
 def make_newline(cfg: ModelConfig, table: Tensor) -> nn.Parameter | None:
-    """LLaVA-NeXT's learned vector at the end of each row of tokens, (D,), only for "unpad"; at the scale of
-    the table of text embeddings, as the connector's tokens.
-    """
+    """LLaVA-NeXT's learned end of each row of tokens ("unpad"), (D,), at the scale of the text's table."""
     if cfg.image.cut != "unpad":
         return None
     scale = table.detach().float().pow(2).mean().sqrt()
@@ -1800,7 +1739,7 @@ class VLM(nn.Module):
         """From a run folder (its newest complete step) or a step folder. dtype None: as it was saved."""
         folder = find_step(path)
         with torch.device("meta"):
-            vlm = cls(from_dict(ModelConfig, read_run_config(folder, "model")["model"]))
+            vlm = cls(from_dict(ModelConfig, read_json(folder / "config.json")["model"]))
         load_weights(vlm, open_weights(folder), folder, dtype)
         return vlm
 
@@ -1820,90 +1759,70 @@ def trainable_parts(train: str) -> list[str]:
 # Devices, checkpoints and weight files
 
 
-def find_device(name: str) -> str:
-    """ "cpu" or "cuda" for a --device of auto, cpu or cuda."""
-    require_one_of("--device", name, ("auto", "cpu", "cuda"))
-    cuda = torch.cuda.is_available()
-    require(name != "cuda" or cuda, "--device cuda: torch sees no GPU here; use --device cpu")
-    return "cuda" if name != "cpu" and cuda else "cpu"
-
-
 @functools.cache
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on CUDA and on CPUs that multiply it about as fast as float32: many only emulate it."""
-    if device.type == "cuda":
-        return torch.bfloat16
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(256, 256, device=device, dtype=dtype)
-        seconds[dtype] = min(timeit.repeat(lambda x=x: x @ x, number=1, repeat=3))
-    return torch.bfloat16 if seconds[torch.bfloat16] < 2 * seconds[torch.float32] else torch.float32
+
+    def seconds(dtype: torch.dtype) -> float:
+        x = torch.ones(256, 256, dtype=dtype)
+        return min(timeit.repeat(lambda: x @ x, number=1, repeat=3))
+
+    fast = device.type == "cuda" or seconds(torch.bfloat16) < 2 * seconds(torch.float32)
+    return torch.bfloat16 if fast else torch.float32
 
 
-def find_ranks(device: str, hours: float = 0.5) -> tuple[int, int, torch.device]:
-    """Rank, world size and device, from torchrun's environment; gloo on CPU, NCCL on CUDA. hours: how long a
-    rank waits for another.
+def find_ranks(name: str, hours: float = 0.5) -> tuple[int, int, torch.device]:
+    """Rank, world size and device of a --device auto, cpu or cuda, from torchrun's environment; gloo on CPU,
+    NCCL on CUDA. hours: how long a rank waits for another.
     """
-    device = find_device(device)
+    require_one_of("--device", name, ("auto", "cpu", "cuda"))
+    cuda = name != "cpu" and torch.cuda.is_available()
+    require(cuda or name != "cuda", "--device cuda: torch sees no GPU here; use --device cpu")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    place = torch.device(device, int(os.environ.get("LOCAL_RANK", 0)) if device == "cuda" else None)
-    if device == "cuda":
-        torch.cuda.set_device(place)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=hours))
-    return rank, world, place
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=hours))
+    return rank, world, device
 
 
 def find_step(path: str | Path) -> Path:
     """A run folder leads to the step named in its file `latest`; a step folder to itself."""
-    path = Path(path)
-    if (path / "latest").is_file():
-        return path / (path / "latest").read_text().strip()
-    kinds = "neither a run folder (with a file 'latest') nor a checkpoint (with model.safetensors)"
-    require((path / "model.safetensors").is_file(), f"{path} is {kinds}")
-    return path
-
-
-def read_run_config(step: Path, key: str = "train") -> dict:
-    """config.json of a checkpoint of ours: {"model", and of a run "stage", "train", ...}."""
-    config = read_json(step / "config.json")
-    halves = "halves go to --encoder_from and --decoder_from"
-    require(key in config, f"{step} is no run of this project; {halves}")
-    return config
+    step = Path(path)
+    if (step / "latest").is_file():
+        step = step / (step / "latest").read_text().strip()
+    config = read_json(step / "config.json") if (step / "config.json").is_file() else {}
+    fix = "other models go to --encoder_from and --decoder_from"
+    require("model" in config, f"{path} is neither a run folder nor a checkpoint of this project; {fix}")
+    return step
 
 
 REPO = r"(\w[\w.-]*/\w[\w.-]*)(?:@(.+))?"  # owner/name or owner/name@revision
-UNFINISHED = ".cache/huggingface/download/**/*.incomplete"  # notes of the hub's client in its folder
 
 
 def find_half(half: str | Path) -> Path:
-    """A folder as it is, or the one that a repository was downloaded to. Never asks the network."""
-    folder, repo = Path(half), re.fullmatch(REPO, str(half))
-    if not folder.is_dir() and repo:
-        folder = Path("weights") / repo[1]
-        fetch = f"python tools/download.py {half}, or give a folder in Hugging Face layout"
-        require(folder.is_dir(), f"{half} is no folder and not downloaded: fetch it with {fetch}")
-        source = read_json(folder / "source.json") if (folder / "source.json").is_file() else {}
-        known = (None, source.get("revision"), source.get("commit"))
-        holds = f"{folder} holds revision {source.get('revision')} of {repo[1]}, not {repo[2]}"
-        require(not source or repo[2] in known, holds)
-    kinds = "neither a folder in Hugging Face layout nor a repository (owner/name)"
-    require(folder.is_dir(), f"{half} is {kinds}")
-    complete = (folder / "source.json").is_file() or not any(folder.glob(UNFINISHED))
-    require(complete, f"{folder} is an unfinished download: repeat its python tools/download.py")
+    """A folder, here or beside this file, or the one that a repository was downloaded to. No network."""
+    for folder in (Path(half), HERE / half):
+        if folder.is_dir():
+            return folder
+    repo = re.fullmatch(REPO, str(half))
+    require(bool(repo), f"{half} is neither a folder in Hugging Face layout nor a repository (owner/name)")
+    folder = Path("weights") / repo[1]
+    complete = (folder / "source.json").is_file()  # the last file of a download: its repo, revision, commit
+    known = [None, *read_json(folder / "source.json").values()] if complete else []
+    fetch = f"fetch it with python tools/download.py {half}"
+    require(repo[2] in known, f"{half} is no folder and not downloaded: {fetch}")
     return folder
 
 
 def read_preprocessor(folder: Path) -> tuple[ImageConfig, int]:
     """Mean, std and interpolation the encoder was trained with, and the side of its pictures in pixels."""
-    file = folder / "preprocessor_config.json"
-    if not file.is_file() and (folder / "processor_config.json").is_file():  # newer exports
-        file = folder / "processor_config.json"
-    require(file.is_file(), f"{file} is missing: the encoder's image mean and std are not known")
+    file, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
+    file = newer if newer.is_file() and not file.is_file() else file
     config = read_json(file)
     config = config.get("image_processor", config)
-    known = "image_mean" in config and "image_std" in config
-    require(known, f"{file}: image_mean or image_std is missing")
+    require(config.keys() >= {"image_mean", "image_std"}, f"{file}: image_mean or image_std is missing")
     size = config.get("crop_size") if config.get("do_center_crop") else config.get("size")
     if isinstance(size, dict):  # {"height", "width"} or {"shortest_edge"}
         size = size.get("height", size.get("shortest_edge"))
@@ -1911,47 +1830,25 @@ def read_preprocessor(folder: Path) -> tuple[ImageConfig, int]:
     return ImageConfig(config["image_mean"], config["image_std"], config.get("resample", 3)), size
 
 
-def open_weights(folder: Path) -> dict[str, Callable[[], Tensor]]:
-    """Name -> a function that reads that tensor from model.safetensors, its shards, or else a .bin file.
-
-    Nothing is read yet. Files are mapped, not loaded, and a safetensors file anew for each tensor, so that
-    the pages of one tensor are given back before the next is cast.
+def open_weights(folder: Path) -> dict:
+    """Name -> a function that reads that tensor from model.safetensors, its shards, or else a .bin file. A
+    file is mapped, safetensors anew for each tensor: its pages are given back before the next is cast.
     """
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return readers_of(folder / name)
-        if index.is_file():
-            shards = read_json(index).get("weight_map")
-            require(bool(shards), f"{index} has no weight_map")
-            readers = {}
-            for shard in sorted(set(shards.values())):
-                readers.update(readers_of(folder / shard))
-            return readers
-    raise UserError(f"{folder}/model.safetensors does not exist, nor its .index.json, nor pytorch_model.bin")
-
-
-def readers_of(file: Path) -> dict[str, Callable[[], Tensor]]:
-    require(file.is_file(), f"{file} does not exist, although its index names it: repeat the download")
-    try:
-        if file.suffix == ".bin":  # never unpickles anything but tensors
-            tensors = dict(torch.load(file, weights_only=True, mmap=True, map_location="cpu"))
-            if not all(isinstance(value, Tensor) for value in tensors.values()):
-                raise ValueError("it holds more than tensors")
-            return {name: functools.partial(tensors.get, name) for name in tensors}
-        with safe_open(file, "pt") as opened:
-            return {name: functools.partial(read_tensor, file, name) for name in opened.keys()}
-    except pickle.UnpicklingError:  # torch's text advises to load it all the same
-        fix = "which is not loaded: convert it to safetensors"
-        raise UserError(f"{file} holds more than tensors, {fix}") from None
-    except (SafetensorError, RuntimeError, OSError, ValueError, TypeError) as e:
-        why = str(e).splitlines()[0]
-        raise UserError(f"{file} is damaged or no file of weights that can be mapped ({why})") from None
-
-
-def read_tensor(file: Path, name: str) -> Tensor:
-    with safe_open(file, "pt") as opened:
-        return opened.get_tensor(name)
+    readers, files = {}, [*folder.glob("model.safetensors")] or [*folder.glob("model-*-of-*.safetensors")]
+    files = files or [*folder.glob("pytorch_model.bin")] or [*folder.glob("pytorch_model-*-of-*.bin")]
+    require(bool(files), f"{folder}/model.safetensors does not exist, nor shards, nor pytorch_model.bin")
+    for file in files:
+        try:
+            if file.suffix == ".bin":  # torch unpickles nothing but tensors
+                tensors = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+                readers |= {name: functools.partial(tensors.get, name) for name in tensors}
+            else:
+                for name in safe_open(file, "pt").keys():
+                    readers[name] = lambda file=file, name=name: safe_open(file, "pt").get_tensor(name)
+        except Exception as e:  # of many kinds; some texts advise to load a .bin file all the same
+            damage = f"damaged, or holds more than tensors ({type(e).__name__})"
+            raise UserError(f"{file} is {damage}") from None
+    return readers
 
 
 def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
@@ -1963,21 +1860,19 @@ def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
 
 
 def load_weights(module: nn.Module, readers: dict, source: str | Path, dtype: torch.dtype | None) -> None:
-    """Fill a module made on the meta device, each tensor cast once to dtype (None: as it is stored).
-
-    Strict: names the first tensor that is missing, unknown or of another shape.
+    """Fill a module made on the meta device, each tensor cast once to dtype (None: as it is stored). Strict:
+    names the first tensor that is missing, unknown or of another shape.
     """
     expected, loaded = module.state_dict(), {}
-    for name in expected:
+    for name in [*expected, *readers]:
         require(name in readers, f"{source}: tensor '{name}' is missing")
-    for name in readers:
         require(name in expected, f"{source}: tensor '{name}' is not part of this model")
     for name, like in expected.items():
         value = readers[name]()
         while value.ndim > like.ndim and value.shape[0] == 1:  # some tables have a leading axis
             value = value[0]
-        plain, shapes = value.is_floating_point(), f"{tuple(value.shape)}, not {tuple(like.shape)}"
-        require(plain, f"{source}: tensor '{name}' is {value.dtype}: quantized weights are not read")
-        require(value.shape == like.shape, f"{source}: tensor '{name}' is {shapes}")
+        fits = value.shape == like.shape and value.is_floating_point()  # not quantized
+        kinds = f"{tuple(value.shape)} of {value.dtype}, not {tuple(like.shape)} of floats"
+        require(fits, f"{source}: tensor '{name}' is {kinds}")
         loaded[name] = value.to(dtype or value.dtype, copy=True)  # off the mapped file
     module.load_state_dict(loaded, assign=True)

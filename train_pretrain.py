@@ -10,10 +10,7 @@
 `main` is the stage, top to bottom. What it calls follows in its order; stage 2 imports these parts.
 """
 
-import model  # first of all: it answers --help before torch is loaded
-
-# isort: split
-
+import model  # isort: skip  # first of all: it answers --help before torch is loaded
 import dataclasses
 import json
 import math
@@ -287,7 +284,7 @@ def resolve_flags(config: type, stage: str, argv: list[str], doc: str) -> tuple:
     origin, step, name = "preset", None, cfg.preset
     if begun or cfg.init:
         origin, step = "resume" if begun else "init", model.find_step(cfg.out if begun else cfg.init)
-        saved = model.read_run_config(step)
+        saved = model.read_json(step / "config.json")
         name, base_model = saved["train"]["preset"], model.from_dict(model.ModelConfig, saved["model"])
     if begun:
         recipe = saved["train"]

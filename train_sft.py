@@ -10,10 +10,7 @@ A fast sample is trained on K pruned visual tokens behind the mode isolator, a s
 teacher of a slow sample is the model itself on its pruned tokens. Model and tokenizer come with --init.
 """
 
-import model  # first of all: it answers --help before torch is loaded
-
-# isort: split
-
+import model  # isort: skip  # first of all: it answers --help before torch is loaded
 import functools
 from dataclasses import dataclass
 

@@ -239,8 +239,8 @@ def test_order_inside_a_window(key_positions):
 
 
 def test_identity_step_is_bit_equal(monkeypatch):
-    monkeypatch.setitem(model.SCALINGS, "80same", (80, 80, 1, [(0, 1), (1, 1)]))
-    old, new, _ = scaled("80same")
+    monkeypatch.setitem(model.SCALINGS, "80to80w", "1:0x1,1x1")
+    old, new, _ = scaled("80to80w")
     levels = levels_of(16)
     assert new is not old and torch.equal(new(levels), old(levels))
 
@@ -259,7 +259,7 @@ def test_resolution_alone_changes_nothing_on_upsampled_features(step):
 def test_inflated_scales_repeat_their_source_on_constant_windows(step):
     """Only there: on general features a new window sees fewer patches than its source (item 9)."""
     old, new, _ = scaled(step)
-    for scale, (source, factor) in zip(new.scales, model.SCALINGS[step][3]):
+    for scale, (source, factor) in zip(new.scales, model.read_scaling(step)[1]):
         source = old.scales[source]
         constant = upsampled(levels_of(source.per_side), 16 // source.per_side)  # one feature a source window
         for levels, equal in ((constant, True), (levels_of(16), factor == 1)):
@@ -272,7 +272,7 @@ def test_inflated_scales_repeat_their_source_on_constant_windows(step):
 @pytest.mark.parametrize("step", ["80to1296", "80to336", "80to272w"])
 def test_queries_are_repeated_on_both_axes(step):
     old, new, _ = scaled(step)
-    for scale, (source, factor) in zip(new.scales, model.SCALINGS[step][3]):
+    for scale, (source, factor) in zip(new.scales, model.read_scaling(step)[1]):
         source, n = old.scales[source], scale.per_side
         assert n == source.per_side * factor
         for r in range(n):

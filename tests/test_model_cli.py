@@ -32,11 +32,11 @@ def test_exit_code_is_2_and_the_message_one_line():
 
 
 REFUSED = {  # flags of train_pretrain.py beside --out: a regular expression that the sentence fits
-    "--steps many": "--steps: 'many': expected a whole number",
+    "--steps many": "--steps: 'many' is no int",
     "--model.x 1": "unknown flag '--model.x'",
-    "--clip --steps 1": "--clip: expected one argument",
-    "--init nowhere": "nowhere is neither a run folder .* nor a checkpoint",
-    f"--init {ROOT}/assets/tiny_vit": "assets/tiny_vit is no run .*--encoder_from",
+    "--clip --steps 1": "--clip: expected a value",
+    "--init nowhere": "nowhere is neither a run folder nor a checkpoint",
+    f"--init {ROOT}/assets/tiny_vit": "assets/tiny_vit is neither a run .*--encoder_from",
     "--preset huge": "'huge' is unknown: use one of .*tiny",
     "--preset cos-7b": "is no folder and not downloaded: fetch it with python tools/download.py",
     "--preset cos-8b": "is no folder and not downloaded: fetch it",
@@ -45,9 +45,9 @@ REFUSED = {  # flags of train_pretrain.py beside --out: a regular expression tha
     "--connector.windows 8,3": r"3 does not divide the 8x8 patch grid.*\[1, 2, 4, 8\]",
     "--connector.windows 2,8": "from coarse to fine",
     "--connector.levels 2,9": r"\[2, 9\] must lie in 0..4",
-    "--connector.kind mlp --resolution 60": "60 is no multiple of vit.patch_size 8",
-    "--vit.image_size 60": "60 is no multiple of vit.patch_size 8",
-    "--encoder_from= --vit.image_size 0": "vit.image_size 0 must be above 0",
+    "--connector.kind mlp --resolution 60": "60 is no positive multiple of vit.patch_size 8",
+    "--vit.image_size 60": "60 is no positive multiple of vit.patch_size 8",
+    "--encoder_from= --vit.image_size 0": "vit.image_size 0 is no positive multiple",
     "--encoder_from nowhere": "nowhere is neither a folder",
     "--decoder.width 64": "--decoder.width cannot change: .*tiny_lm has its own",
     "--image.mean 0,0,0": "--image.mean cannot change: .*tiny_vit has its own",
@@ -61,7 +61,6 @@ REFUSED = {  # flags of train_pretrain.py beside --out: a regular expression tha
     "--scale_init nearest": "use one of inflate, queries, random",
     "--train head": "'head'.*vit, connector, decoder",
     "--train lora": "add --lora.rank",
-    "--lora.rank -1": "lora.rank -1 must be at least 0",
     "--batch_size 10 --micro_steps 3": "--batch_size 10 .*3 micro-steps.*--micro_steps 1 or 2",
     "--batch_size 0 --rows 10 --micro_steps 3": "--rows 10 .*3 micro-steps.*--micro_steps 1 or 2",
     "--batch_size 0 --rows 0": "--rows 0: must be at least 1",
@@ -135,7 +134,7 @@ def test_broken_json_gives_line_and_column(tmp_path):
 def test_eval_refuses_with_a_sentence(tmp_path):
     assert "--model is missing" in refused(evaluation.main, [])
     assert "neither a run folder" in refused(evaluation.main, ["--model", str(tmp_path)])
-    assert "is no run of this project" in refused(
+    assert "neither a run folder nor a checkpoint" in refused(
         evaluation.main, ["--model", str(ROOT / "assets" / "tiny_lm")]
     )
     assert "--n 0: must be at least 1" in refused(evaluation.main, ["--model", str(tmp_path), "--n", "0"])
@@ -161,7 +160,7 @@ def test_help_comes_before_torch_with_the_presets_values(script):
     command = [sys.executable, "-X", "importtime", script, *flags.split(), "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "argparse" in done.stderr and "torch" not in done.stderr
+    assert "difflib" in done.stderr and "torch" not in done.stderr
     assert all(word in done.stdout for word in words)
 
 
@@ -177,7 +176,7 @@ def test_groups_come_from_comments_and_values_from_the_config(capsys):
         model.parse_cli(["--help"], "The manual: 100% of it.", cfg, model.ModelConfig())
     out = capsys.readouterr().out
     assert stop.value.code == 0 and out.startswith("The manual: 100% of it.")
-    assert "--lr [0.5]" in out and "--steps [7]" in out and "--decoder.tied [true]" in out
+    assert "--lr [0.5]" in out and "--steps [7]" in out and "--decoder.tied [True]" in out
     assert "\nmodel: pruned tokens:\n  --prune.name [divprune]" in out
     assert "the first look ignores it" and model.parse_cli(["-h"], None, cfg) is None
 

@@ -63,7 +63,7 @@ def test_broken_shards_are_named(suffix, tmp_path):
         with pytest.raises(UserError, match=f"{shard} is damaged"):
             Decoder.from_pretrained(tmp_path)
     shard.unlink()
-    with pytest.raises(UserError, match=f"{shard} does not exist, although its index names it"):
+    with pytest.raises(UserError, match=f"{tmp_path}: tensor '.*' is missing"):
         Decoder.from_pretrained(tmp_path)
 
 
@@ -141,7 +141,7 @@ def test_preprocessors(name, tmp_path):
 
 def test_a_preprocessor_that_does_not_say_enough_is_refused(tmp_path):
     shutil.copy(HF / "clip-vision" / "config.json", tmp_path)
-    with pytest.raises(UserError, match=f"{tmp_path}/preprocessor_config.json is missing.*mean and std"):
+    with pytest.raises(UserError, match=f"{tmp_path}/preprocessor_config.json does not exist"):
         model.read_preprocessor(tmp_path)
     for key in ("image_mean", "image_std"):
         left = {k: v for k, v in {**CLIP, "size": 336}.items() if k != key}

@@ -164,8 +164,8 @@ def test_presets_are_read_anew_and_their_folders_are_the_repositorys(monkeypatch
     assert model.preset("cos-7b")["model"].vit.image_size == 224
     monkeypatch.chdir(tmp_path)  # wherever the process runs
     tiny = model.preset("tiny")["model"]
-    assert Path(tiny.encoder_from) == model.ASSETS / "tiny_vit"
-    assert Path(tiny.decoder_from) == model.ASSETS / "tiny_lm"
+    assert model.find_half(tiny.encoder_from) == model.ASSETS / "tiny_vit"
+    assert model.find_half(tiny.decoder_from) == model.ASSETS / "tiny_lm"
     with pytest.raises(UserError, match="--preset 'cos-9b' is unknown: use one of .*tiny"):
         model.preset("cos-9b")
 
@@ -209,7 +209,7 @@ FEW = "--steps 1 --batch_size 4 --micro_steps 1 --workers 0 --device cpu --dtype
 
 
 def recipe_of(run: Path) -> dict:
-    return model.read_run_config(model.find_step(run))["train"]
+    return model.read_json(model.find_step(run) / "config.json")["train"]
 
 
 def test_flags_over_recipe_over_defaults_and_the_recipe_goes_on(tmp_path, small_halves, add_preset):

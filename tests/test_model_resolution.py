@@ -385,7 +385,7 @@ def test_a_run_is_cut_by_one_flag_and_stays_so(tmp_path, small_halves, capsys):
     flags = [*SMALL, "--init", str(a), "--slow_share", "0.5", "--resolution", "64+split", "--out", str(b)]
     with pytest.raises(UserError, match="this chain connector sees 64 px"):
         train_sft.main([*flags, "--resolution", "128+split"])
-    refused = {"+unpad": "needs a grid", "+four": "use SIDE", "split": "use SIDE", "0": "use SIDE"}
+    refused = {"+unpad": "needs a grid", "+four": "use SIDE", "split": "use SIDE", "0": "sees 64 px"}
     for wrong, words in refused.items():
         with pytest.raises(UserError, match=words):
             train_sft.main([*flags, "--resolution", wrong])

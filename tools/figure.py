@@ -170,7 +170,7 @@ def draw_pretraining(canvas: Canvas, cfg: model.ModelConfig):
 def draw_inflation(canvas: Canvas, scaling: str):
     """Arrows from the scales of stage 1 to those of stage 2 that start from them."""
     start, turn, end = STAGE_1[1] - 10, (STAGE_1[1] + STAGE_2[0]) / 2, STAGE_2[0] + PANEL_DOWN - 24
-    for scale, (source, _) in enumerate(model.SCALINGS[scaling][3]):
+    for scale, (source, _) in enumerate(model.read_scaling(scaling)[1]):
         x0, x1 = PANELS_1[source] + PANEL / 2, PANELS_2[scale] + PANEL / 2
         canvas.arrow((x0, start), (x0, turn), (x1, turn), (x1, end), fill=COLOURS_1[source])
     canvas.text(RIGHT_X, STAGE_2[0] + 120, "Parameter inflation", NORMAL, bold=True)

@@ -227,9 +227,7 @@ def assert_complete(folder: Path) -> None:
 
 
 def assert_unfinished(folder: Path) -> None:
-    assert not (folder / "source.json").exists()
-    with pytest.raises(model.UserError, match="unfinished download"):
-        model.find_half(str(folder))
+    assert not (folder / "source.json").exists()  # without it, `find_half` takes no download
 
 
 def test_fetches_what_the_loaders_read_and_nothing_else(hub, tmp_path):
@@ -360,9 +358,14 @@ def test_find_half_takes_a_folder_or_a_finished_download(tmp_path, monkeypatch):
     (fetched / download.NOTES / "x.incomplete").touch()
     assert model.find_half("lab/half") == Path("weights/lab/half")  # source.json says that it is complete
     (fetched / "source.json").unlink()
-    for name in ("lab/half", "weights/lab/half"):
-        with pytest.raises(model.UserError, match="weights/lab/half is an unfinished download: repeat"):
-            model.find_half(name)
+    with pytest.raises(model.UserError, match="lab/half is no folder and not downloaded: fetch it"):
+        model.find_half("lab/half")
+    model.write_json(fetched / "source.json", {"repo": "lab/half", "revision": "v1", "commit": OLD})
+    assert (
+        model.find_half("lab/half@v1") == model.find_half(f"lab/half@{OLD}") == fetched.relative_to(tmp_path)
+    )
+    with pytest.raises(model.UserError, match="lab/half@v2 is no folder and not downloaded"):
+        model.find_half("lab/half@v2")
 
 
 @pytest.mark.parametrize("name", ["lab/other", "nowhere", "/nowhere/at/all", "../mine", "../../mine"])

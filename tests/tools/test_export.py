@@ -11,6 +11,6 @@ def test_what_export_refuses(tmp_path):
         export.main(["RUN"])
     with pytest.raises(model.UserError, match="nowhere is neither a run folder"):
         export.main(["nowhere", str(tmp_path / "out")])
-    (tmp_path / "kept.txt").touch()
+    model.write_json(tmp_path / "run" / "config.json", {"model": {}})
     with pytest.raises(model.UserError, match="is not empty: choose a new folder"):
-        export.main([str(model.ASSETS / "tiny_lm"), str(tmp_path)])
+        export.main([str(tmp_path / "run"), str(tmp_path)])

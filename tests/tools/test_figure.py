@@ -60,7 +60,7 @@ def test_labels_follow_the_config(stages):
 
 def test_colours_and_columns_fit_the_scaling():
     """A scale of stage 2 stands below its source or on either side of it; its first heir has its colour."""
-    sources = [source for source, _ in model.SCALINGS[model.preset("tiny")["scale"]][3]]
+    sources = [source for source, _ in model.read_scaling(model.preset("tiny")["scale"])[1]]
     assert len(figure.PANELS_2) == len(figure.COLOURS_2) == len(sources)
     for source, x in enumerate(figure.PANELS_1):
         heirs = [scale for scale, ancestor in enumerate(sources) if ancestor == source]

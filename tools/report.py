@@ -118,11 +118,11 @@ def inflation_facts(step: Path) -> list[tuple[str, str]]:
     """What parameter inflation is worth: the loss on stage-1 data of the model before its tokens were scaled
     up, and right after it, with random new scales and with inflated ones.
     """
-    flags = model.read_run_config(step)["train"]
+    flags = model.read_json(step / "config.json")["train"]
     if not flags["scale"] or not Path(flags["init"]).exists():
         return []
     before = model.find_step(flags["init"])
-    cfg = model.from_dict(train_pretrain.PretrainConfig, model.read_run_config(before)["train"])
+    cfg = model.from_dict(train_pretrain.PretrainConfig, model.read_json(before / "config.json")["train"])
     cfg.dtype = "float32"
     run = train_pretrain.Run("pretrain", cfg, 0, 1, torch.device("cpu"))
     tokenizer, losses = data.Tokenizer.from_pretrained(before / "tokenizer"), []

@@ -32,7 +32,7 @@ import re
 import tarfile
 import unicodedata
 from array import array
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -48,7 +48,7 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 import prune
-from model import ASSETS, ModelConfig, UserError, find_half, read_decoder_config, read_json
+from model import ASSETS, ModelConfig, UserError, find_half, read_decoder_config, read_json, require
 
 # ---------------------------------------------------------------------------------------------------------
 # Tokenizer: `tokenizers` runs those of Hugging Face repositories, tiktoken runs rank files (that of Scenes,
@@ -270,56 +270,45 @@ class Record:
     dropped: tuple[str, str] | None = None  # (reason, message) if it goes without some of its pictures
 
 
-def pieces_of(record: Record, tokenizer: "Tokenizer") -> list[Piece]:
+def pieces_of(record: Record, tokenizer: Tokenizer) -> list[Piece]:
     if record.kind == "chat":
         return chat_pieces(record.parts, tokenizer)
-    contents = content_pieces(record.parts, True, tokenizer)
+    contents = [part if isinstance(part, int) else (tokenizer.encode(part), True) for part in record.parts]
     return [(tokenizer.start, False), *contents, ([tokenizer.end], True)]
 
 
-def content_pieces(content: list, supervised: bool, tokenizer: "Tokenizer") -> list[Piece]:
-    return [item if isinstance(item, int) else (tokenizer.encode(item), supervised) for item in content]
-
-
-def chat_pieces(turns: list[tuple], tokenizer: "Tokenizer", to_answer: bool = False) -> list[Piece]:
-    """Turns to pieces; the end token of an answer is supervised with it, so that the model learns to stop.
-
-    to_answer: stop where the last turn, an assistant's, begins to speak.
+def chat_pieces(turns: list[tuple], tokenizer: Tokenizer) -> list[Piece]:
+    """Turns to pieces. The end token of an answer is supervised with it, so that the model learns to stop. An
+    answer without content ends a prompt: there the model begins to speak.
     """
     if tokenizer.system and turns[0][0] != "system":
         turns = [("system", [tokenizer.system]), *turns]
     pieces, last_end, last_tail = [(tokenizer.start, False)], "", ""
     for role, content in turns:
         before, end, tail = tokenizer.template[role]
-        answer = role == "assistant"
-        if tokenizer.strips:
-            content = strip_edges(content)
+        content, answer = [*content], role == "assistant"
+        if tokenizer.strips and content:  # white space at the ends of a turn; that around images inside stays
+            for edge, strip in ((0, str.lstrip), (-1, str.rstrip)):
+                if isinstance(content[edge], str):
+                    content[edge] = strip(content[edge])
         before_image = bool(content) and isinstance(content[0], int)
         pieces.append((tokenizer.control(last_tail + before, last_end, before_image), False))
-        pieces += content_pieces(content, answer, tokenizer)
+        pieces += [item if isinstance(item, int) else (tokenizer.encode(item), answer) for item in content]
+        if answer and not content:
+            return pieces
         pieces.append((tokenizer.control(end), answer))
         last_end, last_tail = end, tail
-    return pieces[:-1] if to_answer else [*pieces, (tokenizer.control(last_tail, last_end), False)]
+    return [*pieces, (tokenizer.control(last_tail, last_end), False)]
 
 
-def strip_edges(content: list) -> list:
-    """A turn without white space at its two ends; white space next to an image inside it stays."""
-    content = list(content)
-    if content and isinstance(content[0], str):
-        content[0] = content[0].lstrip()
-    if content and isinstance(content[-1], str):
-        content[-1] = content[-1].rstrip()
-    return content
-
-
-def prompt_pieces(question: str, images: int, tokenizer: "Tokenizer", history: list = ()) -> list[Piece]:
+def prompt_pieces(question: str, images: int, tokenizer: Tokenizer, history: list = ()) -> list[Piece]:
     """Everything up to where the assistant starts to answer. history: earlier (question, answer) pairs."""
     turns = []
     for earlier, answer in history:
         turns += [("user", [earlier]), ("assistant", [answer])]
     turns += [("user", [question]), ("assistant", [])]
     turns[0] = ("user", [*range(images), *turns[0][1]])
-    return chat_pieces(turns, tokenizer, to_answer=True)
+    return chat_pieces(turns, tokenizer)
 
 
 # Templates of a base model (MM1 6.1, those of BLIP): "{image} A photo of {caption}", and one for questions.
@@ -336,26 +325,23 @@ class Example(NamedTuple):
     name: str = ""  # where it came from
 
 
-def stem(question: str) -> str:
-    """The template's text between a picture and its answer; that of captions if there is no question."""
-    return QUESTION.format(question) if question else PHOTO
-
-
 def document_parts(examples: list[Example]) -> list:
-    """Parts of an interleaved document: each picture, its text and a newline."""
+    """Parts of an interleaved document: each picture, its text in the template and a newline."""
     parts = []
     for n, example in enumerate(examples):
-        parts += [n, f"{stem(example.question)} {example.answer}\n"]
+        stem = QUESTION.format(example.question) if example.question else PHOTO
+        parts += [n, f"{stem} {example.answer}\n"]
     return parts
 
 
-def shot_pieces(demos: list[Example], question: str, tokenizer: "Tokenizer") -> list[Piece]:
+def shot_pieces(demos: list[Example], question: str, tokenizer: Tokenizer) -> list[Piece]:
     """A few-shot prompt: an interleaved document that breaks off before the answer about one more picture.
-
     Without demonstrations it is truly 0-shot (Flamingo's 0-shot has two, without their pictures).
     """
-    parts = [*document_parts(demos), len(demos), stem(question)]
-    return [(tokenizer.start, False), *content_pieces(parts, False, tokenizer)]
+    parts = document_parts([*demos, Example(None, question, "")])
+    parts[-1] = parts[-1].removesuffix(" \n")
+    pieces = pieces_of(Record("interleaved", parts, []), tokenizer)
+    return [piece if isinstance(piece, int) else (piece[0], False) for piece in pieces[:-1]]
 
 
 def split(
@@ -369,11 +355,10 @@ def split(
     behind it, if that chunk has room for both.
     """
     chunks, room, free = [[]], limit, most_tiles
-    for n, piece in enumerate(pieces):
+    for piece, behind in zip(pieces, [*pieces[1:], 0]):
         if isinstance(piece, int):
             length, count = lengths[piece], tiles[piece] if tiles else 1
-            text = pieces[n + 1] if together and n + 1 < len(pieces) else 0
-            both = length + (0 if isinstance(text, int) else len(text[0]))
+            both = length if isinstance(behind, int) or not together else length + len(behind[0])
             if length > room or count > free or room < both <= limit:
                 chunks, room, free = [*chunks, []], limit, most_tiles
             if length <= room and count <= free:
@@ -389,30 +374,24 @@ def split(
     return [chunk for chunk in chunks if chunk]
 
 
-class Laid(NamedTuple):
-    """One sample as flat arrays of length T."""
-
-    ids: np.ndarray  # 0 at slots
-    bank_rows: np.ndarray  # at slots the row of VLM.bank whose visual token goes there, elsewhere TEXT
-    targets: np.ndarray  # id of the next token where that is supervised, else -1
+def texts_of(pieces: list[Piece]) -> list[tuple[list[int], bool]]:
+    return [piece for piece in pieces if not isinstance(piece, int)]
 
 
-NEWLINE, TEXT = -1, -2  # in bank_rows: the bank's last row, which ends a row of tiles' tokens; no slot
+NEWLINE, TEXT = -1, -2  # bank rows: the last one, which ends a row of tiles' tokens; none, no slot is there
+Laid = namedtuple("Laid", "ids bank_rows targets")
 
 
 def lay_out(pieces: list[Piece], slots: list[np.ndarray]) -> Laid:
-    """Pieces to positions. slots: the bank rows of each image, see `sample_slots`."""
+    """A sample as arrays (T,): ids, 0 at slots; the row of VLM.bank whose visual token goes there, or TEXT;
+    the id of the next token where that is supervised, else -1. slots: the bank rows of each image.
+    """
     ids, bank_rows, supervised = [], [], []
     for piece in pieces:
-        if isinstance(piece, int):
-            length = len(slots[piece])
-            ids += [0] * length
-            bank_rows += slots[piece].tolist()
-            supervised += [False] * length
-        else:
-            ids += piece[0]
-            bank_rows += [TEXT] * len(piece[0])
-            supervised += [piece[1]] * len(piece[0])
+        text, learned = ([0] * len(slots[piece]), False) if isinstance(piece, int) else piece
+        ids += text
+        bank_rows += slots[piece].tolist() if isinstance(piece, int) else [TEXT] * len(text)
+        supervised += [learned] * len(text)
     ids = np.array(ids, dtype=np.int64)
     targets = np.full(len(ids), -1)
     targets[:-1] = np.where(supervised[1:], ids[1:], -1)
@@ -434,46 +413,43 @@ def inside(size: tuple[int, int], box: tuple[int, int], ceil: bool = False) -> t
     return (w * H + (h - 1 if ceil else 0)) // h, H
 
 
-def best_tiling(size: tuple[int, int], side: int, tilings=TILINGS) -> tuple[int, int]:
-    """The tiling that keeps most of a picture's pixels; of equals the one that leaves least room empty."""
-
-    def fit(tiling: tuple[int, int]) -> tuple[int, int]:
-        area = tiling[0] * tiling[1] * side**2
-        kept = min(math.prod(inside(size, (tiling[0] * side, tiling[1] * side))), math.prod(size))
-        return kept, kept - area
-
-    return max(tilings, key=fit)  # the first of equals
-
-
 def size_matters(cfg: ModelConfig) -> bool:
     """Whether pictures of different sizes take different numbers of tokens."""
     return cfg.image.cut in ("anyres", "unpad")
 
 
-def tiling_of(cfg: ModelConfig, size: tuple[int, int]) -> tuple[int, int]:
-    """Columns and rows of tiles beside the whole picture, (0, 0) if it is not cut."""
-    if size_matters(cfg):
-        return best_tiling(size, cfg.vit.image_size)
-    return (2, 2) if cfg.image.cut == "split" else (0, 0)  # split: MM1's sub-images (its section 5)
+def tiling_of(cfg: ModelConfig, size: tuple[int, int], tilings=TILINGS) -> tuple[int, int]:
+    """Columns and rows of tiles beside the whole picture, (0, 0) if it is not cut. Where its size matters,
+    those that keep most of its pixels; of equals the ones that leave least room empty.
+    """
+    if not size_matters(cfg):
+        return (2, 2) if cfg.image.cut == "split" else (0, 0)  # split: MM1's sub-images (its section 5)
+
+    def fit(tiling: tuple[int, int]) -> tuple[int, int]:
+        box = tiling[0] * cfg.vit.image_size, tiling[1] * cfg.vit.image_size
+        kept = min(math.prod(inside(size, box)), math.prod(size))
+        return kept, kept - math.prod(box)
+
+    return max(tilings, key=fit)  # the first of equals
 
 
 def tile_count(cfg: ModelConfig, size: tuple[int, int]) -> int:
-    columns, rows = tiling_of(cfg, size)
-    return 1 + columns * rows
+    return 1 + math.prod(tiling_of(cfg, size))
 
 
-def picture_slots(cfg: ModelConfig, view: str, size: tuple[int, int]) -> np.ndarray:
-    """Which visual tokens a picture takes, in order. view: "full" or "pruned".
+def picture_slots(cfg: ModelConfig, view: str, size: tuple[int, int], first: int = 0) -> np.ndarray:
+    """The rows of VLM.bank that a picture takes, in order, if its tokens begin at row `first`. view: "full"
+    or "pruned". Token t of tile i is row first + i * V + t, where V = cfg.visual_tokens(view).
 
-    Token t of tile i has the number i * V + t, where V = cfg.visual_tokens(view). "unpad" lays the tiles'
-    tokens side by side, drops the rows or columns that saw only padding and ends each row with NEWLINE.
-    Pruned tokens form no grid and stay flat, behind an isolator for each tile, or for the first alone.
+    "unpad" lays the tiles' tokens side by side, drops the rows or columns that saw only padding and ends each
+    row with NEWLINE. Pruned tokens stay flat, behind an isolator for each tile, or for the first alone.
     """
     V, g = cfg.visual_tokens(view), cfg.grid()
     columns, rows = tiling_of(cfg, size)
     flat = np.arange((1 + columns * rows) * V)  # (tiles * V,)
     if view == "pruned" and cfg.prune.isolator_per == "image":
-        return flat[(flat < V) | (flat % V >= cfg.prune.isolator)]
+        flat = flat[(flat < V) | (flat % V >= cfg.prune.isolator)]
+    flat = flat + first
     if view == "pruned" or cfg.image.cut != "unpad":
         return flat
     grid = flat[V:].reshape(rows, columns, g, g).transpose(0, 2, 1, 3).reshape(rows * g, columns * g)
@@ -489,28 +465,12 @@ def square_tokens(cfg: ModelConfig, view: str = "full") -> int:
 
 
 def sample_slots(cfg: ModelConfig, view: str, sizes: list[tuple], first: int = 0) -> list[np.ndarray]:
-    """`picture_slots` of each picture as rows of VLM.bank, where the sample's tokens begin at row `first`."""
+    """`picture_slots` of each picture of a sample whose tokens begin at row `first` of the bank."""
     slots = []
     for size in sizes:
-        tokens = picture_slots(cfg, view, size)
-        slots.append(np.where(tokens == NEWLINE, NEWLINE, tokens + first))
+        slots.append(picture_slots(cfg, view, size, first))
         first += tile_count(cfg, size) * cfg.visual_tokens(view)
     return slots
-
-
-class Sample(NamedTuple):
-    """One document, ready to be laid out; a plain (pieces, pixels) will do where pictures are not cut."""
-
-    pieces: list[Piece]
-    pixels: np.ndarray  # (tiles, 3, size, size) uint8, of all its pictures
-    sizes: list[tuple[int, int]] | None = None  # of its pictures, see `picture_sizes`
-
-    def slots(self, cfg: ModelConfig, view: str, first: int = 0) -> list[np.ndarray]:
-        sizes = [ANY_SIZE] * len(self.pixels) if self.sizes is None else self.sizes
-        tiles = sum(tile_count(cfg, size) for size in sizes)
-        if tiles != len(self.pixels):
-            raise RuntimeError(f"{len(self.pixels)} tiles, but pictures of {sizes} make {tiles}")
-        return sample_slots(cfg, view, sizes, first)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -518,6 +478,23 @@ class Sample(NamedTuple):
 
 # Views by mode: the student's, and the teacher's of a slow sample
 VIEWS = {"full": ("full",), "pruned": ("pruned",), "slow": ("full", "pruned")}
+
+
+class Sample(NamedTuple):
+    """A document, or a part of a long one. Plain (pieces, pixels) will do where pictures are not cut."""
+
+    pieces: list[Piece]
+    pixels: (
+        np.ndarray | None
+    )  # (tiles, 3, size, size) uint8, of all its pictures; None before they are decoded
+    sizes: list[tuple[int, int]] | None = None  # of its pictures, see `picture_sizes`
+    images: list = ()  # its pictures before they are decoded, and all that follows: as a Plan measures them
+    mode: str = "full"  # or pruned or slow
+    kind: str = ""
+    name: str = ""
+    number: int = 0  # in its group of sources
+    tiles: int = 0
+    length: int = 0  # positions; of a slow sample the larger of student's and teacher's
 
 
 @dataclass
@@ -530,10 +507,6 @@ class Rows:
     supervised: Tensor  # (R,) flat positions in B*T whose next token is a target
     targets: Tensor  # (R,)
     starts: Tensor | None = None  # (documents + 1,) int32: where each begins in B*T, the end repeated
-
-    def owner(self) -> Tensor:
-        """The number of the sample that each target belongs to: (R,)"""
-        return self.doc_ids.view(-1)[self.supervised]
 
 
 @dataclass
@@ -552,37 +525,32 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         def move(value):
             if isinstance(value, Rows):
-                return Rows(*(move(getattr(value, f.name)) for f in dataclasses.fields(value)))
+                return Rows(*map(move, vars(value).values()))
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
-        return Batch(*(move(getattr(self, f.name)) for f in dataclasses.fields(self)))
+        return Batch(*map(move, vars(self).values()))
 
 
 def best_fit(
     lengths: list[int], capacity: int, images=None, most_images=10**9, most=10**9
 ) -> list[list[int]]:
     """Which samples share a row: longest first, each into the fullest row that still has room.
-
     A row takes at most `most` samples, and `most_images` images: images[i] is how many sample i has.
     """
     images = images or [0] * len(lengths)
-    rows, room, free = [], [], []
-    open_rows = []  # those with room left, the one that changed last at the end
+    rows, open_rows = [], []  # open: (room, images that it may still take, row), the last that changed last
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = [r for r in open_rows if room[r] >= lengths[i] and free[r] >= images[i]]
+        fits = [place for place in open_rows if place[0] >= lengths[i] and place[1] >= images[i]]
         if fits:
-            r = min(fits, key=lambda r: room[r])  # the first of equals
-            open_rows.remove(r)
+            place = min(fits, key=lambda place: place[0])  # the first of equals
+            open_rows.remove(place)
         else:
-            r = len(rows)
-            rows.append([])
-            room.append(capacity)
-            free.append(most_images)
-        rows[r].append(i)
-        room[r] -= lengths[i]
-        free[r] -= images[i]
-        if room[r] > 0 and len(rows[r]) < most:
-            open_rows.append(r)
+            place = (capacity, most_images, [])
+            rows.append(place[2])
+        room, free, row = place
+        row.append(i)
+        if room > lengths[i] and len(row) < most:
+            open_rows.append((room - lengths[i], free - images[i], row))
     return rows
 
 
@@ -593,100 +561,87 @@ def row_width(lengths: list[int], row_length: int, step: int = 16) -> int:
     return min(widths, key=lambda width: len(best_fit(lengths, width)) * width)
 
 
-class RowArrays:
-    """Rows while they are filled: the NumPy arrays (B, T) that become the tensors of Rows."""
-
-    def __init__(self, B: int, T: int):
-        self.ids, self.positions = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
-        self.doc_ids, self.targets = np.full((B, T), -1), np.full((B, T), -1)
-        self.bank_rows = np.full((B, T), TEXT)
-
-    def put(self, laid: Laid, b: int, start: int, doc_id: int) -> int:
-        """Write a sample into row b from `start` on; returns where it ends."""
-        end = start + len(laid.ids)
-        self.ids[b, start:end], self.bank_rows[b, start:end] = laid.ids, laid.bank_rows
-        self.targets[b, start:end] = laid.targets
-        self.doc_ids[b, start:end], self.positions[b, start:end] = doc_id, np.arange(end - start)
-        return end
-
-    def tensors(self, starts: Tensor | None = None) -> Rows:
-        slot_mask = self.bank_rows != TEXT
-        supervised = np.flatnonzero(self.targets >= 0)  # (R,)
-        arrays = (
-            self.ids, slot_mask, self.positions, self.doc_ids, self.bank_rows[slot_mask], supervised,
-            self.targets.reshape(-1)[supervised],
-        )  # fmt: skip
-        return Rows(*map(torch.from_numpy, arrays), starts)
-
-
-def make_rows(laid: list[Laid], T: int, rows: list[list[int]]) -> Rows:
-    """Place samples in rows of T; rows: the numbers of the samples that share each row."""
-    arrays, starts = RowArrays(len(rows), T), []
-    for b, row in enumerate(rows):
-        end = 0
-        for i in row:
-            starts.append(b * T + end)
-            end = arrays.put(laid[i], b, end, i)
-        if end < T:
-            starts.append(b * T + end)  # the padding is a document of its own
-    places = len(rows) * (T // 16 + 2)  # a fixed number, so that compiled code sees one shape
-    starts += [len(rows) * T] * (1 + max(0, places - len(starts)))
-    return arrays.tensors(torch.tensor(starts, dtype=torch.int32))
-
-
-def pack(laid: list[Laid], row_length: int, fixed: bool, rows: list[list[int]] | None = None) -> Rows:
-    """Samples in rows, by best fit unless told. fixed: of row_length positions, else as wide as they need."""
+def make_rows(laid: list[Laid], row_length: int, fixed=False, rows=None, prompts=False) -> Rows:
+    """Samples in rows, by best fit or as `rows` says, which lists the samples that share each row.
+    fixed: rows of row_length positions, else as wide as they need. prompts: one a row, padded on the left.
+    """
     lengths = [len(sample.ids) for sample in laid]
     T = row_length if fixed else row_width(lengths, row_length)
-    return make_rows(laid, T, rows or best_fit(lengths, T))
+    if prompts:
+        T, rows = max(lengths), [[i] for i in range(len(laid))]
+    rows = rows or best_fit(lengths, T)
+    empty = np.array([0, TEXT, -1, 0, -1])
+    table = np.tile(empty[:, None, None], (1, len(rows), T))  # (5, B, T)
+    for b, row in enumerate(rows):
+        start = T - lengths[b] if prompts else 0
+        for i in row:
+            doc_ids = np.full(lengths[i], 0 if prompts else i)
+            table[:, b, start : start + lengths[i]] = [*laid[i], np.arange(lengths[i]), doc_ids]
+            start += lengths[i]
+    ids, bank_rows, targets, positions, doc_ids = table
+    slot_mask, supervised = bank_rows != TEXT, np.flatnonzero(targets >= 0)  # (B, T), (R,)
+    left = np.pad(doc_ids, ((0, 0), (1, 0)), constant_values=-2)[:, :-1]  # (B, T), what stands on the left
+    starts = np.flatnonzero(doc_ids != left).astype(np.int32)  # (documents,), and padding is one, too
+    most = len(rows) * (T // 16 + 2)  # a fixed number, so that compiled code sees one shape
+    starts = np.pad(starts, (0, 1 + max(0, most - len(starts))), constant_values=ids.size)
+    arrays = [ids, slot_mask, positions, doc_ids, bank_rows[slot_mask], supervised]
+    return Rows(*map(torch.from_numpy, [*arrays, targets.reshape(-1)[supervised], starts]))
 
 
 def make_batch(
     samples: list[Sample], modes: list[str], cfg: ModelConfig, row_length: int, limit: int,
-    next_sample: int = 0, rows: list[list[int]] | None = None, capacity: int = 0,
+    next_sample: int = 0, rows: list[list[int]] | None = None, capacity: int = 0, prompts: bool = False,
 ) -> Batch:  # fmt: skip
     """modes: for each sample "full", "pruned" or "slow": its student on full tokens, its teacher on pruned.
 
-    The bank of visual tokens (VLM.bank) lists the full tokens of Batch.full_tiles, then the pruned tokens of
-    Batch.pruned_tiles. Samples whose pictures were cut off are in neither.
     limit: positions of a sample. rows: which samples share a row of row_length positions; None: best fit, in
     rows as wide as they need. capacity: blank pictures make up the number of tiles to it.
     """
     samples = [Sample(*sample) for sample in samples]
-    pieces, has_images = [], []
-    for sample, mode in zip(samples, modes):
-        lengths = [len(slots) for slots in sample.slots(cfg, VIEWS[mode][0])]
-        pieces.append(split(sample.pieces, lengths, limit)[0])
-        has_images.append(any(isinstance(piece, int) for piece in pieces[-1]))
-    tiles, modes = np.array([len(sample.pixels) for sample in samples]), np.array(modes)
-    in_full, in_pruned = (np.array(has_images) & (modes != other) for other in ("pruned", "full"))
-    full, pruned = tiles * in_full, tiles * in_pruned  # how many tiles of each sample are in the bank
-    first_full = (np.cumsum(full) - full) * cfg.visual_tokens("full")  # its first bank row, if it is there
-    first_pruned = (np.cumsum(pruned) - pruned) * cfg.visual_tokens("pruned")
-    first_pruned += full.sum() * cfg.visual_tokens("full")
-    student, teacher, slow = [], [], []
-    for i, (sample, mode) in enumerate(zip(samples, modes)):
-        view = VIEWS[mode][0]
-        first = first_full[i] if view == "full" else first_pruned[i]
-        student.append(lay_out(pieces[i], sample.slots(cfg, view, first)))
-        if mode == "slow" and has_images[i]:  # without images teacher and student would be the same
-            slow.append(i)
-            teacher.append(lay_out(pieces[i], sample.slots(cfg, "pruned", first_pruned[i])))
-    student_rows = pack(student, row_length, rows is not None, rows)
-    teacher_rows, distill = None, None
-    if teacher:
-        teacher_rows = pack(teacher, row_length, rows is not None)
-        distill = torch.zeros_like(teacher_rows.supervised)
+    first_tile = np.cumsum([0] + [len(sample.pixels) for sample in samples])
+    # The bank of visual tokens (VLM.bank) lists the full tokens of bank_tiles, then the pruned ones. Samples
+    # whose pictures were cut off are in neither, and as slow ones they have no teacher.
+    bank_tiles, bank_row = {"full": [], "pruned": []}, 0
+    pieces, laid = {}, {"full": {}, "pruned": {}}  # by the number of the sample
+    for view in bank_tiles:
+        for i, (sample, mode) in enumerate(zip(samples, modes)):
+            if view not in VIEWS[mode]:
+                continue
+            tiles = len(sample.pixels)
+            sizes = [ANY_SIZE] * tiles if sample.sizes is None else sample.sizes
+            slots = sample_slots(cfg, view, sizes, bank_row)
+            if sum(tile_count(cfg, size) for size in sizes) != tiles:
+                raise RuntimeError(f"{tiles} tiles, but pictures of {sizes} make another number")
+            if view == VIEWS[mode][0]:
+                pieces[i] = split(sample.pieces, [*map(len, slots)], limit)[0]
+            has_images = any(isinstance(piece, int) for piece in pieces[i])
+            if has_images or view == VIEWS[mode][0]:
+                laid[view][i] = lay_out(pieces[i], slots)
+            if has_images:
+                bank_tiles[view] += range(first_tile[i], first_tile[i + 1])
+                bank_row += tiles * cfg.visual_tokens(view)
+    fixed, teacher, distill = rows is not None, None, None
+    student = [laid[VIEWS[mode][0]][i] for i, mode in enumerate(modes)]
+    student = make_rows(student, row_length, fixed, rows, prompts)
+    slow = [i for i in laid["pruned"] if modes[i] == "slow"]
+    if slow:
+        teacher = make_rows([laid["pruned"][i] for i in slow], row_length, fixed)
+        of_student = student.doc_ids.view(-1)[student.supervised]  # (R,), the sample of each target
+        of_teacher = teacher.doc_ids.view(-1)[teacher.supervised]
+        distill = torch.zeros_like(of_teacher)
         for j, i in enumerate(slow):
-            distill[teacher_rows.owner() == j] = (student_rows.owner() == i).nonzero()[:, 0]
-    blank = np.zeros((max(0, capacity - tiles.sum()), 3, cfg.vit.image_size, cfg.vit.image_size), np.uint8)
+            distill[of_teacher == j] = (of_student == i).nonzero()[:, 0]
+    side = cfg.vit.image_size
+    blank = np.zeros((max(0, capacity - first_tile[-1]), 3, side, side), np.uint8)
     pixels = torch.from_numpy(np.concatenate([*(sample.pixels for sample in samples), blank]))
-    full_tiles = torch.from_numpy(np.flatnonzero(np.repeat(in_full, tiles)))
-    pruned_tiles = torch.from_numpy(np.flatnonzero(np.repeat(in_pruned, tiles)))
-    return Batch(
-        pixels, full_tiles, pruned_tiles, student_rows, teacher_rows,
-        distill, len(samples), next_sample, question_ids(samples, len(pixels), cfg),
-    )  # fmt: skip
+    full, pruned = (torch.tensor(tiles, dtype=torch.long) for tiles in bank_tiles.values())
+    questions = question_ids(samples, len(pixels), cfg)
+    return Batch(pixels, full, pruned, student, teacher, distill, len(samples), next_sample, questions)
+
+
+def prompt_batch(samples: list[Sample], view: str, cfg: ModelConfig) -> Batch:
+    """Prompts to continue: one a row, padded on the left so that all end together. view: full or pruned."""
+    return make_batch(samples, [view] * len(samples), cfg, 0, 10**9, prompts=True)
 
 
 def question_ids(samples: list[Sample], tiles: int, cfg: ModelConfig) -> Tensor | None:
@@ -699,33 +654,17 @@ def question_ids(samples: list[Sample], tiles: int, cfg: ModelConfig) -> Tensor 
         return None
     questions = []
     for sample in samples:
-        places = [n for n, piece in enumerate(sample.pieces) if isinstance(piece, int)]
-        behind = sample.pieces[places[-1] + 1 :] if places else []
-        questions.append([i for ids, supervised in behind if not supervised for i in ids])
-    ids = np.full((tiles, max(1, *map(len, questions))), -1)
-    first = 0
-    for sample, question in zip(samples, questions):
-        ids[first : first + len(sample.pixels), : len(question)] = question
-        first += len(sample.pixels)
+        question = []
+        for piece in sample.pieces:
+            if isinstance(piece, int):
+                question = []
+            elif not piece[1]:
+                question = question + piece[0]
+        questions += [question] * len(sample.pixels)
+    ids = np.full((tiles, max([1, *map(len, questions)])), -1)
+    for row, question in zip(ids, questions):
+        row[: len(question)] = question
     return torch.from_numpy(ids)
-
-
-def prompt_batch(samples: list[Sample], view: str, cfg: ModelConfig) -> Batch:
-    """Prompts to continue: one a row, padded on the left so that all end together. view: full or pruned."""
-    samples, laid, first = [Sample(*sample) for sample in samples], [], 0
-    for sample in samples:
-        laid.append(lay_out(sample.pieces, sample.slots(cfg, view, first)))
-        first += len(sample.pixels) * cfg.visual_tokens(view)
-    T = max(len(sample.ids) for sample in laid)
-    arrays = RowArrays(len(laid), T)
-    for b, sample in enumerate(laid):
-        arrays.put(sample, b, T - len(sample.ids), 0)
-    arrays.targets[:] = -1
-    pixels = torch.from_numpy(np.concatenate([sample.pixels for sample in samples]))
-    every, none = torch.arange(len(pixels)), torch.arange(0)
-    full_tiles, pruned_tiles = (every, none) if view == "full" else (none, every)
-    questions = question_ids(samples, len(pixels), cfg)
-    return Batch(pixels, full_tiles, pruned_tiles, arrays.tensors(), None, None, len(samples), 0, questions)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -750,19 +689,13 @@ class RowConfig:
         """Most positions of a sample."""
         return self.row_limit if self.batch_size else min(self.row_limit, self.row_length)
 
-    @property
-    def most_tiles(self) -> int:
-        """Most tiles of a row."""
-        return 10**9 if self.batch_size else self.row_images
-
     def check_room(self, cfg: ModelConfig) -> None:
         """Pictures must fit into a sample and a row, or all of them would be left out."""
         positions, tiles = max(square_tokens(cfg), square_tokens(cfg, "pruned")), tile_count(cfg, ANY_SIZE)
-        if positions >= self.sample_limit:
-            text = f"a picture takes {positions} positions, a sample may take {self.sample_limit}"
-            raise UserError(f"{text}: raise --row_limit and --row_length")
-        if tiles > self.most_tiles:
-            raise UserError(f"a picture has {tiles} tiles, a row takes {self.most_tiles}: raise --row_images")
+        text = f"a picture takes {positions} positions, a sample may take {self.sample_limit}"
+        require(positions < self.sample_limit, f"{text}: raise --row_limit and --row_length")
+        text = f"a picture has {tiles} tiles, a row takes {self.row_images}"
+        require(self.batch_size or tiles <= self.row_images, f"{text}: raise --row_images")
 
 
 class SampleOrder:
@@ -774,66 +707,28 @@ class SampleOrder:
         self.sizes, self.seed = sizes, seed
         self.share = np.cumsum(weights) / np.sum(weights)
         self.before = [np.zeros(len(sizes), np.int64)]  # how often each source came before each block
-        self.block = functools.lru_cache(maxsize=4)(self._block)
-        self.permutation = functools.lru_cache(maxsize=2 * len(sizes))(self._permutation)
+        self.permutations = {}  # source: (epoch, permutation)
 
-    def draw(self, b: int) -> np.ndarray:
-        """The sources of block b: (BLOCK,)"""
-        uniform = np.random.default_rng((self.seed, b)).random(self.BLOCK)
+    @functools.lru_cache(maxsize=64)  # noqa: B019, a few orders a process
+    def block(self, number: int) -> np.ndarray:
+        """The sources of so many draws: (BLOCK,)"""
+        uniform = np.random.default_rng((self.seed, number)).random(self.BLOCK)
         return np.searchsorted(self.share[:-1], uniform, side="right")
 
     def source(self, n: int) -> int:
-        return int(self.block(n // self.BLOCK)[0][n % self.BLOCK])
-
-    def _block(self, b: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sources of a block, and how often each of them came before."""
-        for earlier in range(len(self.before) - 1, b):
-            counts = np.bincount(self.draw(earlier), minlength=len(self.sizes))
-            self.before.append(self.before[-1] + counts)
-        source = self.draw(b)
-        turn = np.zeros(self.BLOCK, np.int64)
-        for s in range(len(self.sizes)):
-            turn[source == s] = self.before[b][s] + np.arange((source == s).sum())
-        return source, turn
-
-    def _permutation(self, source: int, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, source, epoch)).permutation(self.sizes[source])
+        return int(self.block(n // self.BLOCK)[n % self.BLOCK])
 
     def __getitem__(self, n: int) -> tuple[int, int]:
-        sources, turns = self.block(n // self.BLOCK)
-        source, turn = int(sources[n % self.BLOCK]), int(turns[n % self.BLOCK])
-        epoch, place = divmod(turn, self.sizes[source])
-        return source, int(self.permutation(source, epoch)[place])
-
-
-class Place(NamedTuple):
-    """Which record a sample is made of, and how."""
-
-    group: int  # of sources
-    number: int  # of the sample in that group
-    mode: str  # full, pruned or slow
-    source: int  # in that group
-    index: int  # of the record in that source
-
-
-class Chunk(NamedTuple):
-    """What a row holds of a sample, tokenized and measured: all of it, or a part of a long document."""
-
-    place: Place
-    number: int  # 0, or above in a document that goes on
-    kind: str
-    name: str
-    pieces: list[Piece]
-    images: list  # not decoded yet
-    sizes: list[tuple[int, int]]  # of its images, see `picture_sizes`
-    tiles: int
-    length: int  # positions; of a slow sample the larger of student's and teacher's
-
-
-class PlannedRow(NamedTuple):
-    chunks: list[Chunk]
-    cursor: list[int]  # where its group goes on: [pool, row in it]
-    skipped: list[tuple[str, str]]  # since the pool before
+        source, (number, place) = self.source(n), divmod(n, self.BLOCK)
+        for earlier in range(len(self.before) - 1, number):
+            counts = np.bincount(self.block(earlier), minlength=len(self.sizes))
+            self.before.append(self.before[-1] + counts)
+        turn = self.before[number][source] + np.count_nonzero(self.block(number)[:place] == source)
+        epoch, index = divmod(int(turn), self.sizes[source])
+        if self.permutations.get(source, (None, None))[0] != epoch:
+            rng = np.random.default_rng((self.seed, source, epoch))
+            self.permutations[source] = epoch, rng.permutation(self.sizes[source])
+        return source, int(self.permutations[source][1][index])
 
 
 @dataclass
@@ -841,12 +736,10 @@ class Planned:
     """A micro-batch of one rank before its pictures are decoded: what workers are handed."""
 
     step: int
-    rows: list[list[Chunk]]  # with batch_size: one list of samples
+    rows: list[list[Sample]]  # with batch_size: one list of samples
     skipped: list[tuple[str, str]]  # (reason, message) of records that could not be used
     cursor: list[list[int]] = dataclasses.field(default_factory=list)  # where each group goes on
-    kinds: dict[str, float] = dataclasses.field(default_factory=dict)  # share of filled positions by kind
-    fill: float = 0.0  # filled share of positions; packed: of the whole step, over all ranks
-    images: float = 0.0  # packed: used share of the step's room for images
+    shares: dict[str, float] = dataclasses.field(default_factory=dict)  # for the log: how full it is, of what
 
 
 @dataclass
@@ -854,13 +747,13 @@ class Plan(IterableDataset):
     """What each step of this rank trains on, tokenized and measured, but before any picture is decoded.
 
     Packed, pools of samples are measured, put into rows by best fit, and the rows shuffled; by_kind, a row
-    holds one kind, drawn by weight (stage 1). With batch_size a step takes so many samples. Every rank plans
-    for all ranks in a process of its own, opening pictures only where their size matters or a document can do
-    without them: elsewhere a missing file shows here, a broken one in the worker that decodes it.
+    holds one kind, drawn by weight (stage 1). Every rank plans for all ranks in a process of its own, opening
+    pictures only where their size matters or a document can do without them: elsewhere a missing file shows
+    here, a broken one in the worker that decodes it.
     """
 
     sources: list[tuple]  # (source, weight), see open_sources
-    tokenizer: "Tokenizer"
+    tokenizer: Tokenizer
     cfg: ModelConfig
     rows: RowConfig
     choose_mode: object  # sample number -> "full", "pruned" or "slow"
@@ -880,13 +773,12 @@ class Plan(IterableDataset):
             if weight > 0:
                 kind = source.kind if self.by_kind and not self.rows.batch_size else ""
                 groups[kind].append((source, weight))
-        self.groups = [*groups.values()]
-        shares = [sum(weight for _, weight in group) for group in self.groups]
-        self.group_order = SampleOrder([1] * len(shares), shares, self.rows.seed + 500_000)
-        self.orders = []
+        self.groups, self.orders, shares = [*groups.values()], [], []
         for g, group in enumerate(self.groups):
             sizes, weights = [len(source) for source, _ in group], [weight for _, weight in group]
             self.orders.append(SampleOrder(sizes, weights, self.rows.seed + 1000 * g))
+            shares.append(sum(weights))
+        self.group_order = SampleOrder([1] * len(shares), shares, self.rows.seed + 500_000)
 
     def __iter__(self):
         try:
@@ -895,149 +787,119 @@ class Plan(IterableDataset):
             yield error
 
     def unpacked(self):
-        share = self.rows.batch_size // (self.rows.micro_steps * self.world)
+        cfg = self.rows
+        share = cfg.batch_size // (cfg.micro_steps * self.world)
         for step in self.steps:
-            for micro in range(self.rows.micro_steps):
-                first = step * self.rows.batch_size + (micro * self.world + self.rank) * share
-                chunks, skipped = [], []
+            for micro in range(cfg.micro_steps):
+                first, samples, skipped = (
+                    step * cfg.batch_size + (micro * self.world + self.rank) * share,
+                    [],
+                    [],
+                )
                 for number in range(first, first + share):
-                    chunks += self.usable(self.place(0, number), skipped)
-                yield Planned(step, [chunks], skipped)
+                    samples += self.samples(0, number, skipped)
+                yield Planned(step, [samples], skipped)
 
     def packed(self):
-        cursor = [list(at) for at in self.cursor or [[0, 0]] * len(self.groups)]
-        streams = [self.rows_of(g, *at) for g, at in enumerate(cursor)]
-        share = self.rows.rows // (self.rows.micro_steps * self.world)
+        cfg = self.rows
+        cursor = [*(self.cursor or [[0, 0]] * len(self.groups))]
+        streams = [self.packed_rows(group, *at) for group, at in enumerate(cursor)]
+        share = cfg.rows // (cfg.micro_steps * self.world)
         for step in self.steps:
             rows, skipped = [], []
-            for r in range(step * self.rows.rows, (step + 1) * self.rows.rows):
+            for r in range(step * cfg.rows, (step + 1) * cfg.rows):
                 group = self.group_order.source(r)
-                row = next(streams[group])
-                cursor[group] = row.cursor
-                rows.append(row.chunks)
-                skipped += row.skipped
-            chunks = [chunk for row in rows for chunk in row]
-            kinds, filled = kind_shares(chunks)
-            fill = filled / (self.rows.rows * self.rows.row_length)
-            images = sum(chunk.tiles for chunk in chunks) / (self.rows.rows * self.rows.row_images)
-            for micro in range(self.rows.micro_steps):
+                row, cursor[group], reports = next(streams[group])
+                rows.append(row)
+                skipped += reports
+            for micro in range(cfg.micro_steps):
                 first = (micro * self.world + self.rank) * share
                 reported = skipped if self.rank == 0 and micro == 0 else []  # every rank plans for all
-                goes_on = [list(at) for at in cursor]
-                yield Planned(step, rows[first : first + share], reported, goes_on, kinds, fill, images)
+                yield Planned(step, rows[first : first + share], reported, [*cursor])
 
-    def rows_of(self, group: int, pool: int, first: int):
-        """Endless rows of a group, from row `first` of a pool on."""
+    def packed_rows(self, group: int, pool: int, first: int):
+        """Endless rows of a group, from row `first` of a pool on: samples, the cursor behind them, and with
+        the first row of a pool what was skipped for it.
+        """
+        length = self.rows.row_length
         while True:
-            chunks, skipped = [], []
+            samples, skipped = [], []
             for number in range(pool * self.POOL, (pool + 1) * self.POOL):
-                chunks += self.usable(self.place(group, number), skipped)
-            lengths, tiles = [chunk.length for chunk in chunks], [chunk.tiles for chunk in chunks]
-            length = self.rows.row_length
+                samples += self.samples(group, number, skipped)
+            lengths, tiles = [sample.length for sample in samples], [sample.tiles for sample in samples]
             rows = best_fit(lengths, length, tiles, self.rows.row_images, length // 16)
             random.Random(f"{self.rows.seed}-{group}-{pool}").shuffle(rows)
             for n in range(first, len(rows)):
                 cursor = [pool, n + 1] if n + 1 < len(rows) else [pool + 1, 0]
-                yield PlannedRow([chunks[i] for i in rows[n]], cursor, skipped if n == 0 else [])
+                yield [samples[i] for i in rows[n]], cursor, [] if n else skipped
             pool, first = pool + 1, 0
 
-    def place(self, group: int, number: int) -> Place:
-        mode = self.choose_mode(number * len(self.groups) + group)
-        return Place(group, number, mode, *self.orders[group][number])
-
-    def usable(self, place: Place, skipped: list[tuple[str, str]]) -> list[Chunk]:
-        """The chunks of a place or, if its record is broken or has nothing to learn, those of another record
-        of its source: a pure function of seed and place. Adds (reason, message) to `skipped`.
+    def samples(self, group: int, number: int, skipped: list[tuple[str, str]]) -> list[Sample]:
+        """A sample, several of a long document or, if its record is broken or has nothing to learn, those of
+        another record of its source: a pure function of seed and number. Adds (reason, message) to `skipped`.
         """
-        source, before = self.groups[place.group][place.source][0], len(skipped)
+        source_number, index = self.orders[group][number]
+        source, before = self.groups[group][source_number][0], len(skipped)
+        mode = self.choose_mode(number * len(self.groups) + group)
         for attempt in range(PROBE):
-            rng = random.Random(f"{self.rows.seed}-{place.group}-{place.source}-{place.index}-{attempt}")
-            candidate = place._replace(index=rng.randrange(len(source))) if attempt else place
+            rng = random.Random(f"{self.rows.seed}-{group}-{source_number}-{index}-{attempt}")
+            candidate = rng.randrange(len(source)) if attempt else index
             try:
-                record, chunks = self.read(candidate)
-                if chunks:
+                record, samples = self.read(source, candidate, mode, number)
+                if samples:
                     skipped += [record.dropped] if record.dropped else []
-                    return chunks
+                    return samples
                 text = f"{record.name}: no answer is left within {self.rows.sample_limit} positions"
                 skipped.append(("no answer within the limit", text))
             except BadRecord as error:
                 skipped.append((error.why, str(error)))
-        raise UserError(
-            f"{PROBE} records of {source.name} one after the other cannot be used, the first: "
-            f"{skipped[before][1]}; python tools/check.py lists all; answers may need a larger --row_length "
-            "and --row_limit"
-        )
+        text = f"{PROBE} records of {source.name} one after the other cannot be used, the first: "
+        text += f"{skipped[before][1]}; python tools/check.py lists all; answers may need a larger "
+        raise UserError(f"{text}--row_length and --row_limit")
 
-    def read(self, place: Place) -> tuple[Record, list[Chunk]]:
-        """A record, and what rows hold of it: chunks that fit a row and have something to learn.
-
-        Documents go on in a next chunk (MM1 cuts at the sixteenth image), questions and captions are cut.
+    def read(self, source, index: int, mode: str, number: int = 0) -> tuple[Record, list[Sample]]:
+        """A record, and what rows hold of it: samples that fit a row and have something to learn. Documents
+        go on in a next sample (MM1 cuts at the sixteenth image), questions and captions are cut.
         """
-        cfg, source = self.cfg, self.groups[place.group][place.source][0]
-        record = without_broken_pictures(source[place.index])
+        cfg, record, samples = self.cfg, without_broken_pictures(source[index]), []
         for image in record.images:
             require_picture(image, record.name)
-        sizes = picture_sizes(record.images, cfg, record.name)
-        lengths = [room_of(cfg, place.mode, size) for size in sizes]
-        tiles = [tile_count(cfg, size) for size in sizes]
+        sizes, lengths, tiles = picture_sizes(record.images, cfg, record.name), [], []
+        for size in sizes:  # room for student's or teacher's tokens, whichever are more
+            lengths.append(max(len(picture_slots(cfg, view, size)) for view in VIEWS[mode]))
+            tiles.append(tile_count(cfg, size))
         goes_on = record.kind in ("interleaved", "text") and not self.rows.batch_size
-        limit, most_tiles = self.rows.sample_limit, self.rows.most_tiles
+        limit, most_tiles = self.rows.sample_limit, 10**9 if self.rows.batch_size else self.rows.row_images
         cuts = split(pieces_of(record, self.tokenizer), lengths, limit, tiles, most_tiles, goes_on)
-        chunks = []
-        for number, pieces in enumerate(cuts if goes_on else cuts[:1]):
-            if not count_targets(pieces):
+        for pieces in cuts if goes_on else cuts[:1]:
+            learned = [supervised for ids, supervised in texts_of(pieces) for _ in ids]
+            if isinstance(pieces[0], int):
+                learned = [False, *learned]
+            if not any(learned[1:]):  # the first token has nothing before it to be predicted from
                 continue
             used = [piece for piece in pieces if isinstance(piece, int)]
-            chunk = Chunk(
-                place, number, record.kind, record.name,
-                pieces=[used.index(piece) if isinstance(piece, int) else piece for piece in pieces],
-                images=[record.images[i] for i in used],
-                sizes=[sizes[i] for i in used],
-                tiles=sum(tiles[i] for i in used),
-                length=sum(lengths[i] for i in used) + sum(len(ids) for ids, _ in texts_of(pieces)),
-            )  # fmt: skip
-            chunks.append(chunk)
-        return record, chunks
-
-
-def room_of(cfg: ModelConfig, mode: str, size: tuple[int, int]) -> int:
-    """Positions that are planned for a picture: student's or teacher's, whichever takes more."""
-    return max(len(picture_slots(cfg, view, size)) for view in VIEWS[mode])
-
-
-def texts_of(pieces: list[Piece]) -> list[tuple[list[int], bool]]:
-    return [piece for piece in pieces if not isinstance(piece, int)]
-
-
-def count_targets(pieces: list[Piece]) -> int:
-    """Supervised tokens; a chunk's first token has nothing before it to be predicted from."""
-    count = sum(len(ids) for ids, supervised in texts_of(pieces) if supervised)
-    begins_supervised = not isinstance(pieces[0], int) and pieces[0][1]
-    return count - 1 if begins_supervised else count
-
-
-def kind_shares(chunks: list[Chunk]) -> tuple[dict[str, float], int]:
-    """The share of positions by kind of record, and all filled positions."""
-    filled = Counter()
-    for chunk in chunks:
-        filled[chunk.kind] += chunk.length
-    return {kind: n / filled.total() for kind, n in filled.items()}, filled.total()
+            pieces = [used.index(piece) if isinstance(piece, int) else piece for piece in pieces]
+            images, room = [record.images[i] for i in used], sum(lengths[i] for i in used)
+            length = room + sum(len(ids) for ids, _ in texts_of(pieces))
+            facts = mode, record.kind, record.name, number, sum(tiles[i] for i in used), length
+            samples.append(Sample(pieces, None, [sizes[i] for i in used], images, *facts))
+        return record, samples
 
 
 def without_broken_pictures(record: Record) -> Record:
     """An interleaved document without its missing and broken pictures, of which the web has many."""
-    errors, kept = [], []
-    for n, image in enumerate(record.images if record.kind == "interleaved" else ()):
+    if record.kind != "interleaved":
+        return record
+    kept, dropped = [], None
+    for n, image in enumerate(record.images):
         try:
             picture_size(image, record.name)
             kept.append(n)
         except BadRecord as error:
-            errors.append((f"{error.why}, its document kept", str(error)))
-    if not errors:
-        return record
+            dropped = dropped or (f"{error.why}, its document kept", str(error))
     parts = [part for part in record.parts if isinstance(part, str) or part in kept]
     parts = [part if isinstance(part, str) else kept.index(part) for part in parts]
-    return replace(record, parts=parts, images=[record.images[n] for n in kept], dropped=errors[0])
+    return replace(record, parts=parts, images=[record.images[n] for n in kept], dropped=dropped)
 
 
 @dataclass
@@ -1049,33 +911,31 @@ class Stream(Dataset):
     def __getitem__(self, planned: Planned | UserError) -> Batch | UserError:
         if isinstance(planned, UserError):
             return planned
-        plan, cfg = self.plan, self.plan.rows
-        chunks, skipped, packing = [chunk for row in planned.rows for chunk in row], [*planned.skipped], {}
+        plan, cfg, skipped = self.plan, self.plan.rows, [*planned.skipped]
+        samples, modes, rows, filled, tiles = [], [], [], Counter(), 0
+        for row in planned.rows:
+            rows.append([*range(len(samples), len(samples) + len(row))])
+            for sample in row:
+                modes.append(sample.mode)
+                filled[f"share {sample.kind}"] += sample.length
+                tiles += sample.tiles
+                try:
+                    pixels = load_images(sample.images, plan.cfg, sample.name)
+                    samples.append(sample._replace(pixels=pixels))
+                except BadRecord as error:  # its room stays empty: text of which nothing is learned
+                    skipped.append((error.why, str(error)))
+                    blank = [([plan.tokenizer.end] * sample.length, False)]
+                    samples.append(load_sample(blank, [], plan.cfg))
+        next_sample, packing = (planned.step + 1) * (cfg.batch_size or cfg.rows), {}
+        shares = {name: length / filled.total() for name, length in filled.items()}
         if not cfg.batch_size:
-            edges = np.cumsum([0] + [len(row) for row in planned.rows])
-            packing["rows"] = [[*range(a, b)] for a, b in zip(edges, edges[1:])]
-            packing["capacity"] = len(planned.rows) * cfg.row_images if plan.pad_images else 0
-        samples = [self.decode(chunk, skipped) for chunk in chunks]
-        batch = make_batch(
-            samples, [chunk.place.mode for chunk in chunks], plan.cfg, cfg.row_length, cfg.sample_limit,
-            (planned.step + 1) * (cfg.batch_size or cfg.rows), **packing,
-        )  # fmt: skip
-        batch.plan = replace(planned, rows=[], skipped=skipped)
-        if cfg.batch_size:  # of this rank's micro-batch: its width is known only now
-            batch.plan.kinds, filled = kind_shares(chunks)
-            batch.plan.fill = filled / batch.student.ids.numel()
+            packing = {"rows": rows, "capacity": len(rows) * cfg.row_images if plan.pad_images else 0}
+            shares["image_fill"] = tiles / (len(rows) * cfg.row_images)
+        limit = cfg.sample_limit
+        batch = make_batch(samples, modes, plan.cfg, cfg.row_length, limit, next_sample, **packing)
+        shares["fill"] = filled.total() / batch.student.ids.numel()
+        batch.plan = replace(planned, rows=[], skipped=skipped, shares=shares)
         return batch
-
-    def decode(self, chunk: Chunk, skipped: list[tuple[str, str]]) -> Sample:
-        """A picture that turns out to be broken, or that vanished since the plan was made, leaves the room of
-        its sample empty: text of which nothing is learned.
-        """
-        try:
-            return Sample(chunk.pieces, load_images(chunk.images, self.plan.cfg, chunk.name), chunk.sizes)
-        except BadRecord as error:
-            skipped.append((error.why, str(error)))
-        blank = [([self.plan.tokenizer.end] * chunk.length, False)]
-        return load_sample(blank, [], self.plan.cfg)
 
 
 # ---------------------------------------------------------------------------------------------------------

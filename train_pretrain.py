@@ -595,8 +595,7 @@ class Run:
         self.progress.set_postfix(**bar, samples_s=f"{rate:.0f}", tok_img=visual_tokens, wait=f"{wait:.0%}")
         rows = Counter()  # how full they were, and each kind's share of the positions
         for plan in self.plans:
-            rows.update({"fill": plan.fill / n, "image_fill": plan.images / n})
-            rows.update({f"share {kind}": share / n for kind, share in plan.kinds.items()})
+            rows.update({name: share / n for name, share in plan.shares.items()})
         if self.skipped:
             rows["skipped"] = self.skipped.total()
         speed = {"samples_per_s": rate, "seconds": seconds, "wait": wait, "visual_tokens": visual_tokens}

@@ -79,13 +79,9 @@ class Chunks(Dataset):
         return np.array(counts, np.int64).reshape(-1, len(Counts._fields)), skipped
 
 
-def place_of(i: int) -> data.Place:
-    return data.Place(0, 0, "full", 0, i)
-
-
 def examine(plan: data.Plan, i: int, skipped: list[tuple[str, str]]) -> Counts:
     """Counts of record i; raises BadRecord if it cannot be used."""
-    record, chunks = plan.read(place_of(i))
+    record, chunks = plan.read(plan.sources[0][0], i, "full")
     for image in record.images:
         if not isinstance(image, data.Scene):
             data.read_image(image, record.name, decode_small)
@@ -208,7 +204,7 @@ def show_samples(plan: data.Plan, records: int, samples: int) -> None:
         if shown == samples:
             return
         try:
-            record, chunks = plan.read(place_of(i))
+            record, chunks = plan.read(plan.sources[0][0], i, "full")
         except BadRecord:
             continue
         if chunks:

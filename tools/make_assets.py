@@ -283,9 +283,7 @@ def text_batch(first: int, n: int, tokenizer: data.Tokenizer, split: str = "trai
         if i % 4 == 0:  # plain language modelling: descriptions and questions, too
             pieces = [(ids, True) for ids, _ in pieces]
         told.append(data.lay_out(data.split(pieces, [], 256)[0], []))
-    lengths = [len(laid.ids) for laid in told]
-    width = data.row_width(lengths, 256)
-    return data.make_rows(told, width, data.best_fit(lengths, width))
+    return data.make_rows(told, 256)
 
 
 def make_lm(minutes: float, seed: int = 0) -> None:
@@ -338,7 +336,7 @@ def score_text(lm: model.Decoder, tokenizer: data.Tokenizer, n: int) -> str:
             told = data.say(scene, None, kind == "ref") + "\n"
             pieces = data.chat_pieces([("user", [told, question]), ("assistant", [answer])], tokenizer)
             laid = data.lay_out(pieces, [])
-            rows = data.make_rows([laid], data.row_width([len(laid.ids)], 64), [[0]])
+            rows = data.make_rows([laid], 64)
             _, logits = text_step(lm, rows)
             asked[kind] += 1
             right[kind] += bool((logits.argmax(-1) == rows.targets).all())

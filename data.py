@@ -267,7 +267,6 @@ class Record:
     parts: list
     images: list  # Scenes, or of type Picture
     name: str = ""  # where it came from, for error messages
-    dropped: tuple[str, str] | None = None  # (reason, message) if it goes without some of its pictures
 
 
 def pieces_of(record: Record, tokenizer: Tokenizer) -> list[Piece]:
@@ -314,15 +313,8 @@ def prompt_pieces(question: str, images: int, tokenizer: Tokenizer, history: lis
 # Templates of a base model (MM1 6.1, those of BLIP): "{image} A photo of {caption}", and one for questions.
 # No space stands between picture and text but the one that Scenes' tokenizer puts in front of every text.
 PHOTO, QUESTION = "A photo of", "Question: {} Short answer:"
-
-
-class Example(NamedTuple):
-    """A picture with a question and its answer or, where the question is "", with a caption."""
-
-    image: object
-    question: str
-    answer: str
-    name: str = ""  # where it came from
+# A picture with a question and its answer or, where the question is "", with a caption; where it came from
+Example = namedtuple("Example", "image question answer name", defaults=[""])
 
 
 def document_parts(examples: list[Example]) -> list:
@@ -335,24 +327,17 @@ def document_parts(examples: list[Example]) -> list:
 
 
 def shot_pieces(demos: list[Example], question: str, tokenizer: Tokenizer) -> list[Piece]:
-    """A few-shot prompt: an interleaved document that breaks off before the answer about one more picture.
-    Without demonstrations it is truly 0-shot (Flamingo's 0-shot has two, without their pictures).
-    """
+    """A few-shot prompt: an interleaved document that breaks off before the answer about one more picture."""
     parts = document_parts([*demos, Example(None, question, "")])
     parts[-1] = parts[-1].removesuffix(" \n")
     pieces = pieces_of(Record("interleaved", parts, []), tokenizer)
     return [piece if isinstance(piece, int) else (piece[0], False) for piece in pieces[:-1]]
 
 
-def split(
-    pieces: list[Piece], lengths: list[int], limit: int, tiles: list[int] | None = None,
-    most_tiles: int = 10**9, together: bool = False,
-) -> list[list[Piece]]:  # fmt: skip
-    """Cut pieces into chunks of at most `limit` positions and `most_tiles` tiles; pictures are never cut.
-
-    lengths, tiles: positions and number of tiles of each picture. A picture that fits into no chunk is left
-    out. Callers that truncate keep only the first chunk. together: a picture starts a new chunk with the text
-    behind it, if that chunk has room for both.
+def split(pieces: list[Piece], lengths, limit: int, tiles=None, most_tiles=10**9, together=False) -> list:
+    """Cut pieces into chunks of at most `limit` positions and `most_tiles` tiles. Pictures, whose positions and
+    tiles are given, are never cut; one that fits into no chunk is left out. together: a picture starts a new
+    chunk with the text behind it, if that has room for both.
     """
     chunks, room, free = [[]], limit, most_tiles
     for piece, behind in zip(pieces, [*pieces[1:], 0]):
@@ -372,10 +357,6 @@ def split(
             chunks[-1].append((ids[:room], supervised))
             ids, room = ids[room:], max(0, room - len(ids))
     return [chunk for chunk in chunks if chunk]
-
-
-def texts_of(pieces: list[Piece]) -> list[tuple[list[int], bool]]:
-    return [piece for piece in pieces if not isinstance(piece, int)]
 
 
 NEWLINE, TEXT = -1, -2  # bank rows: the last one, which ends a row of tiles' tokens; none, no slot is there
@@ -403,6 +384,7 @@ def lay_out(pieces: list[Piece], slots: list[np.ndarray]) -> Laid:
 # Sizes are (width, height) in pixels, tilings (columns, rows).
 
 TILINGS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # LLaVA-NeXT's, in its order
+CUT_BY_SIZE = ("anyres", "unpad")  # for these the size of a picture tells how many tokens it takes
 
 
 def inside(size: tuple[int, int], box: tuple[int, int], ceil: bool = False) -> tuple[int, int]:
@@ -413,16 +395,11 @@ def inside(size: tuple[int, int], box: tuple[int, int], ceil: bool = False) -> t
     return (w * H + (h - 1 if ceil else 0)) // h, H
 
 
-def size_matters(cfg: ModelConfig) -> bool:
-    """Whether pictures of different sizes take different numbers of tokens."""
-    return cfg.image.cut in ("anyres", "unpad")
-
-
 def tiling_of(cfg: ModelConfig, size: tuple[int, int], tilings=TILINGS) -> tuple[int, int]:
     """Columns and rows of tiles beside the whole picture, (0, 0) if it is not cut. Where its size matters,
     those that keep most of its pixels; of equals the ones that leave least room empty.
     """
-    if not size_matters(cfg):
+    if cfg.image.cut not in CUT_BY_SIZE:
         return (2, 2) if cfg.image.cut == "split" else (0, 0)  # split: MM1's sub-images (its section 5)
 
     def fit(tiling: tuple[int, int]) -> tuple[int, int]:
@@ -438,11 +415,9 @@ def tile_count(cfg: ModelConfig, size: tuple[int, int]) -> int:
 
 
 def picture_slots(cfg: ModelConfig, view: str, size: tuple[int, int], first: int = 0) -> np.ndarray:
-    """The rows of VLM.bank that a picture takes, in order, if its tokens begin at row `first`. view: "full"
-    or "pruned". Token t of tile i is row first + i * V + t, where V = cfg.visual_tokens(view).
-
-    "unpad" lays the tiles' tokens side by side, drops the rows or columns that saw only padding and ends each
-    row with NEWLINE. Pruned tokens stay flat, behind an isolator for each tile, or for the first alone.
+    """The rows of VLM.bank that a picture takes, in order: token t of tile i is first + i * V + t, where V =
+    cfg.visual_tokens(view). "unpad" lays the tiles' tokens side by side, drops the rows or columns that saw
+    only padding and ends each row with NEWLINE. Pruned tokens stay flat, behind one isolator or one a tile.
     """
     V, g = cfg.visual_tokens(view), cfg.grid()
     columns, rows = tiling_of(cfg, size)
@@ -484,12 +459,10 @@ class Sample(NamedTuple):
     """A document, or a part of a long one. Plain (pieces, pixels) will do where pictures are not cut."""
 
     pieces: list[Piece]
-    pixels: (
-        np.ndarray | None
-    )  # (tiles, 3, size, size) uint8, of all its pictures; None before they are decoded
+    pixels: np.ndarray | None  # (tiles, 3, size, size) uint8, None before they are decoded
     sizes: list[tuple[int, int]] | None = None  # of its pictures, see `picture_sizes`
-    images: list = ()  # its pictures before they are decoded, and all that follows: as a Plan measures them
-    mode: str = "full"  # or pruned or slow
+    images: list = ()  # its pictures, not decoded. From here on only a Plan fills in, and needs, the fields
+    mode: str = ""  # full, pruned or slow
     kind: str = ""
     name: str = ""
     number: int = 0  # in its group of sources
@@ -531,11 +504,9 @@ class Batch:
         return Batch(*map(move, vars(self).values()))
 
 
-def best_fit(
-    lengths: list[int], capacity: int, images=None, most_images=10**9, most=10**9
-) -> list[list[int]]:
-    """Which samples share a row: longest first, each into the fullest row that still has room.
-    A row takes at most `most` samples, and `most_images` images: images[i] is how many sample i has.
+def best_fit(lengths: list[int], capacity: int, images=None, most_images=10**9, most=10**9) -> list:
+    """Which samples share a row: longest first, each into the fullest row that still has room. A row takes at
+    most `most` samples, and `most_images` of their images.
     """
     images = images or [0] * len(lengths)
     rows, open_rows = [], []  # open: (room, images that it may still take, row), the last that changed last
@@ -593,7 +564,6 @@ def make_batch(
     next_sample: int = 0, rows: list[list[int]] | None = None, capacity: int = 0, prompts: bool = False,
 ) -> Batch:  # fmt: skip
     """modes: for each sample "full", "pruned" or "slow": its student on full tokens, its teacher on pruned.
-
     limit: positions of a sample. rows: which samples share a row of row_length positions; None: best fit, in
     rows as wide as they need. capacity: blank pictures make up the number of tiles to it.
     """
@@ -645,10 +615,8 @@ def prompt_batch(samples: list[Sample], view: str, cfg: ModelConfig) -> Batch:
 
 
 def question_ids(samples: list[Sample], tiles: int, cfg: ModelConfig) -> Tensor | None:
-    """Ids (I, M) of the question about each tile, -1 behind, for pruners that read it; None for the others.
-
-    A question is the text behind its sample's last picture that is not supervised: all questions of a
-    dialogue, with the template's words; of few-shot prompts the last question alone.
+    """For pruners that read it the question about each tile: ids (I, M), -1 behind. It is the text behind its
+    sample's last picture that is not supervised: all questions of a dialogue, of few-shot prompts the last.
     """
     if "text" not in prune.PRUNERS[cfg.prune.name].needs:
         return None
@@ -746,10 +714,9 @@ class Planned:
 class Plan(IterableDataset):
     """What each step of this rank trains on, tokenized and measured, but before any picture is decoded.
 
-    Packed, pools of samples are measured, put into rows by best fit, and the rows shuffled; by_kind, a row
-    holds one kind, drawn by weight (stage 1). Every rank plans for all ranks in a process of its own, opening
-    pictures only where their size matters or a document can do without them: elsewhere a missing file shows
-    here, a broken one in the worker that decodes it.
+    Packed, pools of samples are put into rows by best fit, and the rows shuffled; by_kind, a row holds one
+    kind, drawn by weight (stage 1). Every rank plans for all, in a process of its own, which opens pictures
+    only where their size matters or a document can do without them; others may prove broken when decoded.
     """
 
     sources: list[tuple]  # (source, weight), see open_sources
@@ -791,13 +758,8 @@ class Plan(IterableDataset):
         share = cfg.batch_size // (cfg.micro_steps * self.world)
         for step in self.steps:
             for micro in range(cfg.micro_steps):
-                first, samples, skipped = (
-                    step * cfg.batch_size + (micro * self.world + self.rank) * share,
-                    [],
-                    [],
-                )
-                for number in range(first, first + share):
-                    samples += self.samples(0, number, skipped)
+                first = step * cfg.batch_size + (micro * self.world + self.rank) * share
+                samples, skipped = self.draw(0, first, share)
                 yield Planned(step, [samples], skipped)
 
     def packed(self):
@@ -818,14 +780,10 @@ class Plan(IterableDataset):
                 yield Planned(step, rows[first : first + share], reported, [*cursor])
 
     def packed_rows(self, group: int, pool: int, first: int):
-        """Endless rows of a group, from row `first` of a pool on: samples, the cursor behind them, and with
-        the first row of a pool what was skipped for it.
-        """
+        """Endless rows from row `first` of a pool on: samples, cursor behind them, what the pool skipped."""
         length = self.rows.row_length
         while True:
-            samples, skipped = [], []
-            for number in range(pool * self.POOL, (pool + 1) * self.POOL):
-                samples += self.samples(group, number, skipped)
+            samples, skipped = self.draw(group, pool * self.POOL, self.POOL)
             lengths, tiles = [sample.length for sample in samples], [sample.tiles for sample in samples]
             rows = best_fit(lengths, length, tiles, self.rows.row_images, length // 16)
             random.Random(f"{self.rows.seed}-{group}-{pool}").shuffle(rows)
@@ -834,72 +792,69 @@ class Plan(IterableDataset):
                 yield [samples[i] for i in rows[n]], cursor, [] if n else skipped
             pool, first = pool + 1, 0
 
-    def samples(self, group: int, number: int, skipped: list[tuple[str, str]]) -> list[Sample]:
-        """A sample, several of a long document or, if its record is broken or has nothing to learn, those of
-        another record of its source: a pure function of seed and number. Adds (reason, message) to `skipped`.
+    def draw(self, group: int, first: int, count: int) -> tuple[list[Sample], list[tuple[str, str]]]:
+        """So many samples of a group, and (reason, message) of what was skipped: a record that is broken or has
+        nothing to learn. Another of its source, a pure function of seed and number, takes its place.
         """
-        source_number, index = self.orders[group][number]
-        source, before = self.groups[group][source_number][0], len(skipped)
-        mode = self.choose_mode(number * len(self.groups) + group)
-        for attempt in range(PROBE):
-            rng = random.Random(f"{self.rows.seed}-{group}-{source_number}-{index}-{attempt}")
-            candidate = rng.randrange(len(source)) if attempt else index
-            try:
-                record, samples = self.read(source, candidate, mode, number)
-                if samples:
-                    skipped += [record.dropped] if record.dropped else []
-                    return samples
-                text = f"{record.name}: no answer is left within {self.rows.sample_limit} positions"
-                skipped.append(("no answer within the limit", text))
-            except BadRecord as error:
-                skipped.append((error.why, str(error)))
-        text = f"{PROBE} records of {source.name} one after the other cannot be used, the first: "
-        text += f"{skipped[before][1]}; python tools/check.py lists all; answers may need a larger "
-        raise UserError(f"{text}--row_length and --row_limit")
+        samples, skipped = [], []
+        for number in range(first, first + count):
+            s, index = self.orders[group][number]
+            source, mode = self.groups[group][s][0], self.choose_mode(number * len(self.groups) + group)
+            for attempt in range(PROBE):
+                rng = random.Random(f"{self.rows.seed}-{group}-{s}-{index}-{attempt}")
+                candidate = rng.randrange(len(source)) if attempt else index
+                try:
+                    samples += self.read(source, candidate, mode, number, skipped)
+                    break
+                except BadRecord as error:
+                    skipped.append((error.why, str(error)))
+            else:
+                text = f"{PROBE} records of {source.name} one after the other cannot be used, the last: "
+                text += f"{skipped[-1][1]}; python tools/check.py lists all"
+                raise UserError(f"{text}; answers may need a larger --row_length and --row_limit")
+        return samples, skipped
 
-    def read(self, source, index: int, mode: str, number: int = 0) -> tuple[Record, list[Sample]]:
-        """A record, and what rows hold of it: samples that fit a row and have something to learn. Documents
-        go on in a next sample (MM1 cuts at the sixteenth image), questions and captions are cut.
+    def read(self, source, index: int, mode: str, number: int, skipped: list) -> list[Sample]:
+        """What rows hold of a record: samples that fit and have something to learn. Documents go on in a next
+        sample (MM1 cuts at the sixteenth image), and go without broken pictures, of which the web has many.
         """
-        cfg, record, samples = self.cfg, without_broken_pictures(source[index]), []
-        for image in record.images:
-            require_picture(image, record.name)
-        sizes, lengths, tiles = picture_sizes(record.images, cfg, record.name), [], []
-        for size in sizes:  # room for student's or teacher's tokens, whichever are more
-            lengths.append(max(len(picture_slots(cfg, view, size)) for view in VIEWS[mode]))
-            tiles.append(tile_count(cfg, size))
+        cfg, record, samples, dropped = self.cfg, source[index], [], []
+        document = record.kind == "interleaved"
+        sizes, lengths, tiles = {}, {}, {}  # of the pictures
+        for n, image in enumerate(record.images):
+            try:
+                require_picture(image, record.name)
+                opened = document or cfg.image.cut in CUT_BY_SIZE
+                sizes[n] = picture_size(image, record.name) if opened else ANY_SIZE
+            except BadRecord as error:
+                if not document:
+                    raise
+                dropped.append((f"{error.why}, its document kept", str(error)))
+                continue
+            # room for student's or teacher's tokens, whichever are more
+            lengths[n] = max(len(picture_slots(cfg, view, sizes[n])) for view in VIEWS[mode])
+            tiles[n] = tile_count(cfg, sizes[n])
+        pieces = pieces_of(record, self.tokenizer)
+        pieces = [piece for piece in pieces if not isinstance(piece, int) or piece in sizes]
         goes_on = record.kind in ("interleaved", "text") and not self.rows.batch_size
         limit, most_tiles = self.rows.sample_limit, 10**9 if self.rows.batch_size else self.rows.row_images
-        cuts = split(pieces_of(record, self.tokenizer), lengths, limit, tiles, most_tiles, goes_on)
+        cuts = split(pieces, lengths, limit, tiles, most_tiles, goes_on)
         for pieces in cuts if goes_on else cuts[:1]:
-            learned = [supervised for ids, supervised in texts_of(pieces) for _ in ids]
-            if isinstance(pieces[0], int):
-                learned = [False, *learned]
-            if not any(learned[1:]):  # the first token has nothing before it to be predicted from
-                continue
-            used = [piece for piece in pieces if isinstance(piece, int)]
-            pieces = [used.index(piece) if isinstance(piece, int) else piece for piece in pieces]
-            images, room = [record.images[i] for i in used], sum(lengths[i] for i in used)
-            length = room + sum(len(ids) for ids, _ in texts_of(pieces))
-            facts = mode, record.kind, record.name, number, sum(tiles[i] for i in used), length
-            samples.append(Sample(pieces, None, [sizes[i] for i in used], images, *facts))
-        return record, samples
-
-
-def without_broken_pictures(record: Record) -> Record:
-    """An interleaved document without its missing and broken pictures, of which the web has many."""
-    if record.kind != "interleaved":
-        return record
-    kept, dropped = [], None
-    for n, image in enumerate(record.images):
-        try:
-            picture_size(image, record.name)
-            kept.append(n)
-        except BadRecord as error:
-            dropped = dropped or (f"{error.why}, its document kept", str(error))
-    parts = [part for part in record.parts if isinstance(part, str) or part in kept]
-    parts = [part if isinstance(part, str) else kept.index(part) for part in parts]
-    return replace(record, parts=parts, images=[record.images[n] for n in kept], dropped=dropped)
+            learned = []  # of each position
+            for piece in pieces:
+                image = isinstance(piece, int)
+                learned += [False] * lengths[piece] if image else [piece[1]] * len(piece[0])
+            if any(learned[1:]):  # the first token has nothing before it to be predicted from
+                used = [piece for piece in pieces if isinstance(piece, int)]
+                pieces = [used.index(piece) if isinstance(piece, int) else piece for piece in pieces]
+                images, n_tiles = [record.images[n] for n in used], sum(tiles[n] for n in used)
+                facts = mode, record.kind, record.name, number, n_tiles, len(learned)
+                samples.append(Sample(pieces, None, [sizes[n] for n in used], images, *facts))
+        if not samples:
+            text = f"{record.name}: no answer is left within {limit} positions"
+            raise BadRecord(text, "no answer within the limit")
+        skipped += dropped[:1]
+        return samples
 
 
 @dataclass
@@ -912,13 +867,12 @@ class Stream(Dataset):
         if isinstance(planned, UserError):
             return planned
         plan, cfg, skipped = self.plan, self.plan.rows, [*planned.skipped]
-        samples, modes, rows, filled, tiles = [], [], [], Counter(), 0
+        samples, modes, rows, filled = [], [], [], Counter()
         for row in planned.rows:
             rows.append([*range(len(samples), len(samples) + len(row))])
             for sample in row:
                 modes.append(sample.mode)
                 filled[f"share {sample.kind}"] += sample.length
-                tiles += sample.tiles
                 try:
                     pixels = load_images(sample.images, plan.cfg, sample.name)
                     samples.append(sample._replace(pixels=pixels))
@@ -927,10 +881,10 @@ class Stream(Dataset):
                     blank = [([plan.tokenizer.end] * sample.length, False)]
                     samples.append(load_sample(blank, [], plan.cfg))
         next_sample, packing = (planned.step + 1) * (cfg.batch_size or cfg.rows), {}
-        shares = {name: length / filled.total() for name, length in filled.items()}
+        shares, room = {name: n / filled.total() for name, n in filled.items()}, len(rows) * cfg.row_images
         if not cfg.batch_size:
-            packing = {"rows": rows, "capacity": len(rows) * cfg.row_images if plan.pad_images else 0}
-            shares["image_fill"] = tiles / (len(rows) * cfg.row_images)
+            packing = {"rows": rows, "capacity": room if plan.pad_images else 0}
+            shares["image_fill"] = sum(len(sample.pixels) for sample in samples) / room
         limit = cfg.sample_limit
         batch = make_batch(samples, modes, plan.cfg, cfg.row_length, limit, next_sample, **packing)
         shares["fill"] = filled.total() / batch.student.ids.numel()
@@ -1048,7 +1002,7 @@ def picture_size(image, name: str = "") -> tuple[int, int]:
 
 def picture_sizes(images: list, cfg: ModelConfig, name: str = "") -> list[tuple[int, int]]:
     """Sizes of a sample's pictures; ANY_SIZE, without opening a file, where all pictures are cut alike."""
-    return [picture_size(image, name) if size_matters(cfg) else ANY_SIZE for image in images]
+    return [picture_size(image, name) if cfg.image.cut in CUT_BY_SIZE else ANY_SIZE for image in images]
 
 
 def to_pixels(image: Image.Image, size: int, resample: int = Image.Resampling.BICUBIC) -> np.ndarray:

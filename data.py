@@ -16,7 +16,6 @@ tools/convert.py makes tars of other forms; tools/check.py tells what a run woul
 
 import base64
 import contextlib
-import dataclasses
 import difflib
 import errno
 import functools
@@ -335,9 +334,9 @@ def shot_pieces(demos: list[Example], question: str, tokenizer: Tokenizer) -> li
 
 
 def split(pieces: list[Piece], lengths, limit: int, tiles=None, most_tiles=10**9, together=False) -> list:
-    """Cut pieces into chunks of at most `limit` positions and `most_tiles` tiles. Pictures, whose positions and
-    tiles are given, are never cut; one that fits into no chunk is left out. together: a picture starts a new
-    chunk with the text behind it, if that has room for both.
+    """Cut pieces into chunks of at most `limit` positions and `most_tiles` tiles. Pictures, whose positions
+    (lengths) and tiles are given, are never cut, and left out if they fit into no chunk. together: a picture
+    starts a new chunk with the text behind it, if that has room for both.
     """
     chunks, room, free = [[]], limit, most_tiles
     for piece, behind in zip(pieces, [*pieces[1:], 0]):
@@ -381,13 +380,13 @@ def lay_out(pieces: list[Piece], slots: list[np.ndarray]) -> Laid:
 
 # ---------------------------------------------------------------------------------------------------------
 # Tiles (ImageConfig.cut): the whole picture as a square, then pieces of it, all of the encoder's size.
-# Sizes are (width, height) in pixels, tilings (columns, rows).
 
+Size = tuple[int, int]  # (width, height) in pixels; of tilings (columns, rows)
 TILINGS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # LLaVA-NeXT's, in its order
 CUT_BY_SIZE = ("anyres", "unpad")  # for these the size of a picture tells how many tokens it takes
 
 
-def inside(size: tuple[int, int], box: tuple[int, int], ceil: bool = False) -> tuple[int, int]:
+def inside(size: Size, box: Size, ceil: bool = False) -> Size:
     """The largest size of the same aspect in a box, rounded down, or up as LLaVA-NeXT resizes."""
     (w, h), (W, H) = size, box
     if W * h < H * w:  # it fills the width
@@ -395,14 +394,14 @@ def inside(size: tuple[int, int], box: tuple[int, int], ceil: bool = False) -> t
     return (w * H + (h - 1 if ceil else 0)) // h, H
 
 
-def tiling_of(cfg: ModelConfig, size: tuple[int, int], tilings=TILINGS) -> tuple[int, int]:
+def tiling_of(cfg: ModelConfig, size: Size, tilings=TILINGS) -> Size:
     """Columns and rows of tiles beside the whole picture, (0, 0) if it is not cut. Where its size matters,
     those that keep most of its pixels; of equals the ones that leave least room empty.
     """
     if cfg.image.cut not in CUT_BY_SIZE:
         return (2, 2) if cfg.image.cut == "split" else (0, 0)  # split: MM1's sub-images (its section 5)
 
-    def fit(tiling: tuple[int, int]) -> tuple[int, int]:
+    def fit(tiling: Size) -> tuple:
         box = tiling[0] * cfg.vit.image_size, tiling[1] * cfg.vit.image_size
         kept = min(math.prod(inside(size, box)), math.prod(size))
         return kept, kept - math.prod(box)
@@ -410,11 +409,11 @@ def tiling_of(cfg: ModelConfig, size: tuple[int, int], tilings=TILINGS) -> tuple
     return max(tilings, key=fit)  # the first of equals
 
 
-def tile_count(cfg: ModelConfig, size: tuple[int, int]) -> int:
+def tile_count(cfg: ModelConfig, size: Size) -> int:
     return 1 + math.prod(tiling_of(cfg, size))
 
 
-def picture_slots(cfg: ModelConfig, view: str, size: tuple[int, int], first: int = 0) -> np.ndarray:
+def picture_slots(cfg: ModelConfig, view: str, size: Size, first: int = 0) -> np.ndarray:
     """The rows of VLM.bank that a picture takes, in order: token t of tile i is first + i * V + t, where V =
     cfg.visual_tokens(view). "unpad" lays the tiles' tokens side by side, drops the rows or columns that saw
     only padding and ends each row with NEWLINE. Pruned tokens stay flat, behind one isolator or one a tile.
@@ -439,7 +438,7 @@ def square_tokens(cfg: ModelConfig, view: str = "full") -> int:
     return len(picture_slots(cfg, view, (2 * cfg.vit.image_size,) * 2))
 
 
-def sample_slots(cfg: ModelConfig, view: str, sizes: list[tuple], first: int = 0) -> list[np.ndarray]:
+def sample_slots(cfg: ModelConfig, view: str, sizes: list[Size], first: int = 0) -> list[np.ndarray]:
     """`picture_slots` of each picture of a sample whose tokens begin at row `first` of the bank."""
     slots = []
     for size in sizes:
@@ -460,7 +459,7 @@ class Sample(NamedTuple):
 
     pieces: list[Piece]
     pixels: np.ndarray | None  # (tiles, 3, size, size) uint8, None before they are decoded
-    sizes: list[tuple[int, int]] | None = None  # of its pictures, see `picture_sizes`
+    sizes: list[Size] | None = None  # of its pictures, see `picture_sizes`
     images: list = ()  # its pictures, not decoded. From here on only a Plan fills in, and needs, the fields
     mode: str = ""  # full, pruned or slow
     kind: str = ""
@@ -561,7 +560,7 @@ def make_rows(laid: list[Laid], row_length: int, fixed=False, rows=None, prompts
 
 def make_batch(
     samples: list[Sample], modes: list[str], cfg: ModelConfig, row_length: int, limit: int,
-    next_sample: int = 0, rows: list[list[int]] | None = None, capacity: int = 0, prompts: bool = False,
+    next_sample: int = 0, rows=None, capacity: int = 0, prompts: bool = False,
 ) -> Batch:  # fmt: skip
     """modes: for each sample "full", "pruned" or "slow": its student on full tokens, its teacher on pruned.
     limit: positions of a sample. rows: which samples share a row of row_length positions; None: best fit, in
@@ -601,8 +600,7 @@ def make_batch(
         distill = torch.zeros_like(of_teacher)
         for j, i in enumerate(slow):
             distill[of_teacher == j] = (of_student == i).nonzero()[:, 0]
-    side = cfg.vit.image_size
-    blank = np.zeros((max(0, capacity - first_tile[-1]), 3, side, side), np.uint8)
+    blank = np.zeros((max(0, capacity - first_tile[-1]), *samples[0].pixels.shape[1:]), np.uint8)
     pixels = torch.from_numpy(np.concatenate([*(sample.pixels for sample in samples), blank]))
     full, pruned = (torch.tensor(tiles, dtype=torch.long) for tiles in bank_tiles.values())
     questions = question_ids(samples, len(pixels), cfg)
@@ -654,7 +652,6 @@ class RowConfig:
 
     @property
     def sample_limit(self) -> int:
-        """Most positions of a sample."""
         return self.row_limit if self.batch_size else min(self.row_limit, self.row_length)
 
     def check_room(self, cfg: ModelConfig) -> None:
@@ -705,9 +702,9 @@ class Planned:
 
     step: int
     rows: list[list[Sample]]  # with batch_size: one list of samples
-    skipped: list[tuple[str, str]]  # (reason, message) of records that could not be used
-    cursor: list[list[int]] = dataclasses.field(default_factory=list)  # where each group goes on
-    shares: dict[str, float] = dataclasses.field(default_factory=dict)  # for the log: how full it is, of what
+    skipped: list[tuple]  # (reason, message) of records that could not be used
+    cursor: list  # where each group goes on: [pool, row]
+    shares: dict[str, float] | None = None  # for the log: how full it is, and of what
 
 
 @dataclass
@@ -729,7 +726,7 @@ class Plan(IterableDataset):
     world: int = 1
     by_kind: bool = False
     pad_images: bool = False  # blank pictures up to the capacity of the micro-batch
-    cursor: list[list[int]] | None = None  # where to go on
+    cursor: list | None = None  # where to go on
 
     POOL = 512  # samples that are packed together
 
@@ -749,35 +746,30 @@ class Plan(IterableDataset):
 
     def __iter__(self):
         try:
-            yield from self.unpacked() if self.rows.batch_size else self.packed()
+            yield from self.micro_batches()
         except UserError as error:  # yielded instead of raised: DataLoader would wrap it in a traceback
             yield error
 
-    def unpacked(self):
-        cfg = self.rows
-        share = cfg.batch_size // (cfg.micro_steps * self.world)
-        for step in self.steps:
-            for micro in range(cfg.micro_steps):
-                first = step * cfg.batch_size + (micro * self.world + self.rank) * share
-                samples, skipped = self.draw(0, first, share)
-                yield Planned(step, [samples], skipped)
-
-    def packed(self):
+    def micro_batches(self):
         cfg = self.rows
         cursor = [*(self.cursor or [[0, 0]] * len(self.groups))]
         streams = [self.packed_rows(group, *at) for group, at in enumerate(cursor)]
-        share = cfg.rows // (cfg.micro_steps * self.world)
+        share = (cfg.batch_size or cfg.rows) // (cfg.micro_steps * self.world)
         for step in self.steps:
             rows, skipped = [], []
-            for r in range(step * cfg.rows, (step + 1) * cfg.rows):
-                group = self.group_order.source(r)
+            while len(rows) < cfg.rows and not cfg.batch_size:
+                group = self.group_order.source(step * cfg.rows + len(rows))
                 row, cursor[group], reports = next(streams[group])
                 rows.append(row)
                 skipped += reports
             for micro in range(cfg.micro_steps):
                 first = (micro * self.world + self.rank) * share
-                reported = skipped if self.rank == 0 and micro == 0 else []  # every rank plans for all
-                yield Planned(step, rows[first : first + share], reported, [*cursor])
+                if cfg.batch_size:
+                    samples, skipped = self.draw(0, step * cfg.batch_size + first, share)
+                    yield Planned(step, [samples], skipped, [])
+                else:  # every rank plans for all, the first one reports
+                    reported = skipped if self.rank == 0 and micro == 0 else []
+                    yield Planned(step, rows[first : first + share], reported, [*cursor])
 
     def packed_rows(self, group: int, pool: int, first: int):
         """Endless rows from row `first` of a pool on: samples, cursor behind them, what the pool skipped."""
@@ -792,9 +784,9 @@ class Plan(IterableDataset):
                 yield [samples[i] for i in rows[n]], cursor, [] if n else skipped
             pool, first = pool + 1, 0
 
-    def draw(self, group: int, first: int, count: int) -> tuple[list[Sample], list[tuple[str, str]]]:
-        """So many samples of a group, and (reason, message) of what was skipped: a record that is broken or has
-        nothing to learn. Another of its source, a pure function of seed and number, takes its place.
+    def draw(self, group: int, first: int, count: int) -> tuple[list[Sample], list[tuple]]:
+        """So many samples of a group, and (reason, message) of what was skipped: records that are broken or
+        teach nothing. Others of their source, a pure function of seed and number, take their places.
         """
         samples, skipped = [], []
         for number in range(first, first + count):
@@ -863,7 +855,7 @@ class Stream(Dataset):
 
     plan: Plan
 
-    def __getitem__(self, planned: Planned | UserError) -> Batch | UserError:
+    def __getitem__(self, planned):
         if isinstance(planned, UserError):
             return planned
         plan, cfg, skipped = self.plan, self.plan.rows, [*planned.skipped]

@@ -501,7 +501,7 @@ def validation_loss(
         unseen = data.Scenes(source.kind, "test") if isinstance(source, data.Scenes) else source
         plan = data.Plan([(unseen, 1.0)], tokenizer, vlm.cfg, rows, lambda number: view, range(4))
         stream, total, count = data.Stream(plan), 0.0, 0
-        for planned in plan.unpacked():
+        for planned in plan.micro_batches():
             batch = stream[planned].to(run.device)
             with run.autocast():
                 logits, _, _ = vlm(batch)

@@ -663,37 +663,25 @@ class RowConfig:
         require(self.batch_size or tiles <= self.row_images, f"{text}: raise --row_images")
 
 
-class SampleOrder:
-    """n -> (source, index): a source drawn by weight, its records in a new permutation each epoch."""
-
-    BLOCK = 4096  # draws at a time
-
-    def __init__(self, sizes: list[int], weights: list[float], seed: int):
-        self.sizes, self.seed = sizes, seed
-        self.share = np.cumsum(weights) / np.sum(weights)
-        self.before = [np.zeros(len(sizes), np.int64)]  # how often each source came before each block
-        self.permutations = {}  # source: (epoch, permutation)
-
-    @functools.lru_cache(maxsize=64)  # noqa: B019, a few orders a process
-    def block(self, number: int) -> np.ndarray:
-        """The sources of so many draws: (BLOCK,)"""
-        uniform = np.random.default_rng((self.seed, number)).random(self.BLOCK)
-        return np.searchsorted(self.share[:-1], uniform, side="right")
-
-    def source(self, n: int) -> int:
-        return int(self.block(n // self.BLOCK)[n % self.BLOCK])
-
-    def __getitem__(self, n: int) -> tuple[int, int]:
-        source, (number, place) = self.source(n), divmod(n, self.BLOCK)
-        for earlier in range(len(self.before) - 1, number):
-            counts = np.bincount(self.block(earlier), minlength=len(self.sizes))
-            self.before.append(self.before[-1] + counts)
-        turn = self.before[number][source] + np.count_nonzero(self.block(number)[:place] == source)
-        epoch, index = divmod(int(turn), self.sizes[source])
-        if self.permutations.get(source, (None, None))[0] != epoch:
-            rng = np.random.default_rng((self.seed, source, epoch))
-            self.permutations[source] = epoch, rng.permutation(self.sizes[source])
-        return source, int(self.permutations[source][1][index])
+def sample_order(sizes: list[int], weights: list[float], seed: int, first: int = 0, block: int = 4096):
+    """Endless (source, index) from sample number `first` on: a source drawn by weight, its records in a new
+    permutation each epoch. Sources are drawn in blocks, so that earlier ones need only be counted.
+    """
+    shares = np.cumsum(weights) / np.sum(weights)
+    turns, permutations = np.zeros(len(sizes), np.int64), {}
+    for number in itertools.count():
+        uniform = np.random.default_rng((seed, number)).random(block)
+        sources = np.searchsorted(shares[:-1], uniform, side="right")
+        earlier = max(0, first - number * block)
+        turns += np.bincount(sources[:earlier], minlength=len(sizes))
+        for source in sources[earlier:].tolist():
+            epoch, place = divmod(int(turns[source]), sizes[source])
+            turns[source] += 1
+            if (source, epoch) not in permutations:
+                permutations.pop((source, epoch - 1), None)
+                rng = np.random.default_rng((seed, source, epoch))
+                permutations[source, epoch] = rng.permutation(sizes[source])
+            yield source, int(permutations[source, epoch][place])
 
 
 @dataclass
@@ -737,12 +725,13 @@ class Plan(IterableDataset):
             if weight > 0:
                 kind = source.kind if self.by_kind and not self.rows.batch_size else ""
                 groups[kind].append((source, weight))
-        self.groups, self.orders, shares = [*groups.values()], [], []
-        for g, group in enumerate(self.groups):
-            sizes, weights = [len(source) for source, _ in group], [weight for _, weight in group]
-            self.orders.append(SampleOrder(sizes, weights, self.rows.seed + 1000 * g))
-            shares.append(sum(weights))
-        self.group_order = SampleOrder([1] * len(shares), shares, self.rows.seed + 500_000)
+        self.groups = [*groups.values()]
+
+    def order(self, group: int, first: int):
+        """(number, (source, index)) of a group's samples from number `first` on."""
+        sources, weights = zip(*self.groups[group])
+        sizes = [len(source) for source in sources]
+        return enumerate(sample_order(sizes, weights, self.rows.seed + 1000 * group, first), first)
 
     def __iter__(self):
         try:
@@ -751,31 +740,34 @@ class Plan(IterableDataset):
             yield error
 
     def micro_batches(self):
-        cfg = self.rows
-        cursor = [*(self.cursor or [[0, 0]] * len(self.groups))]
+        cfg, shares = self.rows, [sum(weight for _, weight in group) for group in self.groups]
+        first, cursor = self.steps.start, [*(self.cursor or [[0, 0]] * len(self.groups))]
         streams = [self.packed_rows(group, *at) for group, at in enumerate(cursor)]
+        groups = sample_order([1] * len(shares), shares, cfg.seed + 500_000, first * cfg.rows)  # of rows
+        order = self.order(0, first * cfg.batch_size)
         share = (cfg.batch_size or cfg.rows) // (cfg.micro_steps * self.world)
         for step in self.steps:
             rows, skipped = [], []
             while len(rows) < cfg.rows and not cfg.batch_size:
-                group = self.group_order.source(step * cfg.rows + len(rows))
+                group, _ = next(groups)
                 row, cursor[group], reports = next(streams[group])
                 rows.append(row)
                 skipped += reports
             for micro in range(cfg.micro_steps):
-                first = (micro * self.world + self.rank) * share
                 if cfg.batch_size:
-                    samples, skipped = self.draw(0, step * cfg.batch_size + first, share)
+                    samples = [*itertools.islice(order, share * self.world)]  # of all ranks
+                    samples, skipped = self.draw(0, samples[self.rank * share : (self.rank + 1) * share])
                     yield Planned(step, [samples], skipped, [])
                 else:  # every rank plans for all, the first one reports
+                    start = (micro * self.world + self.rank) * share
                     reported = skipped if self.rank == 0 and micro == 0 else []
-                    yield Planned(step, rows[first : first + share], reported, [*cursor])
+                    yield Planned(step, rows[start : start + share], reported, [*cursor])
 
     def packed_rows(self, group: int, pool: int, first: int):
         """Endless rows from row `first` of a pool on: samples, cursor behind them, what the pool skipped."""
-        length = self.rows.row_length
+        length, order = self.rows.row_length, self.order(group, pool * self.POOL)
         while True:
-            samples, skipped = self.draw(group, pool * self.POOL, self.POOL)
+            samples, skipped = self.draw(group, itertools.islice(order, self.POOL))
             lengths, tiles = [sample.length for sample in samples], [sample.tiles for sample in samples]
             rows = best_fit(lengths, length, tiles, self.rows.row_images, length // 16)
             random.Random(f"{self.rows.seed}-{group}-{pool}").shuffle(rows)
@@ -784,13 +776,12 @@ class Plan(IterableDataset):
                 yield [samples[i] for i in rows[n]], cursor, [] if n else skipped
             pool, first = pool + 1, 0
 
-    def draw(self, group: int, first: int, count: int) -> tuple[list[Sample], list[tuple]]:
-        """So many samples of a group, and (reason, message) of what was skipped: records that are broken or
+    def draw(self, group: int, order) -> tuple[list[Sample], list[tuple]]:
+        """The next samples of a group, and (reason, message) of what was skipped: records that are broken or
         teach nothing. Others of their source, a pure function of seed and number, take their places.
         """
         samples, skipped = [], []
-        for number in range(first, first + count):
-            s, index = self.orders[group][number]
+        for number, (s, index) in order:
             source, mode = self.groups[group][s][0], self.choose_mode(number * len(self.groups) + group)
             for attempt in range(PROBE):
                 rng = random.Random(f"{self.rows.seed}-{group}-{s}-{index}-{attempt}")

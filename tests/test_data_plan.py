@@ -1,6 +1,7 @@
 """Packed rows: full, static, without leaks, the same for every number of workers and ranks, and resumable."""
 
 import hashlib
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -30,12 +31,15 @@ def samples_in(plan: data.Plan) -> list[data.Sample]:
     return [sample for planned in plan for row in planned.rows for sample in row]
 
 
-def read(plan: data.Plan, group: int, number: int) -> list[data.Sample]:
-    source, index = plan.orders[group][number]
-    try:
-        return plan.read(plan.groups[group][source][0], index, "full", number, [])
-    except data.BadRecord:
-        return []
+def read(plan: data.Plan, group: int, n: int) -> list[list[data.Sample]]:
+    """What the plan makes of each of the first n records of a group."""
+    results = []
+    for number, (source, index) in itertools.islice(plan.order(group, 0), n):
+        try:
+            results.append(plan.read(plan.groups[group][source][0], index, "full", number, []))
+        except data.BadRecord:
+            results.append([])
+    return results
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -190,8 +194,8 @@ def test_kinds_are_drawn_by_weight_and_always_in_the_same_order():
     """MM1's 45 / 45 / 10 over 100,000 rows, within three standard deviations."""
 
     def drawn(seed: int) -> bytes:
-        order = data.SampleOrder([1, 1, 1], [0.45, 0.45, 0.1], seed)
-        return bytes(order.source(n) for n in range(100_000))
+        order = data.sample_order([1000] * 3, [0.45, 0.45, 0.1], seed)
+        return bytes(next(order)[0] for _ in range(100_000))
 
     kinds = drawn(0)
     for kind, share in enumerate((0.45, 0.45, 0.1)):
@@ -205,9 +209,8 @@ def test_long_documents_go_on_in_the_next_part_and_lose_nothing():
         return [i for piece in pieces if not isinstance(piece, int) for i in piece[0]]
 
     plan = mm1_plan(row_length=64, row_images=2)
-    for number in range(30):
-        chunks = read(plan, 1, number)  # interleaved
-        record = plan.groups[1][0][0][plan.orders[1][number][1]]
+    for (_, (_, index)), chunks in zip(plan.order(1, 0), read(plan, 1, 30)):
+        record = plan.groups[1][0][0][index]  # interleaved
         pieces = data.pieces_of(record, TOKENIZER)
         assert record.kind == "interleaved"
         assert text(pieces) == [i for chunk in chunks for i in text(chunk.pieces)]
@@ -216,7 +219,7 @@ def test_long_documents_go_on_in_the_next_part_and_lose_nothing():
             numbers = [piece for piece in chunk.pieces if isinstance(piece, int)]
             assert numbers == [*range(len(chunk.images))] and chunk.tiles == len(chunk.sizes) == len(numbers)
             assert len(data.lay_out(chunk.pieces, [np.arange(8)] * 9).ids) == chunk.length <= 64
-    counts = [{len(read(plan, group, n)) for n in range(30)} for group in (0, 1)]
+    counts = [{*map(len, read(plan, group, 30))} for group in (0, 1)]
     assert counts[0] == {1} and max(counts[1]) > 1  # a caption is cut, a document goes on
 
 
@@ -276,7 +279,7 @@ def test_records_are_read_and_tokenized_once(monkeypatch):
     """By the plan; the worker only decodes pictures."""
     plan, texts = mm1_plan(range(3), kinds=[("interleaved", 1.0)], row_length=64), []
     encode = TOKENIZER.encode
-    assert any(len(read(plan, 0, n)) > 1 for n in range(30))  # long documents do not count twice
+    assert max(map(len, read(plan, 0, 30))) > 1  # long documents do not count twice
     monkeypatch.setattr(TOKENIZER, "encode", lambda text: texts.append(text) or encode(text))
     plans, before = [*plan], len(texts)
     assert before
@@ -413,10 +416,12 @@ def test_starts_are_where_the_mask_changes():
 def test_a_sample_without_room_for_its_answer_is_left_out_and_counted():
     plan = mm1_plan(range(1), kinds=[("chat", 1.0)], row_length=15, rows=2)
     planned = next(iter(plan))
-    assert 0 < sum(not read(plan, 0, n) for n in range(plan.POOL)) <= len(planned.skipped)
+    assert 0 < read(plan, 0, plan.POOL).count([]) <= len(planned.skipped)
     assert {why for why, _ in planned.skipped} == {"no answer within the limit"}
     assert "no answer is left within 15 positions" in planned.skipped[0][1]
-    assert all(plan.draw(0, n, 1)[0] for n in range(plan.POOL))  # another record takes the place
+    assert all(
+        plan.draw(0, [item])[0] for item in itertools.islice(plan.order(0, 0), plan.POOL)
+    )  # others take their place
     with pytest.raises(model.UserError, match="raise --row_limit"):
         mm1_plan(row_length=8)
 
@@ -467,7 +472,7 @@ def test_every_text_that_goes_on_has_something_to_learn():
 
     sources = [(Texts([129, 257, 300, 40], False), 1.0)]
     plan = small_plan(sources, range(1), tokenizer=Words(), rows=2, row_length=128)
-    assert sorted(len(read(plan, 0, n)) for n in range(4)) == [1, 1, 2, 3]
+    assert sorted(map(len, read(plan, 0, 4))) == [1, 1, 2, 3]
 
 
 def test_resume_refuses_what_changes_lengths(tmp_path, small_halves):

@@ -16,7 +16,6 @@ tools/convert.py makes tars of other forms; tools/check.py tells what a run woul
 
 import base64
 import contextlib
-import dataclasses
 import errno
 import functools
 import glob
@@ -30,7 +29,7 @@ import random
 import re
 import tarfile
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -244,113 +243,83 @@ class Record:
     parts: list
     images: list  # Scenes, or of type Picture
     name: str = ""  # where it came from, for error messages
-    dropped: tuple[str, str] | None = None  # (reason, message) if it goes without some of its pictures
 
 
-def pieces_of(record: Record, tokenizer: "Tokenizer") -> list[Piece]:
+def pieces_of(record: Record, tokenizer: Tokenizer) -> list[Piece]:
     if record.kind == "chat":
         return chat_pieces(record.parts, tokenizer)
-    contents = content_pieces(record.parts, True, tokenizer)
+    contents = [part if isinstance(part, int) else (tokenizer.encode(part), True) for part in record.parts]
     return [(tokenizer.start, False), *contents, ([tokenizer.end], True)]
 
 
-def content_pieces(content: list, supervised: bool, tokenizer: "Tokenizer") -> list[Piece]:
-    return [item if isinstance(item, int) else (tokenizer.encode(item), supervised) for item in content]
-
-
-def chat_pieces(turns: list[tuple], tokenizer: "Tokenizer", to_answer: bool = False) -> list[Piece]:
-    """Turns to pieces; the end token of an answer is supervised with it, so that the model learns to stop.
-
-    to_answer: stop where the last turn, an assistant's, begins to speak.
+def chat_pieces(turns: list[tuple], tokenizer: Tokenizer) -> list[Piece]:
+    """Turns to pieces. The end token of an answer is supervised with it, so that the model learns to stop. An
+    answer without content ends a prompt: there the model begins to speak.
     """
     if tokenizer.system and turns[0][0] != "system":
         turns = [("system", [tokenizer.system]), *turns]
     pieces, last_end, last_tail = [(tokenizer.start, False)], "", ""
     for role, content in turns:
         before, end, tail = tokenizer.template[role]
-        answer = role == "assistant"
-        if tokenizer.strips:
-            content = strip_edges(content)
+        content, answer = [*content], role == "assistant"
+        if tokenizer.strips and content:  # white space at the ends of a turn; that around images inside stays
+            for edge, strip in ((0, str.lstrip), (-1, str.rstrip)):
+                if isinstance(content[edge], str):
+                    content[edge] = strip(content[edge])
         before_image = bool(content) and isinstance(content[0], int)
         pieces.append((tokenizer.control(last_tail + before, last_end, before_image), False))
-        pieces += content_pieces(content, answer, tokenizer)
+        pieces += [item if isinstance(item, int) else (tokenizer.encode(item), answer) for item in content]
+        if answer and not content:
+            return pieces
         pieces.append((tokenizer.control(end), answer))
         last_end, last_tail = end, tail
-    return pieces[:-1] if to_answer else [*pieces, (tokenizer.control(last_tail, last_end), False)]
+    return [*pieces, (tokenizer.control(last_tail, last_end), False)]
 
 
-def strip_edges(content: list) -> list:
-    """A turn without white space at its two ends; white space next to an image inside it stays."""
-    content = list(content)
-    if content and isinstance(content[0], str):
-        content[0] = content[0].lstrip()
-    if content and isinstance(content[-1], str):
-        content[-1] = content[-1].rstrip()
-    return content
-
-
-def prompt_pieces(question: str, images: int, tokenizer: "Tokenizer", history: list = ()) -> list[Piece]:
+def prompt_pieces(question: str, images: int, tokenizer: Tokenizer, history: list = ()) -> list[Piece]:
     """Everything up to where the assistant starts to answer. history: earlier (question, answer) pairs."""
     turns = []
     for earlier, answer in history:
         turns += [("user", [earlier]), ("assistant", [answer])]
     turns += [("user", [question]), ("assistant", [])]
     turns[0] = ("user", [*range(images), *turns[0][1]])
-    return chat_pieces(turns, tokenizer, to_answer=True)
+    return chat_pieces(turns, tokenizer)
 
 
 # Templates of a base model (MM1 6.1, those of BLIP): "{image} A photo of {caption}", and one for questions.
 # No space stands between picture and text but the one that Scenes' tokenizer puts in front of every text.
 PHOTO, QUESTION = "A photo of", "Question: {} Short answer:"
-
-
-class Example(NamedTuple):
-    """A picture with a question and its answer or, where the question is "", with a caption."""
-
-    image: object
-    question: str
-    answer: str
-    name: str = ""  # where it came from
-
-
-def stem(question: str) -> str:
-    """The template's text between a picture and its answer; that of captions if there is no question."""
-    return QUESTION.format(question) if question else PHOTO
+# A picture with a question and its answer or, where the question is "", with a caption; where it came from
+Example = namedtuple("Example", "image question answer name", defaults=[""])
 
 
 def document_parts(examples: list[Example]) -> list:
-    """Parts of an interleaved document: each picture, its text and a newline."""
+    """Parts of an interleaved document: each picture, its text in the template and a newline."""
     parts = []
     for n, example in enumerate(examples):
-        parts += [n, f"{stem(example.question)} {example.answer}\n"]
+        stem = QUESTION.format(example.question) if example.question else PHOTO
+        parts += [n, f"{stem} {example.answer}\n"]
     return parts
 
 
-def shot_pieces(demos: list[Example], question: str, tokenizer: "Tokenizer") -> list[Piece]:
-    """A few-shot prompt: an interleaved document that breaks off before the answer about one more picture.
+def shot_pieces(demos: list[Example], question: str, tokenizer: Tokenizer) -> list[Piece]:
+    """A few-shot prompt: an interleaved document that breaks off before the answer about one more picture."""
+    parts = document_parts([*demos, Example(None, question, "")])
+    parts[-1] = parts[-1].removesuffix(" \n")
+    pieces = pieces_of(Record("interleaved", parts, []), tokenizer)
+    return [piece if isinstance(piece, int) else (piece[0], False) for piece in pieces[:-1]]
 
-    Without demonstrations it is truly 0-shot (Flamingo's 0-shot has two, without their pictures).
-    """
-    parts = [*document_parts(demos), len(demos), stem(question)]
-    return [(tokenizer.start, False), *content_pieces(parts, False, tokenizer)]
 
-
-def split(
-    pieces: list[Piece], lengths: list[int], limit: int, tiles: list[int] | None = None,
-    most_tiles: int = 10**9, together: bool = False,
-) -> list[list[Piece]]:  # fmt: skip
-    """Cut pieces into chunks of at most `limit` positions and `most_tiles` tiles; pictures are never cut.
-
-    lengths, tiles: positions and number of tiles of each picture. A picture that fits into no chunk is left
-    out. Callers that truncate keep only the first chunk. together: a picture starts a new chunk with the text
-    behind it, if that chunk has room for both.
+def split(pieces: list[Piece], lengths, limit: int, tiles=None, most_tiles=10**9, together=False) -> list:
+    """Cut pieces into chunks of at most `limit` positions and `most_tiles` tiles. Pictures, whose positions
+    (lengths) and tiles are given, are never cut, and left out if they fit into no chunk. together: a picture
+    starts a new chunk with the text behind it, if that has room for both.
     """
     chunks, room, free = [[]], limit, most_tiles
-    for n, piece in enumerate(pieces):
+    for piece, behind in zip(pieces, [*pieces[1:], 0]):
         if isinstance(piece, int):
             length, count = lengths[piece], tiles[piece] if tiles else 1
-            text = pieces[n + 1] if together and n + 1 < len(pieces) else 0
-            both = length + (0 if isinstance(text, int) else len(text[0]))
+            both = length if isinstance(behind, int) or not together else length + len(behind[0])
             if length > room or count > free or room < both <= limit:
                 chunks, room, free = [*chunks, []], limit, most_tiles
             if length <= room and count <= free:
@@ -366,30 +335,20 @@ def split(
     return [chunk for chunk in chunks if chunk]
 
 
-class Laid(NamedTuple):
-    """One sample as flat arrays of length T."""
-
-    ids: np.ndarray  # 0 at slots
-    bank_rows: np.ndarray  # at slots the row of VLM.bank whose visual token goes there, elsewhere TEXT
-    targets: np.ndarray  # id of the next token where that is supervised, else -1
-
-
-NEWLINE, TEXT = -1, -2  # in bank_rows: the bank's last row, which ends a row of tiles' tokens; no slot
+NEWLINE, TEXT = -1, -2  # bank rows: the last one, which ends a row of tiles' tokens; none, no slot is there
+Laid = namedtuple("Laid", "ids bank_rows targets")
 
 
 def lay_out(pieces: list[Piece], slots: list[np.ndarray]) -> Laid:
-    """Pieces to positions. slots: the bank rows of each image, see `sample_slots`."""
+    """A sample as arrays (T,): ids, 0 at slots; the row of VLM.bank whose visual token goes there, or TEXT;
+    the id of the next token where that is supervised, else -1. slots: the bank rows of each image.
+    """
     ids, bank_rows, supervised = [], [], []
     for piece in pieces:
-        if isinstance(piece, int):
-            length = len(slots[piece])
-            ids += [0] * length
-            bank_rows += slots[piece].tolist()
-            supervised += [False] * length
-        else:
-            ids += piece[0]
-            bank_rows += [TEXT] * len(piece[0])
-            supervised += [piece[1]] * len(piece[0])
+        text, learned = ([0] * len(slots[piece]), False) if isinstance(piece, int) else piece
+        ids += text
+        bank_rows += slots[piece].tolist() if isinstance(piece, int) else [TEXT] * len(text)
+        supervised += [learned] * len(text)
     ids = np.array(ids, dtype=np.int64)
     targets = np.full(len(ids), -1)
     targets[:-1] = np.where(supervised[1:], ids[1:], -1)
@@ -398,12 +357,13 @@ def lay_out(pieces: list[Piece], slots: list[np.ndarray]) -> Laid:
 
 # ---------------------------------------------------------------------------------------------------------
 # Tiles (ImageConfig.cut): the whole picture as a square, then pieces of it, all of the encoder's size.
-# Sizes are (width, height) in pixels, tilings (columns, rows).
 
+Size = tuple[int, int]  # (width, height) in pixels; of tilings (columns, rows)
 TILINGS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # LLaVA-NeXT's, in its order
+CUT_BY_SIZE = ("anyres", "unpad")  # for these the size of a picture tells how many tokens it takes
 
 
-def inside(size: tuple[int, int], box: tuple[int, int], ceil: bool = False) -> tuple[int, int]:
+def inside(size: Size, box: Size, ceil: bool = False) -> Size:
     """The largest size of the same aspect in a box, rounded down, or up as LLaVA-NeXT resizes."""
     (w, h), (W, H) = size, box
     if W * h < H * w:  # it fills the width
@@ -411,46 +371,36 @@ def inside(size: tuple[int, int], box: tuple[int, int], ceil: bool = False) -> t
     return (w * H + (h - 1 if ceil else 0)) // h, H
 
 
-def best_tiling(size: tuple[int, int], side: int, tilings=TILINGS) -> tuple[int, int]:
-    """The tiling that keeps most of a picture's pixels; of equals the one that leaves least room empty."""
+def tiling_of(cfg: ModelConfig, size: Size, tilings=TILINGS) -> Size:
+    """Columns and rows of tiles beside the whole picture, (0, 0) if it is not cut. Where its size matters,
+    those that keep most of its pixels; of equals the ones that leave least room empty.
+    """
+    if cfg.image.cut not in CUT_BY_SIZE:
+        return (2, 2) if cfg.image.cut == "split" else (0, 0)  # split: MM1's sub-images (its section 5)
 
-    def fit(tiling: tuple[int, int]) -> tuple[int, int]:
-        area = tiling[0] * tiling[1] * side**2
-        kept = min(math.prod(inside(size, (tiling[0] * side, tiling[1] * side))), math.prod(size))
-        return kept, kept - area
+    def fit(tiling: Size) -> tuple:
+        box = tiling[0] * cfg.vit.image_size, tiling[1] * cfg.vit.image_size
+        kept = min(math.prod(inside(size, box)), math.prod(size))
+        return kept, kept - math.prod(box)
 
     return max(tilings, key=fit)  # the first of equals
 
 
-def size_matters(cfg: ModelConfig) -> bool:
-    """Whether pictures of different sizes take different numbers of tokens."""
-    return cfg.image.cut in ("anyres", "unpad")
+def tile_count(cfg: ModelConfig, size: Size) -> int:
+    return 1 + math.prod(tiling_of(cfg, size))
 
 
-def tiling_of(cfg: ModelConfig, size: tuple[int, int]) -> tuple[int, int]:
-    """Columns and rows of tiles beside the whole picture, (0, 0) if it is not cut."""
-    if size_matters(cfg):
-        return best_tiling(size, cfg.vit.image_size)
-    return (2, 2) if cfg.image.cut == "split" else (0, 0)  # split: MM1's sub-images (its section 5)
-
-
-def tile_count(cfg: ModelConfig, size: tuple[int, int]) -> int:
-    columns, rows = tiling_of(cfg, size)
-    return 1 + columns * rows
-
-
-def picture_slots(cfg: ModelConfig, view: str, size: tuple[int, int]) -> np.ndarray:
-    """Which visual tokens a picture takes, in order. view: "full" or "pruned".
-
-    Token t of tile i has the number i * V + t, where V = cfg.visual_tokens(view). "unpad" lays the tiles'
-    tokens side by side, drops the rows or columns that saw only padding and ends each row with NEWLINE.
-    Pruned tokens form no grid and stay flat, behind an isolator for each tile, or for the first alone.
+def picture_slots(cfg: ModelConfig, view: str, size: Size, first: int = 0) -> np.ndarray:
+    """The rows of VLM.bank that a picture takes, in order: token t of tile i is first + i * V + t, where V =
+    cfg.visual_tokens(view). "unpad" lays the tiles' tokens side by side, drops the rows or columns that saw
+    only padding and ends each row with NEWLINE. Pruned tokens stay flat, behind one isolator or one a tile.
     """
     V, g = cfg.visual_tokens(view), cfg.grid()
     columns, rows = tiling_of(cfg, size)
     flat = np.arange((1 + columns * rows) * V)  # (tiles * V,)
     if view == "pruned" and cfg.prune.isolator_per == "image":
-        return flat[(flat < V) | (flat % V >= cfg.prune.isolator)]
+        flat = flat[(flat < V) | (flat % V >= cfg.prune.isolator)]
+    flat = flat + first
     if view == "pruned" or cfg.image.cut != "unpad":
         return flat
     grid = flat[V:].reshape(rows, columns, g, g).transpose(0, 2, 1, 3).reshape(rows * g, columns * g)
@@ -465,29 +415,13 @@ def square_tokens(cfg: ModelConfig, view: str = "full") -> int:
     return len(picture_slots(cfg, view, (2 * cfg.vit.image_size,) * 2))
 
 
-def sample_slots(cfg: ModelConfig, view: str, sizes: list[tuple], first: int = 0) -> list[np.ndarray]:
-    """`picture_slots` of each picture as rows of VLM.bank, where the sample's tokens begin at row `first`."""
+def sample_slots(cfg: ModelConfig, view: str, sizes: list[Size], first: int = 0) -> list[np.ndarray]:
+    """`picture_slots` of each picture of a sample whose tokens begin at row `first` of the bank."""
     slots = []
     for size in sizes:
-        tokens = picture_slots(cfg, view, size)
-        slots.append(np.where(tokens == NEWLINE, NEWLINE, tokens + first))
+        slots.append(picture_slots(cfg, view, size, first))
         first += tile_count(cfg, size) * cfg.visual_tokens(view)
     return slots
-
-
-class Sample(NamedTuple):
-    """One document, ready to be laid out; a plain (pieces, pixels) will do where pictures are not cut."""
-
-    pieces: list[Piece]
-    pixels: np.ndarray  # (tiles, 3, size, size) uint8, of all its pictures
-    sizes: list[tuple[int, int]] | None = None  # of its pictures, see `picture_sizes`
-
-    def slots(self, cfg: ModelConfig, view: str, first: int = 0) -> list[np.ndarray]:
-        sizes = [ANY_SIZE] * len(self.pixels) if self.sizes is None else self.sizes
-        tiles = sum(tile_count(cfg, size) for size in sizes)
-        if tiles != len(self.pixels):
-            raise RuntimeError(f"{len(self.pixels)} tiles, but pictures of {sizes} make {tiles}")
-        return sample_slots(cfg, view, sizes, first)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -495,6 +429,21 @@ class Sample(NamedTuple):
 
 # Views by mode: the student's, and the teacher's of a slow sample
 VIEWS = {"full": ("full",), "pruned": ("pruned",), "slow": ("full", "pruned")}
+
+
+class Sample(NamedTuple):
+    """A document, or a part of a long one. Plain (pieces, pixels) will do where pictures are not cut."""
+
+    pieces: list[Piece]
+    pixels: np.ndarray | None  # (tiles, 3, size, size) uint8, None before they are decoded
+    sizes: list[Size] | None = None  # of its pictures, see `picture_sizes`
+    images: list = ()  # its pictures, not decoded. From here on only a Plan fills in, and needs, the fields
+    mode: str = ""  # full, pruned or slow
+    kind: str = ""
+    name: str = ""
+    number: int = 0  # in its group of sources
+    tiles: int = 0
+    length: int = 0  # positions; of a slow sample the larger of student's and teacher's
 
 
 @dataclass
@@ -507,10 +456,6 @@ class Rows:
     supervised: Tensor  # (R,) flat positions in B*T whose next token is a target
     targets: Tensor  # (R,)
     starts: Tensor | None = None  # (documents + 1,) int32: where each begins in B*T, the end repeated
-
-    def owner(self) -> Tensor:
-        """The number of the sample that each target belongs to: (R,)"""
-        return self.doc_ids.view(-1)[self.supervised]
 
 
 @dataclass
@@ -529,37 +474,30 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         def move(value):
             if isinstance(value, Rows):
-                return Rows(*(move(getattr(value, f.name)) for f in dataclasses.fields(value)))
+                return Rows(*map(move, vars(value).values()))
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
-        return Batch(*(move(getattr(self, f.name)) for f in dataclasses.fields(self)))
+        return Batch(*map(move, vars(self).values()))
 
 
-def best_fit(
-    lengths: list[int], capacity: int, images=None, most_images=10**9, most=10**9
-) -> list[list[int]]:
-    """Which samples share a row: longest first, each into the fullest row that still has room.
-
-    A row takes at most `most` samples, and `most_images` images: images[i] is how many sample i has.
+def best_fit(lengths: list[int], capacity: int, images=None, most_images=10**9, most=10**9) -> list:
+    """Which samples share a row: longest first, each into the fullest row that still has room. A row takes at
+    most `most` samples, and `most_images` of their images.
     """
     images = images or [0] * len(lengths)
-    rows, room, free = [], [], []
-    open_rows = []  # those with room left, the one that changed last at the end
+    rows, open_rows = [], []  # open: (room, images that it may still take, row), the last that changed last
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = [r for r in open_rows if room[r] >= lengths[i] and free[r] >= images[i]]
+        fits = [place for place in open_rows if place[0] >= lengths[i] and place[1] >= images[i]]
         if fits:
-            r = min(fits, key=lambda r: room[r])  # the first of equals
-            open_rows.remove(r)
+            place = min(fits, key=lambda place: place[0])  # the first of equals
+            open_rows.remove(place)
         else:
-            r = len(rows)
-            rows.append([])
-            room.append(capacity)
-            free.append(most_images)
-        rows[r].append(i)
-        room[r] -= lengths[i]
-        free[r] -= images[i]
-        if room[r] > 0 and len(rows[r]) < most:
-            open_rows.append(r)
+            place = (capacity, most_images, [])
+            rows.append(place[2])
+        room, free, row = place
+        row.append(i)
+        if room > lengths[i] and len(row) < most:
+            open_rows.append((room - lengths[i], free - images[i], row))
     return rows
 
 
@@ -570,139 +508,106 @@ def row_width(lengths: list[int], row_length: int, step: int = 16) -> int:
     return min(widths, key=lambda width: len(best_fit(lengths, width)) * width)
 
 
-class RowArrays:
-    """Rows while they are filled: the NumPy arrays (B, T) that become the tensors of Rows."""
-
-    def __init__(self, B: int, T: int):
-        self.ids, self.positions = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
-        self.doc_ids, self.targets = np.full((B, T), -1), np.full((B, T), -1)
-        self.bank_rows = np.full((B, T), TEXT)
-
-    def put(self, laid: Laid, b: int, start: int, doc_id: int) -> int:
-        """Write a sample into row b from `start` on; returns where it ends."""
-        end = start + len(laid.ids)
-        self.ids[b, start:end], self.bank_rows[b, start:end] = laid.ids, laid.bank_rows
-        self.targets[b, start:end] = laid.targets
-        self.doc_ids[b, start:end], self.positions[b, start:end] = doc_id, np.arange(end - start)
-        return end
-
-    def tensors(self, starts: Tensor | None = None) -> Rows:
-        slot_mask = self.bank_rows != TEXT
-        supervised = np.flatnonzero(self.targets >= 0)  # (R,)
-        arrays = (
-            self.ids, slot_mask, self.positions, self.doc_ids, self.bank_rows[slot_mask], supervised,
-            self.targets.reshape(-1)[supervised],
-        )  # fmt: skip
-        return Rows(*map(torch.from_numpy, arrays), starts)
-
-
-def make_rows(laid: list[Laid], T: int, rows: list[list[int]]) -> Rows:
-    """Place samples in rows of T; rows: the numbers of the samples that share each row."""
-    arrays, starts = RowArrays(len(rows), T), []
-    for b, row in enumerate(rows):
-        end = 0
-        for i in row:
-            starts.append(b * T + end)
-            end = arrays.put(laid[i], b, end, i)
-        if end < T:
-            starts.append(b * T + end)  # the padding is a document of its own
-    places = len(rows) * (T // 16 + 2)  # a fixed number, so that compiled code sees one shape
-    starts += [len(rows) * T] * (1 + max(0, places - len(starts)))
-    return arrays.tensors(torch.tensor(starts, dtype=torch.int32))
-
-
-def pack(laid: list[Laid], row_length: int, fixed: bool, rows: list[list[int]] | None = None) -> Rows:
-    """Samples in rows, by best fit unless told. fixed: of row_length positions, else as wide as they need."""
+def make_rows(laid: list[Laid], row_length: int, fixed=False, rows=None, prompts=False) -> Rows:
+    """Samples in rows, by best fit or as `rows` says, which lists the samples that share each row.
+    fixed: rows of row_length positions, else as wide as they need. prompts: one a row, padded on the left.
+    """
     lengths = [len(sample.ids) for sample in laid]
     T = row_length if fixed else row_width(lengths, row_length)
-    return make_rows(laid, T, rows or best_fit(lengths, T))
+    if prompts:
+        T, rows = max(lengths), [[i] for i in range(len(laid))]
+    rows = rows or best_fit(lengths, T)
+    empty = np.array([0, TEXT, -1, 0, -1])
+    table = np.tile(empty[:, None, None], (1, len(rows), T))  # (5, B, T)
+    for b, row in enumerate(rows):
+        start = T - lengths[b] if prompts else 0
+        for i in row:
+            doc_ids = np.full(lengths[i], 0 if prompts else i)
+            table[:, b, start : start + lengths[i]] = [*laid[i], np.arange(lengths[i]), doc_ids]
+            start += lengths[i]
+    ids, bank_rows, targets, positions, doc_ids = table
+    slot_mask, supervised = bank_rows != TEXT, np.flatnonzero(targets >= 0)  # (B, T), (R,)
+    left = np.pad(doc_ids, ((0, 0), (1, 0)), constant_values=-2)[:, :-1]  # (B, T), what stands on the left
+    starts = np.flatnonzero(doc_ids != left).astype(np.int32)  # (documents,), and padding is one, too
+    most = len(rows) * (T // 16 + 2)  # a fixed number, so that compiled code sees one shape
+    starts = np.pad(starts, (0, 1 + max(0, most - len(starts))), constant_values=ids.size)
+    arrays = [ids, slot_mask, positions, doc_ids, bank_rows[slot_mask], supervised]
+    return Rows(*map(torch.from_numpy, [*arrays, targets.reshape(-1)[supervised], starts]))
 
 
 def make_batch(
     samples: list[Sample], modes: list[str], cfg: ModelConfig, row_length: int, limit: int,
-    next_sample: int = 0, rows: list[list[int]] | None = None, capacity: int = 0,
+    next_sample: int = 0, rows=None, capacity: int = 0, prompts: bool = False,
 ) -> Batch:  # fmt: skip
     """modes: for each sample "full", "pruned" or "slow": its student on full tokens, its teacher on pruned.
-
-    The bank of visual tokens (VLM.bank) lists the full tokens of Batch.full_tiles, then the pruned tokens of
-    Batch.pruned_tiles. Samples whose pictures were cut off are in neither.
     limit: positions of a sample. rows: which samples share a row of row_length positions; None: best fit, in
     rows as wide as they need. capacity: blank pictures make up the number of tiles to it.
     """
     samples = [Sample(*sample) for sample in samples]
-    pieces, has_images = [], []
-    for sample, mode in zip(samples, modes):
-        lengths = [len(slots) for slots in sample.slots(cfg, VIEWS[mode][0])]
-        pieces.append(split(sample.pieces, lengths, limit)[0])
-        has_images.append(any(isinstance(piece, int) for piece in pieces[-1]))
-    tiles, modes = np.array([len(sample.pixels) for sample in samples]), np.array(modes)
-    in_full, in_pruned = (np.array(has_images) & (modes != other) for other in ("pruned", "full"))
-    full, pruned = tiles * in_full, tiles * in_pruned  # how many tiles of each sample are in the bank
-    first_full = (np.cumsum(full) - full) * cfg.visual_tokens("full")  # its first bank row, if it is there
-    first_pruned = (np.cumsum(pruned) - pruned) * cfg.visual_tokens("pruned")
-    first_pruned += full.sum() * cfg.visual_tokens("full")
-    student, teacher, slow = [], [], []
-    for i, (sample, mode) in enumerate(zip(samples, modes)):
-        view = VIEWS[mode][0]
-        first = first_full[i] if view == "full" else first_pruned[i]
-        student.append(lay_out(pieces[i], sample.slots(cfg, view, first)))
-        if mode == "slow" and has_images[i]:  # without images teacher and student would be the same
-            slow.append(i)
-            teacher.append(lay_out(pieces[i], sample.slots(cfg, "pruned", first_pruned[i])))
-    student_rows = pack(student, row_length, rows is not None, rows)
-    teacher_rows, distill = None, None
-    if teacher:
-        teacher_rows = pack(teacher, row_length, rows is not None)
-        distill = torch.zeros_like(teacher_rows.supervised)
+    first_tile = np.cumsum([0] + [len(sample.pixels) for sample in samples])
+    # The bank of visual tokens (VLM.bank) lists the full tokens of bank_tiles, then the pruned ones. Samples
+    # whose pictures were cut off are in neither, and as slow ones they have no teacher.
+    bank_tiles, bank_row = {"full": [], "pruned": []}, 0
+    pieces, laid = {}, {"full": {}, "pruned": {}}  # by the number of the sample
+    for view in bank_tiles:
+        for i, (sample, mode) in enumerate(zip(samples, modes)):
+            if view not in VIEWS[mode]:
+                continue
+            tiles = len(sample.pixels)
+            sizes = [ANY_SIZE] * tiles if sample.sizes is None else sample.sizes
+            slots = sample_slots(cfg, view, sizes, bank_row)
+            if sum(tile_count(cfg, size) for size in sizes) != tiles:
+                raise RuntimeError(f"{tiles} tiles, but pictures of {sizes} make another number")
+            if view == VIEWS[mode][0]:
+                pieces[i] = split(sample.pieces, [*map(len, slots)], limit)[0]
+            has_images = any(isinstance(piece, int) for piece in pieces[i])
+            if has_images or view == VIEWS[mode][0]:
+                laid[view][i] = lay_out(pieces[i], slots)
+            if has_images:
+                bank_tiles[view] += range(first_tile[i], first_tile[i + 1])
+                bank_row += tiles * cfg.visual_tokens(view)
+    fixed, teacher, distill = rows is not None, None, None
+    student = [laid[VIEWS[mode][0]][i] for i, mode in enumerate(modes)]
+    student = make_rows(student, row_length, fixed, rows, prompts)
+    slow = [i for i in laid["pruned"] if modes[i] == "slow"]
+    if slow:
+        teacher = make_rows([laid["pruned"][i] for i in slow], row_length, fixed)
+        of_student = student.doc_ids.view(-1)[student.supervised]  # (R,), the sample of each target
+        of_teacher = teacher.doc_ids.view(-1)[teacher.supervised]
+        distill = torch.zeros_like(of_teacher)
         for j, i in enumerate(slow):
-            distill[teacher_rows.owner() == j] = (student_rows.owner() == i).nonzero()[:, 0]
-    blank = np.zeros((max(0, capacity - tiles.sum()), 3, cfg.vit.image_size, cfg.vit.image_size), np.uint8)
+            distill[of_teacher == j] = (of_student == i).nonzero()[:, 0]
+    blank = np.zeros((max(0, capacity - first_tile[-1]), *samples[0].pixels.shape[1:]), np.uint8)
     pixels = torch.from_numpy(np.concatenate([*(sample.pixels for sample in samples), blank]))
-    full_tiles = torch.from_numpy(np.flatnonzero(np.repeat(in_full, tiles)))
-    pruned_tiles = torch.from_numpy(np.flatnonzero(np.repeat(in_pruned, tiles)))
-    return Batch(
-        pixels, full_tiles, pruned_tiles, student_rows, teacher_rows,
-        distill, len(samples), next_sample, question_ids(samples, len(pixels), cfg),
-    )  # fmt: skip
+    full, pruned = (torch.tensor(tiles, dtype=torch.long) for tiles in bank_tiles.values())
+    questions = question_ids(samples, len(pixels), cfg)
+    return Batch(pixels, full, pruned, student, teacher, distill, len(samples), next_sample, questions)
+
+
+def prompt_batch(samples: list[Sample], view: str, cfg: ModelConfig) -> Batch:
+    """Prompts to continue: one a row, padded on the left so that all end together. view: full or pruned."""
+    return make_batch(samples, [view] * len(samples), cfg, 0, 10**9, prompts=True)
 
 
 def question_ids(samples: list[Sample], tiles: int, cfg: ModelConfig) -> Tensor | None:
-    """Ids (I, M) of the question about each tile, -1 behind, for pruners that read it; None for the others.
-
-    A question is the text behind its sample's last picture that is not supervised: all questions of a
-    dialogue, with the template's words; of few-shot prompts the last question alone.
+    """For pruners that read it the question about each tile: ids (I, M), -1 behind. It is the text behind its
+    sample's last picture that is not supervised: all questions of a dialogue, of few-shot prompts the last.
     """
     if "text" not in prune.PRUNERS[cfg.prune.name].needs:
         return None
     questions = []
     for sample in samples:
-        places = [n for n, piece in enumerate(sample.pieces) if isinstance(piece, int)]
-        behind = sample.pieces[places[-1] + 1 :] if places else []
-        questions.append([i for ids, supervised in behind if not supervised for i in ids])
-    ids = np.full((tiles, max(1, *map(len, questions))), -1)
-    first = 0
-    for sample, question in zip(samples, questions):
-        ids[first : first + len(sample.pixels), : len(question)] = question
-        first += len(sample.pixels)
+        question = []
+        for piece in sample.pieces:
+            if isinstance(piece, int):
+                question = []
+            elif not piece[1]:
+                question = question + piece[0]
+        questions += [question] * len(sample.pixels)
+    ids = np.full((tiles, max([1, *map(len, questions)])), -1)
+    for row, question in zip(ids, questions):
+        row[: len(question)] = question
     return torch.from_numpy(ids)
-
-
-def prompt_batch(samples: list[Sample], view: str, cfg: ModelConfig) -> Batch:
-    """Prompts to continue: one a row, padded on the left so that all end together. view: full or pruned."""
-    samples, laid, first = [Sample(*sample) for sample in samples], [], 0
-    for sample in samples:
-        laid.append(lay_out(sample.pieces, sample.slots(cfg, view, first)))
-        first += len(sample.pixels) * cfg.visual_tokens(view)
-    T = max(len(sample.ids) for sample in laid)
-    arrays = RowArrays(len(laid), T)
-    for b, sample in enumerate(laid):
-        arrays.put(sample, b, T - len(sample.ids), 0)
-    arrays.targets[:] = -1
-    pixels = torch.from_numpy(np.concatenate([sample.pixels for sample in samples]))
-    every, none = torch.arange(len(pixels)), torch.arange(0)
-    full_tiles, pruned_tiles = (every, none) if view == "full" else (none, every)
-    questions = question_ids(samples, len(pixels), cfg)
-    return Batch(pixels, full_tiles, pruned_tiles, arrays.tensors(), None, None, len(samples), 0, questions)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -724,93 +629,36 @@ class RowConfig:
 
     @property
     def sample_limit(self) -> int:
-        """Most positions of a sample."""
         return self.row_limit if self.batch_size else min(self.row_limit, self.row_length)
-
-    @property
-    def most_tiles(self) -> int:
-        """Most tiles of a row."""
-        return 10**9 if self.batch_size else self.row_images
 
     def check_room(self, cfg: ModelConfig) -> None:
         """Pictures must fit into a sample and a row, or all of them would be left out."""
         positions, tiles = max(square_tokens(cfg), square_tokens(cfg, "pruned")), tile_count(cfg, ANY_SIZE)
-        if positions >= self.sample_limit:
-            text = f"a picture takes {positions} positions, a sample may take {self.sample_limit}"
-            raise UserError(f"{text}: raise --row_limit and --row_length")
-        if tiles > self.most_tiles:
-            raise UserError(f"a picture has {tiles} tiles, a row takes {self.most_tiles}: raise --row_images")
+        text = f"a picture takes {positions} positions, a sample may take {self.sample_limit}"
+        require(positions < self.sample_limit, f"{text}: raise --row_limit and --row_length")
+        text = f"a picture has {tiles} tiles, a row takes {self.row_images}"
+        require(self.batch_size or tiles <= self.row_images, f"{text}: raise --row_images")
 
 
-class SampleOrder:
-    """n -> (source, index): a source drawn by weight, its records in a new permutation each epoch."""
-
-    BLOCK = 4096  # draws at a time
-
-    def __init__(self, sizes: list[int], weights: list[float], seed: int):
-        self.sizes, self.seed = sizes, seed
-        self.share = np.cumsum(weights) / np.sum(weights)
-        self.before = [np.zeros(len(sizes), np.int64)]  # how often each source came before each block
-        self.block = functools.lru_cache(maxsize=4)(self._block)
-        self.permutation = functools.lru_cache(maxsize=2 * len(sizes))(self._permutation)
-
-    def draw(self, b: int) -> np.ndarray:
-        """The sources of block b: (BLOCK,)"""
-        uniform = np.random.default_rng((self.seed, b)).random(self.BLOCK)
-        return np.searchsorted(self.share[:-1], uniform, side="right")
-
-    def source(self, n: int) -> int:
-        return int(self.block(n // self.BLOCK)[0][n % self.BLOCK])
-
-    def _block(self, b: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sources of a block, and how often each of them came before."""
-        for earlier in range(len(self.before) - 1, b):
-            counts = np.bincount(self.draw(earlier), minlength=len(self.sizes))
-            self.before.append(self.before[-1] + counts)
-        source = self.draw(b)
-        turn = np.zeros(self.BLOCK, np.int64)
-        for s in range(len(self.sizes)):
-            turn[source == s] = self.before[b][s] + np.arange((source == s).sum())
-        return source, turn
-
-    def _permutation(self, source: int, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, source, epoch)).permutation(self.sizes[source])
-
-    def __getitem__(self, n: int) -> tuple[int, int]:
-        sources, turns = self.block(n // self.BLOCK)
-        source, turn = int(sources[n % self.BLOCK]), int(turns[n % self.BLOCK])
-        epoch, place = divmod(turn, self.sizes[source])
-        return source, int(self.permutation(source, epoch)[place])
-
-
-class Place(NamedTuple):
-    """Which record a sample is made of, and how."""
-
-    group: int  # of sources
-    number: int  # of the sample in that group
-    mode: str  # full, pruned or slow
-    source: int  # in that group
-    index: int  # of the record in that source
-
-
-class Chunk(NamedTuple):
-    """What a row holds of a sample, tokenized and measured: all of it, or a part of a long document."""
-
-    place: Place
-    number: int  # 0, or above in a document that goes on
-    kind: str
-    name: str
-    pieces: list[Piece]
-    images: list  # not decoded yet
-    sizes: list[tuple[int, int]]  # of its images, see `picture_sizes`
-    tiles: int
-    length: int  # positions; of a slow sample the larger of student's and teacher's
-
-
-class PlannedRow(NamedTuple):
-    chunks: list[Chunk]
-    cursor: list[int]  # where its group goes on: [pool, row in it]
-    skipped: list[tuple[str, str]]  # since the pool before
+def sample_order(sizes: list[int], weights: list[float], seed: int, first: int = 0, block: int = 4096):
+    """Endless (source, index) from sample number `first` on: a source drawn by weight, its records in a new
+    permutation each epoch. Sources are drawn in blocks, so that earlier ones need only be counted.
+    """
+    shares = np.cumsum(weights) / np.sum(weights)
+    turns, permutations = np.zeros(len(sizes), np.int64), {}
+    for number in itertools.count():
+        uniform = np.random.default_rng((seed, number)).random(block)
+        sources = np.searchsorted(shares[:-1], uniform, side="right")
+        earlier = max(0, first - number * block)
+        turns += np.bincount(sources[:earlier], minlength=len(sizes))
+        for source in sources[earlier:].tolist():
+            epoch, place = divmod(int(turns[source]), sizes[source])
+            turns[source] += 1
+            if (source, epoch) not in permutations:
+                permutations.pop((source, epoch - 1), None)
+                rng = np.random.default_rng((seed, source, epoch))
+                permutations[source, epoch] = rng.permutation(sizes[source])
+            yield source, int(permutations[source, epoch][place])
 
 
 @dataclass
@@ -818,26 +666,23 @@ class Planned:
     """A micro-batch of one rank before its pictures are decoded: what workers are handed."""
 
     step: int
-    rows: list[list[Chunk]]  # with batch_size: one list of samples
-    skipped: list[tuple[str, str]]  # (reason, message) of records that could not be used
-    cursor: list[list[int]] = dataclasses.field(default_factory=list)  # where each group goes on
-    kinds: dict[str, float] = dataclasses.field(default_factory=dict)  # share of filled positions by kind
-    fill: float = 0.0  # filled share of positions; packed: of the whole step, over all ranks
-    images: float = 0.0  # packed: used share of the step's room for images
+    rows: list[list[Sample]]  # with batch_size: one list of samples
+    skipped: list[tuple]  # (reason, message) of records that could not be used
+    cursor: list  # where each group goes on: [pool, row]
+    shares: dict[str, float] | None = None  # for the log: how full it is, and of what
 
 
 @dataclass
 class Plan(IterableDataset):
     """What each step of this rank trains on, tokenized and measured, but before any picture is decoded.
 
-    Packed, pools of samples are measured, put into rows by best fit, and the rows shuffled; by_kind, a row
-    holds one kind, drawn by weight (stage 1). With batch_size a step takes so many samples. Every rank plans
-    for all ranks in a process of its own, opening pictures only where their size matters or a document can do
-    without them: elsewhere a missing file shows here, a broken one in the worker that decodes it.
+    Packed, pools of samples are put into rows by best fit, and the rows shuffled; by_kind, a row holds one
+    kind, drawn by weight (stage 1). Every rank plans for all, in a process of its own, which opens pictures
+    only where their size matters or a document can do without them; others may prove broken when decoded.
     """
 
     sources: list[tuple]  # (source, weight), see open_sources
-    tokenizer: "Tokenizer"
+    tokenizer: Tokenizer
     cfg: ModelConfig
     rows: RowConfig
     choose_mode: object  # sample number -> "full", "pruned" or "slow"
@@ -846,7 +691,7 @@ class Plan(IterableDataset):
     world: int = 1
     by_kind: bool = False
     pad_images: bool = False  # blank pictures up to the capacity of the micro-batch
-    cursor: list[list[int]] | None = None  # where to go on
+    cursor: list | None = None  # where to go on
 
     POOL = 512  # samples that are packed together
 
@@ -858,163 +703,118 @@ class Plan(IterableDataset):
                 kind = source.kind if self.by_kind and not self.rows.batch_size else ""
                 groups[kind].append((source, weight))
         self.groups = [*groups.values()]
-        shares = [sum(weight for _, weight in group) for group in self.groups]
-        self.group_order = SampleOrder([1] * len(shares), shares, self.rows.seed + 500_000)
-        self.orders = []
-        for g, group in enumerate(self.groups):
-            sizes, weights = [len(source) for source, _ in group], [weight for _, weight in group]
-            self.orders.append(SampleOrder(sizes, weights, self.rows.seed + 1000 * g))
+
+    def order(self, group: int, first: int):
+        """(number, (source, index)) of a group's samples from number `first` on."""
+        sources, weights = zip(*self.groups[group])
+        sizes = [len(source) for source in sources]
+        return enumerate(sample_order(sizes, weights, self.rows.seed + 1000 * group, first), first)
 
     def __iter__(self):
         try:
-            yield from self.unpacked() if self.rows.batch_size else self.packed()
+            yield from self.micro_batches()
         except UserError as error:  # yielded instead of raised: DataLoader would wrap it in a traceback
             yield error
 
-    def unpacked(self):
-        share = self.rows.batch_size // (self.rows.micro_steps * self.world)
-        for step in self.steps:
-            for micro in range(self.rows.micro_steps):
-                first = step * self.rows.batch_size + (micro * self.world + self.rank) * share
-                chunks, skipped = [], []
-                for number in range(first, first + share):
-                    chunks += self.usable(self.place(0, number), skipped)
-                yield Planned(step, [chunks], skipped)
-
-    def packed(self):
-        cursor = [list(at) for at in self.cursor or [[0, 0]] * len(self.groups)]
-        streams = [self.rows_of(g, *at) for g, at in enumerate(cursor)]
-        share = self.rows.rows // (self.rows.micro_steps * self.world)
+    def micro_batches(self):
+        cfg, shares = self.rows, [sum(weight for _, weight in group) for group in self.groups]
+        first, cursor = self.steps.start, [*(self.cursor or [[0, 0]] * len(self.groups))]
+        streams = [self.packed_rows(group, *at) for group, at in enumerate(cursor)]
+        groups = sample_order([1] * len(shares), shares, cfg.seed + 500_000, first * cfg.rows)  # of rows
+        order = self.order(0, first * cfg.batch_size)
+        share = (cfg.batch_size or cfg.rows) // (cfg.micro_steps * self.world)
         for step in self.steps:
             rows, skipped = [], []
-            for r in range(step * self.rows.rows, (step + 1) * self.rows.rows):
-                group = self.group_order.source(r)
-                row = next(streams[group])
-                cursor[group] = row.cursor
-                rows.append(row.chunks)
-                skipped += row.skipped
-            chunks = [chunk for row in rows for chunk in row]
-            kinds, filled = kind_shares(chunks)
-            fill = filled / (self.rows.rows * self.rows.row_length)
-            images = sum(chunk.tiles for chunk in chunks) / (self.rows.rows * self.rows.row_images)
-            for micro in range(self.rows.micro_steps):
-                first = (micro * self.world + self.rank) * share
-                reported = skipped if self.rank == 0 and micro == 0 else []  # every rank plans for all
-                goes_on = [list(at) for at in cursor]
-                yield Planned(step, rows[first : first + share], reported, goes_on, kinds, fill, images)
+            while len(rows) < cfg.rows and not cfg.batch_size:
+                group, _ = next(groups)
+                row, cursor[group], reports = next(streams[group])
+                rows.append(row)
+                skipped += reports
+            for micro in range(cfg.micro_steps):
+                if cfg.batch_size:
+                    samples = [*itertools.islice(order, share * self.world)]  # of all ranks
+                    samples, skipped = self.draw(0, samples[self.rank * share : (self.rank + 1) * share])
+                    yield Planned(step, [samples], skipped, [])
+                else:  # every rank plans for all, the first one reports
+                    start = (micro * self.world + self.rank) * share
+                    reported = skipped if self.rank == 0 and micro == 0 else []
+                    yield Planned(step, rows[start : start + share], reported, [*cursor])
 
-    def rows_of(self, group: int, pool: int, first: int):
-        """Endless rows of a group, from row `first` of a pool on."""
+    def packed_rows(self, group: int, pool: int, first: int):
+        """Endless rows from row `first` of a pool on: samples, cursor behind them, what the pool skipped."""
+        length, order = self.rows.row_length, self.order(group, pool * self.POOL)
         while True:
-            chunks, skipped = [], []
-            for number in range(pool * self.POOL, (pool + 1) * self.POOL):
-                chunks += self.usable(self.place(group, number), skipped)
-            lengths, tiles = [chunk.length for chunk in chunks], [chunk.tiles for chunk in chunks]
-            length = self.rows.row_length
+            samples, skipped = self.draw(group, itertools.islice(order, self.POOL))
+            lengths, tiles = [sample.length for sample in samples], [sample.tiles for sample in samples]
             rows = best_fit(lengths, length, tiles, self.rows.row_images, length // 16)
             random.Random(f"{self.rows.seed}-{group}-{pool}").shuffle(rows)
             for n in range(first, len(rows)):
                 cursor = [pool, n + 1] if n + 1 < len(rows) else [pool + 1, 0]
-                yield PlannedRow([chunks[i] for i in rows[n]], cursor, skipped if n == 0 else [])
+                yield [samples[i] for i in rows[n]], cursor, [] if n else skipped
             pool, first = pool + 1, 0
 
-    def place(self, group: int, number: int) -> Place:
-        mode = self.choose_mode(number * len(self.groups) + group)
-        return Place(group, number, mode, *self.orders[group][number])
-
-    def usable(self, place: Place, skipped: list[tuple[str, str]]) -> list[Chunk]:
-        """The chunks of a place or, if its record is broken or has nothing to learn, those of another record
-        of its source: a pure function of seed and place. Adds (reason, message) to `skipped`.
+    def draw(self, group: int, order) -> tuple[list[Sample], list[tuple]]:
+        """The next samples of a group, and (reason, message) of what was skipped: records that are broken or
+        teach nothing. Others of their source, a pure function of seed and number, take their places.
         """
-        source, before = self.groups[place.group][place.source][0], len(skipped)
-        for attempt in range(PROBE):
-            rng = random.Random(f"{self.rows.seed}-{place.group}-{place.source}-{place.index}-{attempt}")
-            candidate = place._replace(index=rng.randrange(len(source))) if attempt else place
+        samples, skipped = [], []
+        for number, (s, index) in order:
+            source, mode = self.groups[group][s][0], self.choose_mode(number * len(self.groups) + group)
+            for attempt in range(PROBE):
+                rng = random.Random(f"{self.rows.seed}-{group}-{s}-{index}-{attempt}")
+                candidate = rng.randrange(len(source)) if attempt else index
+                try:
+                    samples += self.read(source, candidate, mode, number, skipped)
+                    break
+                except BadRecord as error:
+                    skipped.append((error.why, str(error)))
+            else:
+                text = f"{PROBE} records of {source.name} one after the other cannot be used, the last: "
+                text += f"{skipped[-1][1]}; python tools/check.py lists all"
+                raise UserError(f"{text}; answers may need a larger --row_length and --row_limit")
+        return samples, skipped
+
+    def read(self, source, index: int, mode: str, number: int, skipped: list) -> list[Sample]:
+        """What rows hold of a record: samples that fit and have something to learn. Documents go on in a next
+        sample (MM1 cuts at the sixteenth image), and go without broken pictures, of which the web has many.
+        """
+        cfg, record, samples, dropped = self.cfg, source[index], [], []
+        document = record.kind == "interleaved"
+        sizes, lengths, tiles = {}, {}, {}  # of the pictures
+        for n, image in enumerate(record.images):
             try:
-                record, chunks = self.read(candidate)
-                if chunks:
-                    skipped += [record.dropped] if record.dropped else []
-                    return chunks
-                text = f"{record.name}: no answer is left within {self.rows.sample_limit} positions"
-                skipped.append(("no answer within the limit", text))
+                require_picture(image, record.name)
+                size_matters = document or cfg.image.cut in CUT_BY_SIZE
+                sizes[n] = picture_size(image, record.name) if size_matters else ANY_SIZE
             except BadRecord as error:
-                skipped.append((error.why, str(error)))
-        raise UserError(
-            f"{PROBE} records of {source.name} one after the other cannot be used, the first: "
-            f"{skipped[before][1]}; python tools/check.py lists all; answers may need a larger --row_length "
-            "and --row_limit"
-        )
-
-    def read(self, place: Place) -> tuple[Record, list[Chunk]]:
-        """A record, and what rows hold of it: chunks that fit a row and have something to learn.
-
-        Documents go on in a next chunk (MM1 cuts at the sixteenth image), questions and captions are cut.
-        """
-        cfg, source = self.cfg, self.groups[place.group][place.source][0]
-        record = without_broken_pictures(source[place.index])
-        for image in record.images:
-            require_picture(image, record.name)
-        sizes = picture_sizes(record.images, cfg, record.name)
-        lengths = [room_of(cfg, place.mode, size) for size in sizes]
-        tiles = [tile_count(cfg, size) for size in sizes]
-        goes_on = record.kind in ("interleaved", "text") and not self.rows.batch_size
-        limit, most_tiles = self.rows.sample_limit, self.rows.most_tiles
-        cuts = split(pieces_of(record, self.tokenizer), lengths, limit, tiles, most_tiles, goes_on)
-        chunks = []
-        for number, pieces in enumerate(cuts if goes_on else cuts[:1]):
-            if not count_targets(pieces):
+                if not document:
+                    raise
+                dropped.append((f"{error.why}, its document kept", str(error)))
                 continue
-            used = [piece for piece in pieces if isinstance(piece, int)]
-            chunk = Chunk(
-                place, number, record.kind, record.name,
-                pieces=[used.index(piece) if isinstance(piece, int) else piece for piece in pieces],
-                images=[record.images[i] for i in used],
-                sizes=[sizes[i] for i in used],
-                tiles=sum(tiles[i] for i in used),
-                length=sum(lengths[i] for i in used) + sum(len(ids) for ids, _ in texts_of(pieces)),
-            )  # fmt: skip
-            chunks.append(chunk)
-        return record, chunks
-
-
-def room_of(cfg: ModelConfig, mode: str, size: tuple[int, int]) -> int:
-    """Positions that are planned for a picture: student's or teacher's, whichever takes more."""
-    return max(len(picture_slots(cfg, view, size)) for view in VIEWS[mode])
-
-
-def texts_of(pieces: list[Piece]) -> list[tuple[list[int], bool]]:
-    return [piece for piece in pieces if not isinstance(piece, int)]
-
-
-def count_targets(pieces: list[Piece]) -> int:
-    """Supervised tokens; a chunk's first token has nothing before it to be predicted from."""
-    count = sum(len(ids) for ids, supervised in texts_of(pieces) if supervised)
-    begins_supervised = not isinstance(pieces[0], int) and pieces[0][1]
-    return count - 1 if begins_supervised else count
-
-
-def kind_shares(chunks: list[Chunk]) -> tuple[dict[str, float], int]:
-    """The share of positions by kind of record, and all filled positions."""
-    filled = Counter()
-    for chunk in chunks:
-        filled[chunk.kind] += chunk.length
-    return {kind: n / filled.total() for kind, n in filled.items()}, filled.total()
-
-
-def without_broken_pictures(record: Record) -> Record:
-    """An interleaved document without its missing and broken pictures, of which the web has many."""
-    errors, kept = [], []
-    for n, image in enumerate(record.images if record.kind == "interleaved" else ()):
-        try:
-            picture_size(image, record.name)
-            kept.append(n)
-        except BadRecord as error:
-            errors.append((f"{error.why}, its document kept", str(error)))
-    if not errors:
-        return record
-    parts = [part for part in record.parts if isinstance(part, str) or part in kept]
-    parts = [part if isinstance(part, str) else kept.index(part) for part in parts]
-    return replace(record, parts=parts, images=[record.images[n] for n in kept], dropped=errors[0])
+            # room for student's or teacher's tokens, whichever are more
+            lengths[n] = max(len(picture_slots(cfg, view, sizes[n])) for view in VIEWS[mode])
+            tiles[n] = tile_count(cfg, sizes[n])
+        pieces = pieces_of(record, self.tokenizer)
+        pieces = [piece for piece in pieces if not isinstance(piece, int) or piece in sizes]
+        goes_on = record.kind in ("interleaved", "text") and not self.rows.batch_size
+        limit, most_tiles = self.rows.sample_limit, 10**9 if self.rows.batch_size else self.rows.row_images
+        cuts = split(pieces, lengths, limit, tiles, most_tiles, goes_on)
+        for pieces in cuts if goes_on else cuts[:1]:
+            learned = []  # of each position
+            for piece in pieces:
+                image = isinstance(piece, int)
+                learned += [False] * lengths[piece] if image else [piece[1]] * len(piece[0])
+            if any(learned[1:]):  # the first token has nothing before it to be predicted from
+                used = [piece for piece in pieces if isinstance(piece, int)]
+                pieces = [used.index(piece) if isinstance(piece, int) else piece for piece in pieces]
+                images, n_tiles = [record.images[n] for n in used], sum(tiles[n] for n in used)
+                facts = mode, record.kind, record.name, number, n_tiles, len(learned)
+                samples.append(Sample(pieces, None, [sizes[n] for n in used], images, *facts))
+        if not samples:
+            text = f"{record.name}: no answer is left within {limit} positions"
+            raise BadRecord(text, "no answer within the limit")
+        skipped += dropped[:1]
+        return samples
 
 
 @dataclass
@@ -1023,36 +823,33 @@ class Stream(Dataset):
 
     plan: Plan
 
-    def __getitem__(self, planned: Planned | UserError) -> Batch | UserError:
+    def __getitem__(self, planned):
         if isinstance(planned, UserError):
             return planned
-        plan, cfg = self.plan, self.plan.rows
-        chunks, skipped, packing = [chunk for row in planned.rows for chunk in row], [*planned.skipped], {}
+        plan, cfg, skipped = self.plan, self.plan.rows, [*planned.skipped]
+        samples, modes, rows, filled = [], [], [], Counter()
+        for row in planned.rows:
+            rows.append([*range(len(samples), len(samples) + len(row))])
+            for sample in row:
+                modes.append(sample.mode)
+                filled[f"share {sample.kind}"] += sample.length
+                try:
+                    pixels = load_images(sample.images, plan.cfg, sample.name)
+                    samples.append(sample._replace(pixels=pixels))
+                except BadRecord as error:  # its room stays empty: text of which nothing is learned
+                    skipped.append((error.why, str(error)))
+                    blank = [([plan.tokenizer.end] * sample.length, False)]
+                    samples.append(load_sample(blank, [], plan.cfg))
+        next_sample, packing = (planned.step + 1) * (cfg.batch_size or cfg.rows), {}
+        shares, room = {name: n / filled.total() for name, n in filled.items()}, len(rows) * cfg.row_images
         if not cfg.batch_size:
-            edges = np.cumsum([0] + [len(row) for row in planned.rows])
-            packing["rows"] = [[*range(a, b)] for a, b in zip(edges, edges[1:])]
-            packing["capacity"] = len(planned.rows) * cfg.row_images if plan.pad_images else 0
-        samples = [self.decode(chunk, skipped) for chunk in chunks]
-        batch = make_batch(
-            samples, [chunk.place.mode for chunk in chunks], plan.cfg, cfg.row_length, cfg.sample_limit,
-            (planned.step + 1) * (cfg.batch_size or cfg.rows), **packing,
-        )  # fmt: skip
-        batch.plan = replace(planned, rows=[], skipped=skipped)
-        if cfg.batch_size:  # of this rank's micro-batch: its width is known only now
-            batch.plan.kinds, filled = kind_shares(chunks)
-            batch.plan.fill = filled / batch.student.ids.numel()
+            packing = {"rows": rows, "capacity": room if plan.pad_images else 0}
+            shares["image_fill"] = sum(len(sample.pixels) for sample in samples) / room
+        limit = cfg.sample_limit
+        batch = make_batch(samples, modes, plan.cfg, cfg.row_length, limit, next_sample, **packing)
+        shares["fill"] = filled.total() / batch.student.ids.numel()
+        batch.plan = replace(planned, rows=[], skipped=skipped, shares=shares)
         return batch
-
-    def decode(self, chunk: Chunk, skipped: list[tuple[str, str]]) -> Sample:
-        """A picture that turns out to be broken, or that vanished since the plan was made, leaves the room of
-        its sample empty: text of which nothing is learned.
-        """
-        try:
-            return Sample(chunk.pieces, load_images(chunk.images, self.plan.cfg, chunk.name), chunk.sizes)
-        except BadRecord as error:
-            skipped.append((error.why, str(error)))
-        blank = [([self.plan.tokenizer.end] * chunk.length, False)]
-        return load_sample(blank, [], self.plan.cfg)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1158,7 +955,7 @@ def picture_size(image, name: str = "") -> tuple[int, int]:
 
 def picture_sizes(images: list, cfg: ModelConfig, name: str = "") -> list[tuple[int, int]]:
     """Sizes of a sample's pictures; ANY_SIZE, without opening a file, where all pictures are cut alike."""
-    return [picture_size(image, name) if size_matters(cfg) else ANY_SIZE for image in images]
+    return [picture_size(image, name) if cfg.image.cut in CUT_BY_SIZE else ANY_SIZE for image in images]
 
 
 def to_pixels(image: Image.Image, size: int, resample: int = Image.Resampling.BICUBIC) -> np.ndarray:

@@ -783,7 +783,8 @@ def chat(cfg: EvalConfig) -> None:
     vlm, tokenizer, _ = load_model(cfg)
     picture = data.load_sample([], [Path(cfg.chat)], vlm.cfg, "--chat")
     view, history = "pruned" if cfg.tokens == "pruned" else "full", []
-    print(f"{cfg.chat}: {len(picture.slots(vlm.cfg, view)[0])} visual tokens. Ask; an empty line ends.")
+    tokens = len(data.sample_slots(vlm.cfg, view, picture.sizes)[0])
+    print(f"{cfg.chat}: {tokens} visual tokens. Ask; an empty line ends.")
     while question := ask_line():
         sample = picture._replace(pieces=data.prompt_pieces(question, 1, tokenizer, history))
         batch = data.prompt_batch([sample], view, vlm.cfg).to(next(vlm.parameters()).device)

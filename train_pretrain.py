@@ -495,7 +495,7 @@ def validation_loss(
         unseen = data.Scenes(source.kind, "test") if isinstance(source, data.Scenes) else source
         plan = data.Plan([(unseen, 1.0)], tokenizer, vlm.cfg, rows, lambda number: view, range(4))
         stream, total, count = data.Stream(plan), 0.0, 0
-        for planned in plan.unpacked():
+        for planned in plan.micro_batches():
             batch = stream[planned].to(run.device)
             with run.autocast():
                 logits, _, _ = vlm(batch)
@@ -590,8 +590,7 @@ class Run:
         self.progress.set_postfix(bar)
         rows = Counter()  # how full they were, and each kind's share of the positions
         for plan in self.plans:
-            rows.update({"fill": plan.fill / n, "image_fill": plan.images / n})
-            rows.update({f"share {kind}": share / n for kind, share in plan.kinds.items()})
+            rows.update({name: share / n for name, share in plan.shares.items()})
         if self.skipped:
             rows["skipped"] = self.skipped.total()
         speed = {"samples_per_s": rate, "seconds": seconds, "wait": wait, "visual_tokens": visual_tokens}

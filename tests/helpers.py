@@ -1,5 +1,6 @@
 """Helpers that several test files share: small models, runs that stop, files of records and pictures."""
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -54,7 +55,7 @@ def small_plan(sources: list[tuple] | str, steps=range(4), cfg=None, choose_mode
     """A plan over (source, weight) pairs or a file; fields: those of RowConfig and of Plan."""
     if isinstance(sources, str | Path):
         sources = data.open_sources(str(sources), fields.pop("stage", "sft"))
-    names = {field.name for field in data.dataclasses.fields(data.RowConfig)}
+    names = {field.name for field in dataclasses.fields(data.RowConfig)}
     rows = data.RowConfig(**{name: value for name, value in fields.items() if name in names})
     more = {name: value for name, value in fields.items() if name not in names}
     mode = choose_mode or (lambda number: "full")

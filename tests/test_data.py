@@ -1,5 +1,6 @@
 """Labels, rows, batches, sample order, pictures, Scenes."""
 
+import itertools
 import json
 import random
 
@@ -124,16 +125,17 @@ def test_rows_are_as_wide_as_wastes_least():
 
 
 def test_order_is_a_permutation_an_epoch_and_follows_the_weights():
-    order = data.SampleOrder([50, 1000], [0.3, 0.7], seed=3)
-    picks = [order[n] for n in range(20_000)]
+    def drawn(n: int, seed: int, first: int = 0) -> list:
+        return [*itertools.islice(data.sample_order([50, 1000], [0.3, 0.7], seed, first), n)]
+
+    picks = drawn(20_000, 3)
     first = [index for source, index in picks if source == 0][:100]
     assert sorted(first[:50]) == sorted(first[50:]) == list(range(50)) and first[:50] != first[50:]
     share = np.mean([source == 0 for source, _ in picks])
     assert abs(share - 0.3) < 3 * (0.3 * 0.7 / 20_000) ** 0.5
-    fresh = data.SampleOrder([50, 1000], [0.3, 0.7], seed=3)
-    assert fresh[17_000] == picks[17_000]  # a pure function of n: nothing needs to have come before
-    other = data.SampleOrder([50, 1000], [0.3, 0.7], 4)
-    assert [other[n] for n in range(500)] != picks[:500]
+    for first in (1, 4095, 4096, 17_000):  # a pure function of n: nothing needs to have come before
+        assert drawn(3000, 3, first) == picks[first : first + 3000]
+    assert drawn(500, 4) != picks[:500]
 
 
 def test_best_fit_takes_the_fullest_row_of_equals_the_oldest():

@@ -407,8 +407,8 @@ def test_weights_are_kept_names_and_scenes(tmp_path):
     assert [source.name for source, _ in sources] == ["one", "synthetic", "scenes", "toys"]
     assert [source.kind for source, _ in sources] == ["caption", "caption", "text", "interleaved"]
     assert isinstance(sources[3][0], data.Scenes) and sources[3][0][5] == data.Scenes("interleaved")[5]
-    order = data.SampleOrder([len(s) for s, _ in sources], [w for _, w in sources], 0)
-    counts = np.bincount([order.source(n) for n in range(20000)], minlength=4) / 20000
+    order = data.sample_order([len(s) for s, _ in sources], [w for _, w in sources], 0)
+    counts = np.bincount([next(order)[0] for _ in range(20000)], minlength=4) / 20000
     assert counts == pytest.approx(np.array([3, 1.5, 0, 7]) / 11.5, abs=0.015)
 
 

@@ -88,8 +88,10 @@ def test_llava_next_takes_these_tiles_and_tokens(vector):
 @pytest.mark.parametrize("vector", MAX9, ids=lambda v: "x".join(map(str, v["image_wh"])))
 def test_other_tilings_work_as_well(vector, monkeypatch):
     """OneVision's 36 on a 27 x 27 grid, as far as it does not shrink the grid, which is not built."""
-    cfg, size = config("unpad", 27 * 14, 14, "mlp"), tuple(vector["image_wh"])  # 384: 6 px are left over
-    tiling = data.best_tiling(size, 384, [(columns, rows) for columns in range(1, 7) for rows in range(1, 7)])
+    cfg, size = config("unpad", 27 * 14, 14, "mlp"), tuple(vector["image_wh"])
+    cfg.vit.image_size = 384  # 6 px are left over
+    tiling = data.tiling_of(cfg, size, [(columns, rows) for columns in range(1, 7) for rows in range(1, 7)])
+    cfg.vit.image_size = 27 * 14
     assert [384 * n for n in tiling] == vector["best_resolution_wh"]
     monkeypatch.setattr(data, "tiling_of", lambda cfg, size: tiling)
     assert data.tile_count(cfg, size) == vector["tiles"]
@@ -277,7 +279,7 @@ def test_every_sample_finds_its_own_views_in_every_mode(cut):
 def test_a_picture_is_never_cut_by_the_limit():
     cfg = config("unpad")
     one = sample([noise(32, 24), noise(64, 16)], cfg)
-    lengths = [len(slots) for slots in one.slots(cfg, "full")]
+    lengths = [len(slots) for slots in data.sample_slots(cfg, "full", one.sizes)]
     assert lengths == [16 + 6 * 9, 16 + 4 * 13]
     whole = 5 + lengths[0] + 5 + lengths[1] + 5
     for limit in range(1, whole + 2, 3):

@@ -296,7 +296,7 @@ def draw(arguments: tuple, world: int) -> list[tuple[int, int, str]]:
             run = dataclasses.replace(arguments[0], rank=rank, world=world)
             for batch in itertools.chain(*train_pretrain.load_batches(run, *arguments[1:])):
                 chunks = itertools.chain(*batch.plan.rows)
-                places += [(batch.plan.step, chunk.place.number, chunk.place.mode) for chunk in chunks]
+                places += [(batch.plan.step, chunk.number, chunk.mode) for chunk in chunks]
     return sorted(places)
 
 

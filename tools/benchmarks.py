@@ -267,7 +267,7 @@ def marked_prompt(question: Question, tokenizer) -> list[data.Piece]:
         elif text:
             content.append(f"<image {text}>" if n % 2 else text)
     turns = [("user", [*sorted(unplaced), *content]), ("assistant", [])]
-    return data.chat_pieces(turns, tokenizer, to_answer=True)
+    return data.chat_pieces(turns, tokenizer)
 
 
 def open_task(name: str, shots: int | None, cfg: BenchmarkConfig) -> evaluation.Task:

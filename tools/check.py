@@ -78,34 +78,31 @@ class Chunks(Dataset):
         return np.array(counts, np.int64).reshape(-1, len(Counts._fields)), skipped
 
 
-def place_of(i: int) -> data.Place:
-    return data.Place(0, 0, "full", 0, i)
-
-
 def examine(plan: data.Plan, i: int, skipped: list[tuple[str, str]]) -> Counts:
     """Counts of record i; raises BadRecord if it cannot be used."""
-    record, chunks = plan.read(place_of(i))
-    for image in record.images:
+    source = plan.sources[0][0]
+    record, samples = source[i], plan.read(source, i, "full", i, skipped)
+    images = [image for sample in samples for image in sample.images]
+    for image in images:
         if not isinstance(image, data.Scene):
             with data.opened(image, record.name) as picture:
                 picture.draft("RGB", (1, 1))  # of a JPEG only an eighth of its pixels a side
                 picture.load()
-    if not chunks:
-        text = f"{record.name}: no answer within {plan.rows.sample_limit} positions"
-        raise BadRecord(text, "no answer left")
-    if record.dropped:
-        skipped.append(record.dropped)
-    kept = [piece for chunk in chunks for piece in data.texts_of(chunk.pieces)]
+    kept = [text for sample in samples for text in texts_of(sample.pieces)]
     tokens = sum(len(ids) for ids, _ in kept)
-    uncut = sum(len(ids) for ids, _ in data.texts_of(data.pieces_of(record, plan.tokenizer)))
+    uncut = sum(len(ids) for ids, _ in texts_of(data.pieces_of(record, plan.tokenizer)))
     return Counts(
-        pictures=len(record.images),
+        pictures=len(images),
         tokens=tokens,
         learned=sum(len(ids) for ids, supervised in kept if supervised),
         cut=tokens < uncut,
-        positions=sum(chunk.length for chunk in chunks),
+        positions=sum(sample.length for sample in samples),
         marks=has_marks(record),
     )
+
+
+def texts_of(pieces: list[data.Piece]) -> list[tuple[list[int], bool]]:
+    return [piece for piece in pieces if not isinstance(piece, int)]
 
 
 def has_marks(record: data.Record) -> bool:
@@ -203,13 +200,12 @@ def show_samples(plan: data.Plan, records: int, samples: int) -> None:
         if shown == samples:
             return
         try:
-            record, chunks = plan.read(place_of(i))
+            first = plan.read(plan.sources[0][0], i, "full", i, [])[0]
         except BadRecord:
             continue
-        if chunks:
-            text = as_text(chunks[0].pieces, plan.tokenizer, on, off)
-            print(f"\n{record.name}, learned text {'is green' if colour else 'in [[ ]]'}:\n{text}\n")
-            shown += 1
+        text = as_text(first.pieces, plan.tokenizer, on, off)
+        print(f"\n{first.name}, learned text {'is green' if colour else 'in [[ ]]'}:\n{text}\n")
+        shown += 1
 
 
 def as_text(pieces: list[data.Piece], tokenizer: data.Tokenizer, on: str, off: str) -> str:

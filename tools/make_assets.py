@@ -321,9 +321,7 @@ def text_batch(first: int, n: int, tokenizer: data.Tokenizer) -> data.Rows:
         if i % 4 == 0:  # plain language modelling: descriptions and questions, too
             pieces = [(ids, True) for ids, _ in pieces]
         laid.append(data.lay_out(data.split(pieces, [], 256)[0], []))
-    lengths = [len(sample.ids) for sample in laid]
-    T = data.row_width(lengths, 256)
-    return data.make_rows(laid, T, data.best_fit(lengths, T))
+    return data.make_rows(laid, 256)
 
 
 def make_lm(cfg: AssetsConfig) -> None:
@@ -370,7 +368,7 @@ def score_text(lm: model.Decoder, tokenizer: data.Tokenizer, n: int) -> str:
             story = say(scene, None, question.kind == "ref") + "\n"
             turns = [("user", [story, question.question]), ("assistant", [question.answer])]
             laid = data.lay_out(data.chat_pieces(turns, tokenizer), [])
-            rows = data.make_rows([laid], data.row_width([len(laid.ids)], 64), [[0]])
+            rows = data.make_rows([laid], 64)
             _, logits = text_step(lm, rows)
             total[question.kind] += 1
             right[question.kind] += bool((logits.argmax(-1) == rows.targets).all())

@@ -56,7 +56,7 @@ def test_it_takes_every_kind(capsys):
 def test_it_takes_the_limits_of_the_recipe(tmp_path, capsys):
     path = write(tmp_path / "x.json", [chat(None, "word " * 300, "Yes.")] * 40)
     code, out = run(capsys, str(path), "--workers", "1")
-    assert code == 1 and "40 no answer left" in out and "within 256 positions" in out
+    assert code == 1 and "40 no answer within the limit" in out and "within 256 positions" in out
     code, out = run(capsys, str(path), "--workers", "1", "--row_length", "1024")
     assert code == 0 and "usable   40" in out
     write(path, [chat(None, "Say <image>.", "Yes.")] * 3)

@@ -33,7 +33,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -451,62 +450,38 @@ import prune  # noqa: E402
 # Attention and MLPs
 
 
-class Documents(NamedTuple):
-    """Replaces the mask for the varlen kernel: start offset of every document in the flattened rows. Other
-    documents are never computed, rather than masked out.
-    """
-
-    starts: Tensor  # (documents + 1,) int32, the end repeated
-    longest: int  # positions of a document, at most
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Documents | None = None) -> Tensor:
-    """The one place where attention is computed: (..., H, T, d); k and v may have fewer heads.
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The one place where attention is computed: (..., H, T, d) -> (..., T, H*d); k and v may have fewer
+    heads. mask: (B, 1, T, T), True where a query may look at a key; or for the varlen kernel, which computes
+    no pair across documents, the start of every document in the flattened rows, (documents + 1,) int32.
 
     On a CPU always in fp32: the backward pass of its bf16 kernel is 2-4 times slower at our lengths (LOG.md).
     """
-    if isinstance(mask, Documents):
+    dtype, T = v.dtype, q.shape[-2]
+    # QK-norm leaves q and k in float32, and autocast does not cover varlen_attn, so we cast here.
+    wide = torch.promote_types(dtype, torch.float32) if q.is_cpu else dtype
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    if mask is not None and mask.ndim == 1:
         from torch.nn.attention.varlen import varlen_attn  # here, as it imports dynamo: 1.7 s
 
-        # Autocast does not cover varlen_attn, and QK-norm leaves q and k in float32, so we cast here.
-        flat = [x.to(v.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B*T, H, d)
-        starts, longest = mask
-        out = varlen_attn(*flat, starts, starts, longest, longest, window_size=(-1, 0), enable_gqa=True)
-        return out.unflatten(0, (len(q), -1)).transpose(1, 2)  # (B, H, T, d)
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        rows = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B*T, H, d)
+        out = varlen_attn(*rows, mask, mask, T, T, window_size=(-1, 0), enable_gqa=True)
+        return out.flatten(1).unflatten(0, (-1, T))  # (B, T, H*d)
     with torch.autocast("cpu", enabled=False):
-        wide = torch.promote_types(v.dtype, torch.float32)
-        q, k, values = q.to(wide), k.to(wide), v.to(wide)
-        out = F.scaled_dot_product_attention(q, k, values, attn_mask=mask, enable_gqa=True)
-    return out.to(v.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return out.to(dtype).transpose(-3, -2).flatten(-2)  # (..., T, H*d)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2)  # (..., T, D) -> (..., H, T, D/H)
 
 
-def merge_heads(x: Tensor) -> Tensor:
-    return x.transpose(-3, -2).flatten(-2)  # (..., H, T, D/H) -> (..., T, D)
-
-
-def run_block(block: nn.Module, compiled: bool, *inputs):
-    """Call a transformer block, without its torch.compile unless `compiled`: forward() is the plain function.
-    A compiled block would recompile for every new shape that evaluation or a teacher's pass brings.
-    """
-    return block(*inputs) if compiled else block.forward(*inputs)
-
-
 def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {
-    "quick_gelu": quick_gelu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-}
+GELU_TANH = functools.partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_pytorch_tanh": GELU_TANH, "silu": F.silu}
 
 
 class MLP(nn.Module):
@@ -542,13 +517,11 @@ def init_linear(module: nn.Module, std: float = 0.02) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Vision transformer
+# Vision transformer, pre-norm with CLIP's names; the config's switches make it another encoder
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of the ViT, CLIP's names."""
-
-    def __init__(self, width: int, heads: int, bias: bool = True):
+    def __init__(self, width: int, heads: int, bias: bool):
         super().__init__()
         self.heads = heads
         self.q_proj = nn.Linear(width, width, bias)
@@ -560,7 +533,7 @@ class Attention(nn.Module):
         q = split_heads(self.q_proj(x), self.heads)  # (I, H, P, D/H)
         k = split_heads(self.k_proj(x), self.heads)
         v = split_heads(self.v_proj(x), self.heads)
-        return self.out_proj(merge_heads(attend(q, k, v)))  # (I, P, D)
+        return self.out_proj(attend(q, k, v))  # (I, P, D)
 
 
 def vit_norm(cfg: ViTConfig) -> nn.Module:
@@ -599,10 +572,9 @@ class ViTEmbeddings(nn.Module):
 
     def __init__(self, cfg: ViTConfig):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, stride = cfg, cfg.patch_size
         self.class_embedding = nn.Parameter(torch.randn(cfg.width) * 0.02) if cfg.cls_token else None
-        stride = cfg.patch_size
-        self.patch_embedding = nn.Conv2d(3, cfg.width, stride, stride=stride, bias=cfg.patch_bias)
+        self.patch_embedding = nn.Conv2d(3, cfg.width, stride, stride, bias=cfg.patch_bias)
         self.position_embedding = nn.Embedding((cfg.image_size // stride) ** 2 + cfg.cls_token, cfg.width)
 
     def forward(self, pixels: Tensor, norm: nn.Module) -> Tensor:
@@ -633,8 +605,6 @@ def resize_grid(table: Tensor, side: int, align_corners: bool = False) -> Tensor
 
 
 class ViT(nn.Module):
-    """A pre-norm vision transformer with CLIP's names; the config's switches make it another encoder."""
-
     def __init__(self, cfg: ViTConfig):
         super().__init__()
         self.cfg = cfg
@@ -651,10 +621,11 @@ class ViT(nn.Module):
         token. Stops after block `last`; with `only`, states neither in it nor the last are None.
         """
         states = [self.embeddings(pixels, self.pre_layrnorm)]
-        for block in self.encoder["layers"][:last]:
-            states.append(run_block(block, self.training, states[-1]))
-            if only is not None and len(states) - 2 not in only:
-                states[-2] = None
+        for n, block in enumerate(self.encoder["layers"][:last]):
+            run = block if self.training else block.forward  # see Decoder.hidden
+            states.append(run(states[n]))
+            if only is not None and n not in only:
+                states[n] = None
         return tuple(states)
 
     @torch.no_grad()
@@ -673,11 +644,11 @@ class ViT(nn.Module):
             looks = [(q[:, h].float() @ k[:, h].float().mT).softmax(-1).mean(1) for h in range(heads)]
         return sum(looks)[:, first:] / heads, k[:, :, first:]
 
+    @torch.no_grad()
     def resize(self, image_size: int) -> None:
         """Move to another resolution: the position table is resized once and for all, all else is kept."""
-        with torch.no_grad():
-            positions = self.embeddings.positions(image_size // self.cfg.patch_size)
-        self.embeddings.position_embedding = nn.Embedding.from_pretrained(positions.clone(), freeze=False)
+        positions = self.embeddings.positions(image_size // self.cfg.patch_size).clone()
+        self.embeddings.position_embedding = nn.Embedding.from_pretrained(positions, freeze=False)
         self.embeddings.cfg = self.cfg = dataclasses.replace(self.cfg, image_size=image_size)
 
     @classmethod
@@ -687,67 +658,84 @@ class ViT(nn.Module):
         """
         folder = find_half(path_or_repo)
         cfg = read_vit_config(folder / "config.json")
-        with torch.device("meta"):
-            vit = cls(cfg)
-        load_weights(vit, vit_weights(open_weights(folder), cfg.family), folder, dtype)
-        return vit
+        family = ENCODERS[cfg.family]
+        return load_half(cls, cfg, family["names"] + family.get("original", []), folder, dtype)
 
 
-# What loading needs to know of the files on the hub. "encoder_fields": our config field -> its key in
-# config.json. "encoders": for each family transformers' defaults with our switches, and "names", the
-# replacements that turn its tensors' names into ours, in order ("original": those of Apple's own files).
+# ---------------------------------------------------------------------------------------------------------
+# Halves in Hugging Face layout. key_maps.json holds what is known of them: "fields", our config fields and
+# their keys in config.json; "only", keys and the one value that is supported; for each family transformers'
+# defaults with our switches, keys that differ, and "names", replacements that turn its tensors' names into
+# ours, in order ("original": those of Apple's own files); "unused", a pattern of names of no use here.
+
 KEY_MAPS = read_json(ASSETS / "key_maps.json")
-ENCODERS = KEY_MAPS["encoders"]
+ENCODERS, DECODERS = KEY_MAPS["encoders"], KEY_MAPS["decoders"]
+
+
+def read_half_config(file: Path, half: str) -> tuple[str, dict, dict]:
+    """Family, config.json and our fields of a half, "encoder" or "decoder"; of a full model its vision."""
+    config, families = read_json(file, dict), KEY_MAPS[f"{half}s"]
+    kind = str(config.get("model_type"))
+    family = kind.removesuffix("_vision_model")
+    known = f"is not one of {', '.join(families)} ({KEY_MAPS['notes'][half]})"
+    require(family in families, f"{file}: model_type '{kind}' {known}")
+    config.update(config.get("vision_config") or {})
+    for key, value in KEY_MAPS["only"][half].items():
+        require(config.get(key) in (None, value), f"{file}: {key} {config.get(key)} is not supported")
+    fields = dict(families[family]["defaults"])
+    for name, key in {**KEY_MAPS[f"{half}_fields"], **families[family]["fields"]}.items():
+        if config.get(key) is not None:
+            fields[name] = config[key]
+    return family, config, fields
 
 
 def read_vit_config(file: Path) -> ViTConfig:
-    """config.json of a vision model, or the vision half of a full one."""
-    config = read_json(file, dict)
-    kind = str(config.get("model_type"))
-    family = kind.removesuffix("_vision_model")
-    if family not in ENCODERS:
-        why = ": its NaFlex grids change with the picture; take a fixed-resolution SigLIP2"
-        why = why if family == "siglip2" else ""
-        raise UserError(f"{file}: model_type '{kind}' is not one of {', '.join(ENCODERS)}{why}")
-    config = {**config, **(config.get("vision_config") or {})}
-    cfg = ViTConfig(family=family, **{**ENCODERS[family]["defaults"], **known_fields(config, "encoder")})
-    if family == "aimv2":
-        cfg.norm_eps = config.get("rms_norm_eps", cfg.norm_eps)
-        cfg.mlp_bias = config.get("mlp_bias", config.get("use_bias", False))
-        cfg.attention_bias = config.get("qkv_bias", False)
+    family, config, fields = read_half_config(file, "encoder")
+    cfg = ViTConfig(family=family, **fields)
     if family == "dinov2":
         cfg.mlp_width = int(config.get("mlp_ratio", 4) * cfg.width)
-        cfg.attention_bias = config.get("qkv_bias", True)
-    for unknown in ("is_native", "use_swiglu_ffn"):  # sine positions of AIMv2's native models; DINOv2-giant
-        require(not config.get(unknown), f"{file}: {unknown} is not supported")
     require_one_of(f"{file}: hidden_act", cfg.activation, ["silu"] if cfg.gated_mlp else ACTIVATIONS)
     return cfg
 
 
-def known_fields(config: dict, half: str) -> dict:
-    """Our fields from a Hugging Face config: those that it gives."""
-    names = KEY_MAPS[f"{half}_fields"]
-    return {name: config[key] for name, key in names.items() if config.get(key) is not None}
+def read_decoder_config(file: Path) -> DecoderConfig:
+    """config.json of a decoder, in today's form (rope_parameters) or the older (rope_theta, rope_scaling)."""
+    _, config, fields = read_half_config(file, "decoder")
+    for name in ("vocab_size", "width", "layers", "heads", "mlp_width"):
+        require(name in fields, f"{file}: '{KEY_MAPS['decoder_fields'][name]}' is missing")
+    windowed = set(config.get("layer_types") or ()) - {"full_attention"}
+    require(not windowed, f"{file}: layer_types with a sliding window are not supported")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    known = kind in ("default", "llama3")
+    require(known, f"{file}: rope type '{kind}' is not supported, only default and llama3")
+    fields["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    for name, key in KEY_MAPS["rope_fields"].items() if kind == "llama3" else ():
+        require(key in rope, f"{file}: the llama3 rope has no '{key}'")
+        fields[name] = rope[key]
+    heads = fields["heads"]
+    return DecoderConfig(**{"head_dim": fields["width"] // heads, "kv_heads": heads, **fields})
 
 
-def vit_weights(readers: dict, family: str) -> dict:
-    """Our names for one encoder's tensors: no text half, no pooling head, fused q, k, v taken apart."""
-    skipped = ("text_model.", "text_projection.", "visual_projection.", "logit_", "head.")
-    original = any(name.startswith("trunk.") for name in readers)
-    names = ENCODERS[family]["original" if original else "names"]
-    renamed = {}
-    for name, read in readers.items():
-        name = name.removeprefix("vision_model.")
-        if name.startswith((*skipped, "embeddings.mask_token")) or name.endswith("position_ids"):
-            continue  # position_ids: a buffer in older CLIP files
+def load_half(cls: type, cfg, names: list, folder: Path, dtype: torch.dtype | None) -> nn.Module:
+    """A ViT or Decoder with the weights in that folder: no text half, no pooling head."""
+    with torch.device("meta"):
+        half = cls(cfg)
+    readers = {}
+    for name, read in open_weights(folder).items():
+        twice = name == "lm_head.weight" and not hasattr(half, "lm_head")  # a table that is tied
+        if twice or re.search(KEY_MAPS["unused"], name):
+            continue
+        name = name.removeprefix("vision_model.").removeprefix("model.")
         for hub_name, our_name in names:
             name = name.replace(hub_name, our_name)
-        if ".qkv." in name:
+        if ".qkv." in name:  # fused in Apple's files
             for i, part in enumerate(("q_proj", "k_proj", "v_proj")):
-                renamed[name.replace("qkv", part)] = lambda i=i, read=read: read().chunk(3)[i]
+                readers[name.replace("qkv", part)] = lambda i=i, read=read: read().chunk(3)[i]
         else:
-            renamed[name] = read
-    return renamed
+            readers[name] = read
+    load_weights(half, readers, folder, dtype)
+    return half
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -775,37 +763,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def document_mask(doc_ids: Tensor) -> Tensor:
     """Causal, and only within a document: (B, T) -> (B, 1, T, T), True where a row may look at a column.
-
     Padding is a document of its own (-1), so no row is empty and no softmax turns into NaN.
     """
     T = doc_ids.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=doc_ids.device).tril()
     return causal & (doc_ids[:, None, :, None] == doc_ids[:, None, None, :])
-
-
-def attention_mask(rows) -> Tensor | Documents:
-    """Attention mask of a training step. The CUDA varlen kernel supports only bf16 and fp16; everything else
-    uses the dense boolean mask, which is the reference.
-    """
-    if rows.ids.is_cuda and torch.is_autocast_enabled("cuda") and rows.starts is not None:
-        return Documents(rows.starts, rows.ids.shape[1])
-    return document_mask(rows.doc_ids)
-
-
-class KVCache:
-    """Keys and values of all layers, written in place: (layers, B, Hkv, T_max, head_dim)."""
-
-    def __init__(self, cfg: DecoderConfig, rows: int, length: int):
-        self.shape = (cfg.layers, rows, cfg.kv_heads, length, cfg.head_dim)
-        self.used = 0
-
-    def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.used == 0 and layer == 0:  # now their dtype and device are known
-            self.k, self.v = k.new_zeros(self.shape), v.new_zeros(self.shape)
-        end = self.used + k.shape[2]
-        self.k[layer, :, :, self.used : end] = k
-        self.v[layer, :, :, self.used : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
 class DecoderAttention(nn.Module):
@@ -820,16 +782,19 @@ class DecoderAttention(nn.Module):
             self.q_norm = nn.RMSNorm(cfg.head_dim, eps=cfg.norm_eps)
             self.k_norm = nn.RMSNorm(cfg.head_dim, eps=cfg.norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple, mask, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple, mask: Tensor, cache: dict | None, layer: int) -> Tensor:
         q = split_heads(self.q_proj(x), self.cfg.heads)  # (B, H, T, head_dim)
         k = split_heads(self.k_proj(x), self.cfg.kv_heads)  # (B, Hkv, T, head_dim)
         v = split_heads(self.v_proj(x), self.cfg.kv_heads)
         if self.cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache:
-            k, v = cache.put(layer, k, v)
-        return self.o_proj(merge_heads(attend(q, k, v, mask)))  # (B, T, D)
+        if cache is not None:
+            if layer in cache:
+                k = torch.cat([cache[layer][0], k], 2)  # (B, Hkv, T so far, head_dim)
+                v = torch.cat([cache[layer][1], v], 2)
+            cache[layer] = k, v
+        return self.o_proj(attend(q, k, v, mask))  # (B, T, D)
 
 
 class Experts(nn.Module):
@@ -856,7 +821,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (B, T, D), real (B, T) False at padding -> the layer's output (B, T, D), router losses (2,)"""
-        tokens = x.flatten(0, 1)  # (M, D)
+        tokens, n_experts = x.flatten(0, 1), len(self.gate_proj)  # (M, D)
         real = torch.ones_like(tokens[:, 0], dtype=torch.bool) if real is None else real.flatten()  # (M,)
         device = "cpu" if x.is_meta else x.device.type  # meta knows no autocast
         with torch.autocast(device, enabled=False):  # the router always computes in float32
@@ -864,7 +829,12 @@ class Experts(nn.Module):
             probabilities = logits.softmax(-1)
             gates, chosen = probabilities.topk(2)  # (M, 2)
             gates = gates / (gates.sum(-1, keepdim=True) + 1e-9)
-            losses = router_losses(logits, probabilities, chosen[:, 0], real)
+            # Means over what is not padding. Load balance is E * sum_e f_e * P_e, f_e the share of first
+            # choices, P_e the mean probability: 1 if uniform (GShard). z is ST-MoE's (arXiv 2202.08906).
+            share = real.float() / real.sum().clamp(min=1)  # (M,)
+            first_choices = F.one_hot(chosen[:, 0], n_experts).float()  # (M, E)
+            balance = n_experts * (share @ first_choices * (share @ probabilities)).sum()
+            losses = torch.stack([balance, share @ logits.logsumexp(-1).square()])
 
         # 1. List the choices of all tokens: the first ones, then the second ones.
         expert = chosen.T.flatten()  # (2M,)
@@ -873,13 +843,11 @@ class Experts(nn.Module):
         order = (2 * expert + ~real.repeat(2)).argsort(stable=True)
         expert, token, gates = expert[order], order % len(tokens), gates.T.flatten()[order]
         # 3. While the experts train, a choice beyond the capacity of its expert gets the gate 0.
-        n_experts = len(self.gate_proj)
         if self.training and torch.is_grad_enabled() and self.gate_proj.requires_grad:
             share = int(len(tokens) * self.capacity / n_experts)
             limit = (share + 3) // 4 * 4  # AXLearn rounds up to a multiple of 4
-            first_of_expert = torch.searchsorted(expert, expert)
-            place = torch.arange(len(order), device=x.device) - first_of_expert  # 0, 1, … at each expert
-            gates = gates * (place < limit)
+            place = torch.arange(len(order), device=x.device) - torch.searchsorted(expert, expert)
+            gates = gates * (place < limit)  # places count 0, 1, … at each expert
         # 4. Run each expert on its rows, which end before ends[e], and add the results up at their tokens.
         numbers = torch.arange(n_experts, device=x.device)
         ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)  # (E,)
@@ -889,19 +857,6 @@ class Experts(nn.Module):
         hidden = F.silu(F.grouped_mm(rows, gate, offs=ends)) * F.grouped_mm(rows, up, offs=ends)
         out = F.grouped_mm(hidden, down, offs=ends) * gates[:, None]  # (2M, D), float32
         return out.new_zeros(tokens.shape).index_add(0, token, out).view_as(x).to(x.dtype), losses
-
-
-def router_losses(logits: Tensor, probabilities: Tensor, first: Tensor, real: Tensor) -> Tensor:
-    """Load balance and z-loss of a router (2,), averaged over non-padding tokens; differentiable in
-    everything except `first`.
-
-    Balance is E * sum_e f_e * P_e with f_e the share of first choices, P_e the mean probability: 1 if these
-    are uniform (GShard). z is the mean squared logsumexp of the logits (ST-MoE, arXiv 2202.08906).
-    """
-    share = real.float() / real.sum().clamp(min=1)  # (M,)
-    experts = logits.shape[-1]
-    balance = experts * (share @ F.one_hot(first, experts).float() * (share @ probabilities)).sum()
-    return torch.stack([balance, share @ logits.logsumexp(-1).square()])
 
 
 EXPERT_FIELDS = ("experts", "expert_every", "capacity")
@@ -930,12 +885,11 @@ def upcycle(decoder: "Decoder", cfg: DecoderConfig) -> None:
 
 def backbone_size(decoder: nn.Module) -> int:
     """N of MM1's learning-rate law: matrices and norms of the dense decoder, without embeddings and head.
-
     Of a sparse layer one expert counts, its router does not; adapters do not either.
     """
     size = 0
     for name, p in decoder.named_parameters():
-        if not any(part in name for part in ("embed_tokens", "lm_head", "router", ".lora_")):
+        if not re.search(r"embed_tokens|lm_head|router|\.lora_", name):
             size += p[0].numel() if p.ndim == 3 else p.numel()
     return size
 
@@ -949,14 +903,15 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
         self.mlp = Experts(cfg) if cfg.sparse(layer) else GatedMLP(cfg.width, cfg.mlp_width)
 
-    def forward(self, x: Tensor, rope: tuple, mask, cache: KVCache | None = None, real: Tensor | None = None):
+    def forward(
+        self, x: Tensor, rope: tuple, mask: Tensor, cache: dict | None = None, real: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """The residuals (B, T, D), and the router's losses (2,) of a sparse block, None of a dense one."""
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, self.layer)
-        y, losses = self.post_attention_layernorm(x), None
-        if isinstance(self.mlp, Experts):
-            y, losses = self.mlp(y, real)
-        else:
-            y = self.mlp(y)
+        y = self.post_attention_layernorm(x)
+        if not isinstance(self.mlp, Experts):
+            return x + self.mlp(y), None
+        y, losses = self.mlp(y, real)
         return x + y, losses
 
 
@@ -982,19 +937,25 @@ class Decoder(nn.Module):
         return F.linear(hidden, (self.embed_tokens if self.cfg.tied else self.lm_head).weight)
 
     def hidden(
-        self, x: Tensor, positions: Tensor, mask, cache: KVCache | None = None, real: Tensor | None = None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        cache: dict | None = None,
+        real: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Embeddings (B, T, D) to final hidden states (B, T, D), and the router losses (2,): means over the
-        sparse layers whose routers train, None without gradients. real (B, T) is False at padding.
+        sparse layers whose routers train, None without gradients. real (B, T) is False at padding; cache, {}
+        at first, holds keys and values of the positions before, (B, Hkv, T, head_dim) of each layer.
         """
         rope, losses = rope_tables(positions, self.cfg), []
-        trains = self.training and torch.is_grad_enabled()
         for block in self.layers:
-            x, router = run_block(block, trains, x, rope, mask, cache, real)
+            # forward() is without torch.compile, which would recompile for each new shape of an evaluation
+            # or a teacher's pass.
+            run = block if self.training and torch.is_grad_enabled() else block.forward
+            x, router = run(x, rope, mask, cache, real)
             if router is not None and torch.is_grad_enabled() and block.mlp.router.weight.requires_grad:
                 losses.append(router)
-        if cache:
-            cache.used += x.shape[1]
         return self.norm(x), torch.stack(losses).mean(0) if losses else None
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -1006,50 +967,7 @@ class Decoder(nn.Module):
     def from_pretrained(cls, path_or_repo: str | Path, dtype: torch.dtype = torch.float32) -> "Decoder":
         """From a Hugging Face folder (or downloaded repo) of one of DECODERS."""
         folder = find_half(path_or_repo)
-        cfg = read_decoder_config(folder / "config.json")
-        with torch.device("meta"):
-            decoder = cls(cfg)
-        readers = {}
-        for name, read in open_weights(folder).items():
-            copied = cfg.tied and name == "lm_head.weight"  # some files hold the table twice
-            if not copied and not name.endswith("rotary_emb.inv_freq"):
-                readers[name.removeprefix("model.")] = read
-        load_weights(decoder, readers, folder, dtype)
-        return decoder
-
-
-DECODERS = ("llama", "qwen2", "qwen3")
-
-
-def read_decoder_config(file: Path) -> DecoderConfig:
-    """config.json of a decoder, in today's form (rope_parameters) or the older (rope_theta, rope_scaling)."""
-    config = read_json(file, dict)
-    family = config.get("model_type")
-    known = f"is not one of {', '.join(DECODERS)} (SmolLM2 is a llama)"
-    require(family in DECODERS, f"{file}: model_type '{family}' {known}")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    rope_known = f"{file}: rope type '{kind}' is not supported, only default and llama3"
-    require(kind in ("default", "llama3"), rope_known)
-    for unknown in ("quantization_config", "mlp_bias"):
-        require(not config.get(unknown), f"{file}: {unknown} is not supported")
-    windowed = config.get("use_sliding_window") or set(config.get("layer_types") or ()) - {"full_attention"}
-    require(not windowed, f"{file}: a sliding window is not supported")
-    require(config.get("hidden_act", "silu") == "silu", f"{file}: a gate other than silu is not supported")
-    require(config.get("partial_rotary_factor", 1) == 1, f"{file}: partial rotation is not supported")
-    fields = known_fields(config, "decoder")
-    for name in ("vocab_size", "width", "layers", "heads", "mlp_width"):
-        require(name in fields, f"{file}: '{KEY_MAPS['decoder_fields'][name]}' is missing")
-    fields.setdefault("tied", False)
-    fields.setdefault("head_dim", 128 if family == "qwen3" else fields["width"] // fields["heads"])
-    fields.setdefault("kv_heads", fields["heads"])
-    fields["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    if kind == "llama3":
-        for name, key in KEY_MAPS["rope_fields"].items():
-            require(key in rope, f"{file}: the llama3 rope has no '{key}'")
-            fields[name] = rope[key]
-    qkv_bias = family == "qwen2" or config.get("attention_bias", False)
-    return DecoderConfig(**fields, qkv_bias=qkv_bias, qk_norm=family == "qwen3")
+        return load_half(cls, read_decoder_config(folder / "config.json"), [], folder, dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1115,14 +1033,12 @@ class Connector(nn.Module):
     @classmethod
     def grid(cls, cfg: ModelConfig) -> int:
         """Side of the square raster that the tokens form, 0 if they form none."""
-        if cls.per_patch:
-            return cfg.side
-        return math.isqrt(cfg.connector.tokens) if cls.on_grid else 0
+        return math.isqrt(cfg.visual_tokens()) if cls.per_patch or cls.on_grid else 0
 
     @classmethod
     def pruner_places(cls, cfg: ModelConfig) -> set[str]:
         """The values of prune.Pruner.where that fit."""
-        has_block = max(cfg.connector.levels) > 0  # whose attention and keys such pruners read
+        has_block = max(cfg.connector.levels) > 0  # whose attention and keys pruners of patches read
         fits = {"tokens": True, "grid": cls.grid(cfg) > 0, "patches": cls.per_patch and has_block}
         return {place for place in fits if fits[place]}
 
@@ -1148,28 +1064,23 @@ class WindowBlock(nn.Module):
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = MLP(width, 4 * width)
 
-    def project(self, queries: Tensor, context: Tensor, key_positions: Tensor | None) -> list[Tensor]:
-        """queries (I or 1, windows, q, D), context (I, windows, W*W, C) -> q, k, v
+    def forward(self, queries: Tensor, context: Tensor, key_positions: Tensor | None) -> Tensor:
+        """queries (I or 1, windows, q, D), context (I, windows, W*W, C) -> (I, windows, q, D)
 
         At the first level the queries are the same for all images: they come with I = 1, projected once.
         """
-        context = self.norm_context(context)
+        images_and_windows, context = context.shape[:2], self.norm_context(context)
         if key_positions is not None:
             context = context + key_positions
         q = self.to_q(self.norm_queries(queries)).expand(len(context), -1, -1, -1)
         k, v = self.to_kv(context).chunk(2, -1)
-        return [split_heads(x.flatten(0, 1), self.heads) for x in (q, k, v)]  # (I*windows, H, q or W*W, D/H)
-
-    def forward(self, queries: Tensor, context: Tensor, key_positions: Tensor | None) -> Tensor:
-        """queries (I or 1, windows, q, D), context (I, windows, W*W, C) -> (I, windows, q, D)"""
-        q, k, v = self.project(queries, context, key_positions)
-        out = merge_heads(attend(q, k, v)).unflatten(0, context.shape[:2])
-        queries = queries + self.to_out(out)  # (I, windows, q, D)
+        q, k, v = (split_heads(x.flatten(0, 1), self.heads) for x in (q, k, v))  # (I*windows, H, …, D/H)
+        queries = queries + self.to_out(attend(q, k, v).unflatten(0, images_and_windows))
         return queries + self.mlp(self.norm_mlp(queries))
 
 
 class Scale(nn.Module):
-    """One scale: own queries for every window, one block a level, shared over the windows."""
+    """One scale: queries for every window of its own, one block a level, shared over the windows."""
 
     def __init__(self, cfg: ConnectorConfig, context_width: int, side: int, window: int, n_queries: int):
         super().__init__()
@@ -1177,11 +1088,10 @@ class Scale(nn.Module):
         self.queries = nn.Parameter(torch.empty(self.per_side**2, n_queries, cfg.width))
         self.blocks = nn.ModuleList(WindowBlock(cfg.width, context_width, cfg.heads) for _ in cfg.levels)
         self.key_positions = None
-        if cfg.key_positions:
-            self.key_positions = nn.Parameter(torch.empty(window**2, context_width))
         init_linear(self, std=0.64 / math.sqrt(cfg.width))  # 0.02 at the published width of 1024
         nn.init.trunc_normal_(self.queries, std=0.02)
         if cfg.key_positions:
+            self.key_positions = nn.Parameter(torch.empty(window**2, context_width))
             nn.init.trunc_normal_(self.key_positions, std=0.02)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
@@ -1207,8 +1117,7 @@ class Scale(nn.Module):
 
 def cut_windows(x: Tensor, window: int) -> Tensor:
     """(I, P, C) patches in raster order -> (I, windows, W*W, C), windows in raster order."""
-    side = math.isqrt(x.shape[1])
-    n = side // window
+    n = math.isqrt(x.shape[1]) // window
     x = x.reshape(len(x), n, window, n, window, -1).transpose(2, 3)  # (I, n, n, W, W, C)
     return x.reshape(len(x), n * n, window * window, -1)
 
@@ -1217,9 +1126,9 @@ class ChainOfSight(Connector):
     """Chain-of-Sight's multi-scale resampler (arXiv 2407.15819, section 3): scales from coarse to fine,
     concatenated, so that a causal decoder reads the whole before the details.
 
-    Window side 1 is a linear projection, window side S a plain resampler; Chain-of-Sight lies between. All
-    scales share the last LayerNorm and Linear. No exchange between windows or scales: the chain is only the
-    order.
+    Window side 1 is a linear projection, window side S a plain resampler ("resampler", the baseline of the
+    same levels and depth); Chain-of-Sight lies between. All scales share the last LayerNorm and Linear. No
+    exchange between windows or scales: the chain is only the order.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -1240,12 +1149,15 @@ class ChainOfSight(Connector):
     def scales_of(cls, cfg: ModelConfig) -> list[tuple[int, int]]:
         """connector.windows and connector.queries, or what connector.plan stands for at this resolution."""
         c = cfg.connector
+        if c.kind == "resampler":
+            return super().scales_of(cfg)
         plan = SCALE_PLANS[c.plan] if c.plan else ()
         return [(window_side(cfg, n), queries) for n, queries in plan] or [*zip(c.windows, c.queries)]
 
     @classmethod
     def pruner_places(cls, cfg: ModelConfig) -> set[str]:
-        return {"tokens"} if cfg.connector.reverse else {"tokens", "scales"}
+        in_order = cfg.connector.kind == "chain" and not cfg.connector.reverse
+        return {"tokens", "scales"} if in_order else {"tokens"}
 
     @classmethod
     def check(cls, cfg: ModelConfig) -> None:
@@ -1254,13 +1166,10 @@ class ChainOfSight(Connector):
         lengths = f"connector.windows {c.windows} and connector.queries {c.queries} differ in length"
         require(len(c.windows) == len(c.queries), lengths)
         windows = [window for window, _ in cfg.scales()]
+        divisors = [w for w in range(1, side + 1) if side % w == 0]
         for window in windows:
-            if window < 1 or side % window:
-                divisors = [w for w in range(1, side + 1) if side % w == 0]
-                raise UserError(
-                    f"connector.windows: {window} does not divide the {side}x{side} patch grid "
-                    f"({cfg.vit.image_size} px / patch {cfg.vit.patch_size}); windows that do: {divisors}"
-                )
+            grid = f"the {side}x{side} patch grid of {cfg.vit.image_size} px; windows that do: {divisors}"
+            require(window in divisors, f"connector.windows: {window} does not divide {grid}")
         order = f"connector.windows {windows}: scales go from coarse to fine, largest first"
         require(windows == sorted(windows, reverse=True), order)
 
@@ -1270,12 +1179,6 @@ def window_side(cfg: ModelConfig, per_side: int) -> int:
     return cfg.side // per_side if cfg.side % per_side == 0 else 0
 
 
-class Resampler(ChainOfSight):
-    """One window over all patches: the baseline of the same levels and depth."""
-
-    scales_of, pruner_places, check = Connector.scales_of, Connector.pruner_places, Connector.check
-
-
 class Linear(Connector):
     """Every patch of the highest level by itself: the baseline with all tokens (the LayerNorm is ours)."""
 
@@ -1283,6 +1186,7 @@ class Linear(Connector):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
+        self.new_side = self.grid(cfg)
         self.norm = nn.LayerNorm(cfg.vit.width)
         self.proj = nn.Linear(cfg.vit.width, cfg.decoder.width)
         init_linear(self.proj)
@@ -1300,23 +1204,18 @@ class TwoLayers(Connector, MLP):
         super().__init__(cfg.vit.width, cfg.decoder.width, out=cfg.decoder.width)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
-        return MLP.forward(self, levels[-1])  # (I, P, C) -> (I, P, D)
+        return super().forward(levels[-1])  # (I, P, C) -> (I, P, D)
 
 
 def as_grid(patches: Tensor) -> Tensor:
-    """(I, P, C) -> (I, C, S, S)"""
     side = math.isqrt(patches.shape[1])
-    return patches.transpose(1, 2).unflatten(2, (side, side))
+    return patches.mT.unflatten(2, (side, side))  # (I, P, C) -> (I, C, S, S)
 
 
 class AvgPool(Linear):
     """MM1's average pooling: means over the patch grid, then one linear (the LayerNorm between is ours)."""
 
     per_patch, on_grid = False, True
-
-    def __init__(self, cfg: ModelConfig):
-        super().__init__(cfg)
-        self.new_side = self.grid(cfg)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
         # Windows overlap where the sides do not divide.
@@ -1326,7 +1225,6 @@ class AvgPool(Linear):
 
 class AttnPool(Connector):
     """MM1's attention pooling: learned queries look once at all patches of the highest level.
-
     MM1 did not publish heads, norms, MLP, width or depth: all of that is ours.
     """
 
@@ -1387,7 +1285,7 @@ class CAbstractor(Connector):
         width_in, width, out = cfg.vit.width, cfg.connector.width, cfg.decoder.width
         self.new_side = self.grid(cfg)
         self.positions = nn.Parameter(torch.empty(1, cfg.side**2, width_in))
-        self.before = nn.Sequential(*(ConvBlock(width_in if n == 0 else width, width) for n in range(3)))
+        self.before = nn.Sequential(*(ConvBlock(n, width) for n in (width_in, width, width)))
         self.after = nn.Sequential(*(ConvBlock(width, width) for _ in range(3)))
         self.readout = nn.Sequential(nn.Linear(width, out), nn.SiLU(), nn.Linear(out, out))
         nn.init.trunc_normal_(self.positions, std=0.02)
@@ -1401,7 +1299,7 @@ class CAbstractor(Connector):
 
 CONNECTORS = {
     "chain": ChainOfSight,
-    "resampler": Resampler,
+    "resampler": ChainOfSight,
     "linear": Linear,
     "mlp": TwoLayers,
     "avgpool": AvgPool,
@@ -1547,11 +1445,6 @@ def make_newline(cfg: ModelConfig, table: Tensor) -> nn.Parameter | None:
 # The VLM
 
 
-def of_tiles(x: Tensor, tiles: Tensor | None) -> Tensor:
-    """The rows of x that belong to these tiles (sorted); x itself if they are all."""
-    return x if tiles is None or len(tiles) == len(x) else x[tiles]
-
-
 class VLM(nn.Module):
     """Encoder, connector and decoder. `vlm(batch)` gives the logits of student and teacher."""
 
@@ -1565,9 +1458,9 @@ class VLM(nn.Module):
             add_lora(self.decoder, cfg.lora)
         self.isolator = prune.ModeIsolator(cfg.prune.isolator, cfg.decoder.width)
         self.newline = make_newline(cfg, self.decoder.embed_tokens.weight)
-        for name, channels in (("pixel_mean", cfg.image.mean), ("pixel_std", cfg.image.std)):
-            values = torch.tensor(channels, device="cpu").view(3, 1, 1) * 255
-            self.register_buffer(name, values, persistent=False)
+        mean, std = torch.tensor([cfg.image.mean, cfg.image.std], device="cpu").view(2, 3, 1, 1) * 255
+        self.register_buffer("pixel_mean", mean, persistent=False)
+        self.register_buffer("pixel_std", std, persistent=False)
 
     @classmethod
     def build(cls, cfg: ModelConfig, dtype: torch.dtype | None = torch.float32) -> "VLM":
@@ -1575,15 +1468,14 @@ class VLM(nn.Module):
 
         dtype: of the halves; None keeps what their files hold.
         """
-        vit, decoder = None, None
+        vit = decoder = None
         if cfg.encoder_from:
             image, size = read_preprocessor(find_half(cfg.encoder_from))
             cfg.image = dataclasses.replace(image, cut=cfg.image.cut)
             vit = ViT.from_pretrained(cfg.encoder_from, dtype)
             vit.cfg.align_corners = cfg.vit.align_corners
             cfg.vit = dataclasses.replace(vit.cfg, image_size=cfg.vit.image_size or size)
-            cfg.check()
-            vit.resize(cfg.vit.image_size)
+            vit.resize(cfg.check().vit.image_size)
         if cfg.decoder_from:
             decoder = Decoder.from_pretrained(cfg.decoder_from, dtype)
             sparse = {name: getattr(cfg.decoder, name) for name in EXPERT_FIELDS}
@@ -1608,14 +1500,10 @@ class VLM(nn.Module):
             last = max(self.cfg.connector.levels)
             return self.vit.hidden_states(pixels.to(dtype), last, {*self.cfg.connector.levels, last - 1})
 
-    def levels(self, states: tuple[Tensor, ...], tiles: Tensor | None = None) -> list[Tensor]:
+    def levels(self, states: tuple[Tensor, ...], tiles: Tensor | slice = slice(None)) -> list[Tensor]:
         """Patches of those tiles at the levels that the connector reads, each (I, P, C)."""
-        first, levels = int(self.cfg.vit.cls_token), self.cfg.connector.levels
-        return [of_tiles(states[level][:, first:], tiles) for level in levels]
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """uint8 (I, 3, size, size) -> visual tokens (I, V, D), all of them."""
-        return self.connector(self.levels(self.states(pixels)))
+        first = int(self.cfg.vit.cls_token)
+        return [states[level][tiles, first:] for level in self.cfg.connector.levels]
 
     def bank(self, batch) -> Tensor | None:
         """All visual tokens that the batch's slots refer to, one row each: (rows, D), or None if there are no
@@ -1627,49 +1515,41 @@ class VLM(nn.Module):
         full, pruned = batch.full_tiles, batch.pruned_tiles
         if not len(full) and not len(pruned):
             return None
-        states = self.states(batch.pixels)
-        if len(pruned) and prune.PRUNERS[self.cfg.prune.name].where in ("tokens", "grid"):
-            tokens = self.connector(self.levels(states))  # (I, V, D): the pruner chooses among them
-            bank = [of_tiles(tokens, full), self.pruned_tokens(states, batch, of_tiles(tokens, pruned))]
-        else:
-            bank = [self.connector(self.levels(states, full))] if len(full) else []
-            bank += [self.pruned_tokens(states, batch)] if len(pruned) else []
+        states, bank = self.states(batch.pixels), []
+        name, keep = self.cfg.prune.name, self.cfg.kept_tokens()
+        where = prune.PRUNERS[name].where
+        if len(pruned) and where in ("tokens", "grid"):  # the pruner chooses among the connector's tokens
+            tokens = self.connector(self.levels(states))  # (I, V, D)
+            bank.append(tokens[full])
+        elif len(full):
+            bank.append(self.connector(self.levels(states, full)))
+        if len(pruned):
+            needs = self.pruner_needs(name, states, batch)
+            if where == "scales":  # the finer ones are not computed
+                kept = self.connector(self.levels(states, pruned), self.cfg.coarse_scales())
+            elif where == "patches":  # the connector only sees what is kept
+                patches = prune.reduce(name, self.levels(states, pruned)[-1], keep, **needs)
+                kept = self.connector([patches])
+            else:
+                kept = prune.reduce(name, tokens[pruned], keep, **needs)
+            bank.append(self.isolator(kept))  # (F, l + K, D)
         bank = torch.cat([x.flatten(0, 1) for x in bank])
         slots = len(full) * self.cfg.visual_tokens() + len(pruned) * self.cfg.visual_tokens("pruned")
         if len(bank) != slots:
             raise RuntimeError(f"connector and pruner give {len(bank)} visual tokens, slots are {slots}")
         return bank if self.newline is None else torch.cat([bank, self.newline[None].to(bank.dtype)])
 
-    def pruned_tokens(self, states: tuple, batch, tokens: Tensor | None = None) -> Tensor:
-        """What the fast mode sees of batch.pruned_tiles, behind the isolator: (F, l + K, D).
-
-        tokens (F, V, D): the connector's, for pruners that choose among them. Others act before the
-        connector, which then has less to compute.
-        """
-        name, keep = self.cfg.prune.name, self.cfg.kept_tokens()
-        needs, where = self.pruner_needs(name, states, batch), prune.PRUNERS[name].where
-        if where == "scales":  # the finer ones are not computed
-            tokens = self.connector(self.levels(states, batch.pruned_tiles), self.cfg.coarse_scales())
-        elif where == "patches":
-            patches = self.levels(states, batch.pruned_tiles)[-1]
-            tokens = self.connector([prune.reduce(name, patches, keep, **needs)])
-        else:
-            tokens = prune.reduce(name, tokens, keep, **needs)
-        return self.isolator(tokens)
-
     def pruner_needs(self, name: str, states: tuple, batch) -> dict:
         """Arguments of that pruner besides the features, for batch.pruned_tiles; only those are computed."""
-        needs, tiles, given = prune.PRUNERS[name].needs, batch.pruned_tiles, {"grid": self.cfg.grid()}
+        needs, tiles = prune.PRUNERS[name].needs, batch.pruned_tiles
+        cls = states[-1][tiles, :1] if self.cfg.vit.cls_token else None
+        given = {"grid": self.cfg.grid(), "cls": cls}
         if "seeds" in needs:  # picture and step: neither its place in the batch nor the run's seed matters
-            pixels = of_tiles(batch.pixels, tiles).flatten(1)
-            given["seeds"] = pixels.sum(1) + 1_000_003 * batch.next_sample
-        if "cls" in needs:
-            given["cls"] = of_tiles(states[-1], tiles)[:, :1] if self.cfg.vit.cls_token else None
-        if "cls_attention" in needs or "keys" in needs:
-            attention, keys = self.vit.attention(of_tiles(states[-2], tiles), len(states) - 2)
-            given["cls_attention"], given["keys"] = attention, keys
+            given["seeds"] = batch.pixels[tiles].flatten(1).sum(1) + 1_000_003 * batch.next_sample
+        if "cls_attention" in needs:
+            given["cls_attention"], given["keys"] = self.vit.attention(states[-2][tiles], len(states) - 2)
         if "text" in needs:
-            ids = of_tiles(batch.questions, tiles)
+            ids = batch.questions[tiles]
             given["text"] = self.decoder.embed(ids.clamp(0)).detach() * (ids >= 0)[..., None]
         return {need: given[need] for need in needs}
 
@@ -1678,14 +1558,15 @@ class VLM(nn.Module):
         x = self.decoder.embed(rows.ids)
         if bank is None or not len(rows.visual_index):
             return x
-        visual = bank[rows.visual_index].to(x.dtype)
-        return x.masked_scatter(rows.slot_mask[..., None], visual)
+        return x.masked_scatter(rows.slot_mask[..., None], bank[rows.visual_index].to(x.dtype))
 
     def logits(self, rows, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The head at supervised positions only, (R, N) in fp32; router losses (2,) or None."""
-        real = rows.doc_ids >= 0
-        hidden, router_losses = self.decoder.hidden(x, rows.positions, attention_mask(rows), real=real)
-        return self.decoder.head(hidden.flatten(0, 1)[rows.supervised]).float(), router_losses
+        # The varlen kernel supports only bf16 and fp16; all else uses the dense mask, which is the reference.
+        varlen = rows.ids.is_cuda and torch.is_autocast_enabled("cuda") and rows.starts is not None
+        mask = rows.starts if varlen else document_mask(rows.doc_ids)
+        hidden, losses = self.decoder.hidden(x, rows.positions, mask, real=rows.doc_ids >= 0)
+        return self.decoder.head(hidden.flatten(0, 1)[rows.supervised]).float(), losses
 
     def forward(self, batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Student logits (R, N); the teacher's (R', N) for slow samples, from pruned tokens and without
@@ -1693,8 +1574,7 @@ class VLM(nn.Module):
 
         Student and teacher share one pass of the encoder, and of the connector if the pruner stands behind.
         """
-        bank = self.bank(batch)
-        teacher = None
+        bank, teacher = self.bank(batch), None
         if batch.teacher is not None:
             with torch.no_grad():
                 teacher, _ = self.logits(batch.teacher, self.splice(batch.teacher, bank.detach()))
@@ -1714,19 +1594,14 @@ class VLM(nn.Module):
         return student, teacher, router_losses
 
     def set_trainable(self, parts: list[str], isolator: bool) -> None:
-        """Freeze everything but the named PARTS, the isolator if it is used, and the newline. With adapters
-        "decoder" is all of the decoder, "lora" the adapters alone.
+        """Freeze everything but the named parts, the isolator if it is used, and the newline, which may be
+        new where nothing else is. With adapters "decoder" is all of the decoder, "lora" the adapters alone.
         """
-        self.requires_grad_(False)
-        for name in parts:
-            if name == "lora" and not self.cfg.lora.rank:
-                raise UserError("--train lora: the model has no adapters, add --lora.rank 64")
-            for key, p in getattr(self, "decoder" if name == "lora" else name).named_parameters():
-                if name != "lora" or ".lora_" in key:
-                    p.requires_grad_(True)
-        self.isolator.requires_grad_(isolator)
-        if self.newline is not None:
-            self.newline.requires_grad_(True)  # it may be new where nothing else of the connector is
+        adapted = "lora" not in parts or self.cfg.lora.rank > 0
+        require(adapted, "--train lora: the model has no adapters, add --lora.rank 64")
+        trained = {*parts, "newline", "isolator" if isolator else ""}
+        for name, p in self.named_parameters():
+            p.requires_grad_(name.split(".")[0] in trained or ("lora" in parts and ".lora_" in name))
         self.vit.encoder["layers"][max(self.cfg.connector.levels) :].requires_grad_(False)  # never run
         self.vit.post_layernorm.requires_grad_(False)
 
@@ -1739,18 +1614,16 @@ class VLM(nn.Module):
         A row also ends behind one of the ids `stops`, which is kept: it may hold more than what ends an
         answer. temperature 0 takes the likeliest token; above, it samples from softmax(logits / temperature).
         """
-        rows = batch.student
-        x = self.splice(rows, self.bank(batch))
+        rows, cache = batch.student, {}
+        x, positions, mask = self.splice(rows, self.bank(batch)), rows.positions, document_mask(rows.doc_ids)
         B, T = rows.ids.shape
-        cache = KVCache(self.cfg.decoder, B, T + max_new_tokens)
-        hidden, _ = self.decoder.hidden(x, rows.positions, document_mask(rows.doc_ids), cache)
         visible = F.pad(rows.doc_ids >= 0, (0, max_new_tokens), value=True)  # (B, T + new)
-        position = rows.positions[:, -1:]
         draw = torch.Generator(x.device).manual_seed(seed)
         new = torch.full((B, max_new_tokens), end, device=x.device)
         ended = torch.zeros(B, dtype=torch.bool, device=x.device)
         last = torch.tensor([end, *stops], device=x.device)
         for t in range(max_new_tokens):
+            hidden, _ = self.decoder.hidden(x, positions, mask, cache)
             logits = self.decoder.head(hidden[:, -1]).float()  # (B, N)
             if temperature > 0:
                 token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=draw)[:, 0]
@@ -1758,35 +1631,30 @@ class VLM(nn.Module):
                 token = logits.argmax(-1)
             new[:, t] = torch.where(ended, end, token)
             ended |= torch.isin(token, last)
-            if ended.all() or t == max_new_tokens - 1:
+            if ended.all():
                 break
-            position = position + 1
-            x, mask = self.decoder.embed(new[:, t : t + 1]), visible[:, None, None, : T + t + 1]
-            hidden, _ = self.decoder.hidden(x, position, mask, cache)
+            x, positions = self.decoder.embed(new[:, t : t + 1]), positions[:, -1:] + 1
+            mask = visible[:, None, None, : T + t + 1]
         return [row[: row.index(end)] if end in row else row for row in new.tolist()]
 
     def adapt(self, cfg: ModelConfig) -> None:
-        """Take over what may change although the weights exist: pruner and isolator, adapters, experts."""
+        """Take over what may change although the weights exist: pruner and isolator, adapters, experts.
+        Adapters of another shape: those at hand are merged into the decoder, new ones start at 0.
+        """
+        old = self.cfg
         cfg.check()
-        if cfg.prune.isolator != self.cfg.prune.isolator:
+        if cfg.prune.isolator != old.prune.isolator:
             self.isolator = prune.ModeIsolator(cfg.prune.isolator, cfg.decoder.width)
-        self.set_lora(cfg.lora)
-        if cfg.decoder.experts != self.cfg.decoder.experts:
-            upcycle(self.decoder, cfg.decoder)
-        self.cfg.prune, self.cfg.decoder = cfg.prune, cfg.decoder
-
-    def set_lora(self, cfg: LoraConfig) -> None:
-        """Adapters of another shape: those at hand are merged into the decoder, new ones start at 0."""
-        if cfg == self.cfg.lora:
-            return
-        if self.cfg.lora.rank:
+        if cfg.lora != old.lora and old.lora.rank:
             weights = merged(self.decoder)
             with torch.device("meta"):
-                self.decoder = Decoder(self.cfg.decoder)
+                self.decoder = Decoder(old.decoder)
             self.decoder.load_state_dict(weights, assign=True)
-        if cfg.rank:
-            add_lora(self.decoder, cfg)
-        self.cfg.lora = cfg
+        if cfg.lora != old.lora and cfg.lora.rank:
+            add_lora(self.decoder, cfg.lora)
+        if cfg.decoder.experts != old.decoder.experts:
+            upcycle(self.decoder, cfg.decoder)
+        self.cfg = dataclasses.replace(old, prune=cfg.prune, lora=cfg.lora, decoder=cfg.decoder)
 
     def save_pretrained(self, folder: Path, extra: dict | None = None) -> None:
         """model.safetensors, config.json (the model's and `extra`), preprocessor.json."""
@@ -1805,14 +1673,11 @@ class VLM(nn.Module):
         return vlm
 
 
-PARTS = ("vit", "connector", "decoder", "lora")
-
-
 def trainable_parts(train: str) -> list[str]:
     """--train "vit,connector" as a list of parts of the VLM."""
     parts = train.split(",")
     for part in parts:
-        require(part in PARTS, f"--train '{part}' is unknown: use a comma list of {', '.join(PARTS)}")
+        require_one_of("--train", part, ("vit", "connector", "decoder", "lora"))
     return parts
 
 

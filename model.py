@@ -454,11 +454,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     """The one place where attention is computed: (..., H, T, d) -> (..., T, H*d); k and v may have fewer
     heads. mask: (B, 1, T, T), True where a query may look at a key; or for the varlen kernel, which computes
     no pair across documents, the start of every document in the flattened rows, (documents + 1,) int32.
-
-    On a CPU always in fp32: the backward pass of its bf16 kernel is 2-4 times slower at our lengths (LOG.md).
     """
     dtype, T = v.dtype, q.shape[-2]
-    # QK-norm leaves q and k in float32, and autocast does not cover varlen_attn, so we cast here.
+    # A CPU's backward pass is 2-4 times slower in bf16 (LOG.md). QK-norm leaves float32, varlen_attn needs bf16.
     wide = torch.promote_types(dtype, torch.float32) if q.is_cpu else dtype
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
     if mask is not None and mask.ndim == 1:
@@ -615,10 +613,9 @@ class ViT(nn.Module):
         init_linear(self)
 
     def hidden_states(self, pixels: Tensor, last: int | None = None, only: set[int] | None = None) -> tuple:
-        """What transformers returns: embeddings (CLIP's after its pre-LayerNorm), then each block's output.
-
-        pixels: (I, 3, side, side), normalised. Every entry is (I, 1 + P, D), or (I, P, D) without a CLS
-        token. Stops after block `last`; with `only`, states neither in it nor the last are None.
+        """What transformers returns: embeddings (CLIP's after its pre-LayerNorm), then each block's output,
+        all (I, 1 + P, D), or (I, P, D) without CLS; pixels (I, 3, side, side) are normalised. Stops after
+        block `last`; with `only`, states neither in it nor the last are None.
         """
         states = [self.embeddings(pixels, self.pre_layrnorm)]
         for n, block in enumerate(self.encoder["layers"][:last]):
@@ -631,10 +628,8 @@ class ViT(nn.Module):
     @torch.no_grad()
     def attention(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Attention that block `layer`, given its input x (I, 1 + P, D), pays to each patch: (I, P), fp32,
-        mean over heads; and the patches' keys (I, H, P, d), in the run's precision.
-
-        The query is the CLS token. Encoders without one (SigLIP, AIMv2) average over the queries of all
-        patches, a substitute: it takes the attention matrix, which is computed one head after the other.
+        mean over heads; and the patches' keys (I, H, P, d). The query is the CLS token. Without one (SigLIP,
+        AIMv2) it is the mean over all patches as queries, whose matrix is computed one head after the other.
         """
         block, first = self.encoder["layers"][layer], int(self.cfg.cls_token)
         x, heads = block.layer_norm1(x), block.self_attn.heads
@@ -653,23 +648,16 @@ class ViT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path, dtype: torch.dtype = torch.float32) -> "ViT":
-        """From a Hugging Face folder (or downloaded repo) of one of ENCODERS: vision-only, or the vision half
-        of a full CLIP, SigLIP or AIMv2 checkpoint; today's key names or older ones.
-        """
-        folder = find_half(path_or_repo)
-        cfg = read_vit_config(folder / "config.json")
-        family = ENCODERS[cfg.family]
-        return load_half(cls, cfg, family["names"] + family.get("original", []), folder, dtype)
+        """From a Hugging Face folder or downloaded repository: vision-only, or half of a full checkpoint."""
+        return load_half(cls, read_vit_config, path_or_repo, dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Halves in Hugging Face layout. key_maps.json holds what is known of them: "fields", our config fields and
-# their keys in config.json; "only", keys and the one value that is supported; for each family transformers'
-# defaults with our switches, keys that differ, and "names", replacements that turn its tensors' names into
-# ours, in order ("original": those of Apple's own files); "unused", a pattern of names of no use here.
-
+# Halves in Hugging Face layout. key_maps.json holds our config fields and their keys in config.json; keys of
+# which "only" one value is supported; and for each family transformers' defaults with our switches, "fields"
+# whose keys differ, and "names", replacements that turn its tensors' names into ours, in order ("original":
+# those of Apple's own files). "unused" is a pattern of names that are skipped.
 KEY_MAPS = read_json(ASSETS / "key_maps.json")
-ENCODERS, DECODERS = KEY_MAPS["encoders"], KEY_MAPS["decoders"]
+ENCODERS = KEY_MAPS["encoders"]
 
 
 def read_half_config(file: Path, half: str) -> tuple[str, dict, dict]:
@@ -717,11 +705,13 @@ def read_decoder_config(file: Path) -> DecoderConfig:
     return DecoderConfig(**{"head_dim": fields["width"] // heads, "kv_heads": heads, **fields})
 
 
-def load_half(cls: type, cfg, names: list, folder: Path, dtype: torch.dtype | None) -> nn.Module:
-    """A ViT or Decoder with the weights in that folder: no text half, no pooling head."""
+def load_half(cls: type, read_config: Callable, path_or_repo: str | Path, dtype: torch.dtype) -> nn.Module:
+    """A ViT or Decoder as config.json and the weights of a folder have it."""
+    folder = find_half(path_or_repo)
     with torch.device("meta"):
-        half = cls(cfg)
-    readers = {}
+        half = cls(read_config(folder / "config.json"))
+    family = ENCODERS[half.cfg.family] if cls is ViT else {}
+    names, readers = family.get("names", []) + family.get("original", []), {}
     for name, read in open_weights(folder).items():
         twice = name == "lm_head.weight" and not hasattr(half, "lm_head")  # a table that is tied
         if twice or re.search(KEY_MAPS["unused"], name):
@@ -798,16 +788,13 @@ class DecoderAttention(nn.Module):
 
 
 class Experts(nn.Module):
-    """The sparse layer of MM1's experts: each token goes to the two of E gated MLPs that its router prefers.
+    """The sparse layer of MM1's experts: each token goes to the two of E gated MLPs that its router prefers,
+    with gates that sum to 1. Capacity as in GShard (arXiv 2006.16668): first choices are served before second
+    ones, each in the order of positions; a token beyond an expert's capacity keeps only its residual. MM1 did
+    not publish the capacity, the default is AXLearn's. Only experts that train drop tokens. A dropped token
+    is computed and weighed by 0, so that all shapes are known in advance. M = B * T tokens of a micro-batch.
 
-    The two gates are divided by their sum. Capacity as in GShard (arXiv 2006.16668): first choices are served
-    before second ones, each in the order of positions; a token beyond an expert's capacity keeps only its
-    residual. MM1 did not publish the capacity, the default is AXLearn's. A rank's micro-batch is one group.
-    Tokens are dropped only while the experts are being trained: never in evaluation, generation or the
-    teacher's pass. A dropped token is computed and weighed by 0, so that all shapes are known in advance.
-
-    grouped_mm has a kernel for bfloat16 on CUDA; other dtypes and the CPU take its slower loop. Only
-    float32 (not compiled) and bfloat16, rows of a multiple of 16 bytes. Here E experts, M = B * T tokens.
+    grouped_mm takes bfloat16 (a kernel on CUDA) and float32 (not compiled), rows of a multiple of 16 bytes.
     """
 
     def __init__(self, cfg: DecoderConfig):
@@ -865,10 +852,8 @@ EXPERT_FLAGS = tuple(f"decoder.{name}" for name in EXPERT_FIELDS)
 
 @torch.no_grad()
 def upcycle(decoder: "Decoder", cfg: DecoderConfig) -> None:
-    """Make a dense decoder that of cfg, in place: each expert a copy of the dense MLP, routers random.
-
-    The gates sum to 1, so that the logits stay the same while nothing is dropped: outside of training, and
-    at capacity >= experts.
+    """Make a dense decoder that of cfg, in place: each expert a copy of the dense MLP, routers random. The
+    gates sum to 1, so that the logits stay the same where nothing is dropped.
     """
     decoder.cfg = cfg
     for block in decoder.layers:
@@ -903,9 +888,7 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
         self.mlp = Experts(cfg) if cfg.sparse(layer) else GatedMLP(cfg.width, cfg.mlp_width)
 
-    def forward(
-        self, x: Tensor, rope: tuple, mask: Tensor, cache: dict | None = None, real: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, rope: tuple, mask: Tensor, cache: dict | None = None, real=None) -> tuple:
         """The residuals (B, T, D), and the router's losses (2,) of a sparse block, None of a dense one."""
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, self.layer)
         y = self.post_attention_layernorm(x)
@@ -936,14 +919,7 @@ class Decoder(nn.Module):
         """Hidden states (..., D) to logits (..., N)."""
         return F.linear(hidden, (self.embed_tokens if self.cfg.tied else self.lm_head).weight)
 
-    def hidden(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        mask: Tensor,
-        cache: dict | None = None,
-        real: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def hidden(self, x: Tensor, positions: Tensor, mask: Tensor, cache=None, real=None) -> tuple:
         """Embeddings (B, T, D) to final hidden states (B, T, D), and the router losses (2,): means over the
         sparse layers whose routers train, None without gradients. real (B, T) is False at padding; cache, {}
         at first, holds keys and values of the positions before, (B, Hkv, T, head_dim) of each layer.
@@ -965,17 +941,14 @@ class Decoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path, dtype: torch.dtype = torch.float32) -> "Decoder":
-        """From a Hugging Face folder (or downloaded repo) of one of DECODERS."""
-        folder = find_half(path_or_repo)
-        return load_half(cls, read_decoder_config(folder / "config.json"), [], folder, dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# LoRA (arXiv 2106.09685): small trained matrices beside the decoder's frozen ones
+        """From a Hugging Face folder or downloaded repository."""
+        return load_half(cls, read_decoder_config, path_or_repo, dtype)
 
 
 class LoraLinear(nn.Linear):
-    """W x + alpha / rank * B A x. W is frozen; B starts at zero, so that step 0 is the base model."""
+    """LoRA (arXiv 2106.09685): W x + alpha / rank * B A x. W is frozen; B starts at zero, so that step 0 is
+    the base model.
+    """
 
     def __init__(self, base: nn.Linear, cfg: LoraConfig):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
@@ -1065,9 +1038,8 @@ class WindowBlock(nn.Module):
         self.mlp = MLP(width, 4 * width)
 
     def forward(self, queries: Tensor, context: Tensor, key_positions: Tensor | None) -> Tensor:
-        """queries (I or 1, windows, q, D), context (I, windows, W*W, C) -> (I, windows, q, D)
-
-        At the first level the queries are the same for all images: they come with I = 1, projected once.
+        """queries (I or 1, windows, q, D), context (I, windows, W*W, C) -> (I, windows, q, D). At the first
+        level the queries are the same for all images: they come with I = 1, projected once.
         """
         images_and_windows, context = context.shape[:2], self.norm_context(context)
         if key_positions is not None:
@@ -1124,11 +1096,9 @@ def cut_windows(x: Tensor, window: int) -> Tensor:
 
 class ChainOfSight(Connector):
     """Chain-of-Sight's multi-scale resampler (arXiv 2407.15819, section 3): scales from coarse to fine,
-    concatenated, so that a causal decoder reads the whole before the details.
-
-    Window side 1 is a linear projection, window side S a plain resampler ("resampler", the baseline of the
-    same levels and depth); Chain-of-Sight lies between. All scales share the last LayerNorm and Linear. No
-    exchange between windows or scales: the chain is only the order.
+    concatenated, so that a causal decoder reads the whole before the details. Window side 1 is a linear
+    projection, S a plain resampler ("resampler", the baseline of the same levels and depth). All scales share
+    the last LayerNorm and Linear. Windows and scales exchange nothing: the chain is only the order.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -1465,7 +1435,6 @@ class VLM(nn.Module):
     @classmethod
     def build(cls, cfg: ModelConfig, dtype: torch.dtype | None = torch.float32) -> "VLM":
         """A new model from pre-trained halves, whose shapes replace those in cfg; the connector is new.
-
         dtype: of the halves; None keeps what their files hold.
         """
         vit = decoder = None
@@ -1508,7 +1477,6 @@ class VLM(nn.Module):
     def bank(self, batch) -> Tensor | None:
         """All visual tokens that the batch's slots refer to, one row each: (rows, D), or None if there are no
         slots. A slot holds the number of its row (Rows.visual_index), so one index fills all slots at once.
-
         First come all V tokens of every tile in batch.full_tiles, then isolator and kept tokens (l + K) of
         every tile in batch.pruned_tiles; a slow sample's tiles are in both. The newline, if any, is last.
         """
@@ -1571,7 +1539,6 @@ class VLM(nn.Module):
     def forward(self, batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Student logits (R, N); the teacher's (R', N) for slow samples, from pruned tokens and without
         gradient, or None; and the router losses (2,) of the student's pass, None unless experts train.
-
         Student and teacher share one pass of the encoder, and of the connector if the pruner stands behind.
         """
         bank, teacher = self.bank(batch), None
@@ -1579,9 +1546,8 @@ class VLM(nn.Module):
             with torch.no_grad():
                 teacher, _ = self.logits(batch.teacher, self.splice(batch.teacher, bank.detach()))
         x = self.splice(batch.student, bank)
-        # DDP needs a gradient for every parameter, so parameters that this batch does not use (for text
-        # alone: all but the decoder) get a zero gradient. DualSpeed's code leaves them at None; with zeros,
-        # Adam's momentum keeps moving them.
+        # DDP needs a gradient for every parameter, so those that this batch does not use (for text alone: all
+        # but the decoder) get zeros, with which Adam's momentum keeps moving them; DualSpeed's get None.
         unused = [] if len(batch.pruned_tiles) else [*self.isolator.parameters()]
         if not len(batch.full_tiles) and self.cfg.prune.name == "coarse":  # it leaves the finer scales out
             unused += self.connector.parameters()
@@ -1609,9 +1575,7 @@ class VLM(nn.Module):
     def generate(
         self, batch, end: int, max_new_tokens: int, temperature: float = 0.0, seed: int = 0, stops=()
     ) -> list[list[int]]:
-        """Continue the rows of `data.prompt_batch`: the new ids of each row, without `end`.
-
-        A row also ends behind one of the ids `stops`, which is kept: it may hold more than what ends an
+        """Continue the rows of `data.prompt_batch`: the new ids of each row, without `end`. A row also ends behind one of the ids `stops`, which is kept: it may hold more than what ends an
         answer. temperature 0 takes the likeliest token; above, it samples from softmax(logits / temperature).
         """
         rows, cache = batch.student, {}

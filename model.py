@@ -456,7 +456,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     no pair across documents, the start of every document in the flattened rows, (documents + 1,) int32.
     """
     dtype, T = v.dtype, q.shape[-2]
-    # A CPU's backward pass is 2-4 times slower in bf16 (LOG.md). QK-norm leaves float32, varlen_attn needs bf16.
+    # A CPU's backward pass is 2-4 times slower in bf16 (LOG.md). QK-norm leaves q and k in float32.
     wide = torch.promote_types(dtype, torch.float32) if q.is_cpu else dtype
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
     if mask is not None and mask.ndim == 1:
@@ -566,32 +566,12 @@ class ViTBlock(nn.Module):
 
 
 class ViTEmbeddings(nn.Module):
-    """Patches as one linear map, perhaps a CLS token in front, positions resized to the grid at hand."""
-
     def __init__(self, cfg: ViTConfig):
         super().__init__()
-        self.cfg, stride = cfg, cfg.patch_size
+        stride = cfg.patch_size
         self.class_embedding = nn.Parameter(torch.randn(cfg.width) * 0.02) if cfg.cls_token else None
         self.patch_embedding = nn.Conv2d(3, cfg.width, stride, stride, bias=cfg.patch_bias)
         self.position_embedding = nn.Embedding((cfg.image_size // stride) ** 2 + cfg.cls_token, cfg.width)
-
-    def forward(self, pixels: Tensor, norm: nn.Module) -> Tensor:
-        """(I, 3, pixels, pixels) -> (I, 1 + P, D), or (I, P, D) without CLS"""
-        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (I, P, D)
-        if self.cfg.pre_norm == "before":
-            x = norm(x)
-        if self.class_embedding is not None:
-            cls = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)  # (I, 1, D)
-            x = torch.cat([cls, x], 1)
-        x = x + self.positions(pixels.shape[-1] // self.cfg.patch_size)
-        return norm(x) if self.cfg.pre_norm == "after" else x
-
-    def positions(self, side: int) -> Tensor:
-        """Positions of a side x side grid, bicubic from the stored one, CLS kept: ((1 +) side^2, D)"""
-        weight, first = self.position_embedding.weight, int(self.cfg.cls_token)
-        if len(weight) == side**2 + first:
-            return weight
-        return torch.cat([weight[:first], resize_grid(weight[first:], side, self.cfg.align_corners)])
 
 
 def resize_grid(table: Tensor, side: int, align_corners: bool = False) -> Tensor:
@@ -612,12 +592,31 @@ class ViT(nn.Module):
         self.post_layernorm = vit_norm(cfg)
         init_linear(self)
 
+    def embed(self, pixels: Tensor) -> Tensor:
+        """(I, 3, side, side) -> (I, 1 + P, D), or (I, P, D) without CLS: a linear map, then positions."""
+        x = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (I, P, D)
+        if self.cfg.pre_norm == "before":
+            x = self.pre_layrnorm(x)
+        if self.cfg.cls_token:
+            cls = self.embeddings.class_embedding.to(x.dtype).expand(len(x), 1, -1)  # (I, 1, D)
+            x = torch.cat([cls, x], 1)
+        x = x + self.positions(pixels.shape[-1])
+        return self.pre_layrnorm(x) if self.cfg.pre_norm == "after" else x
+
+    def positions(self, image_size: int) -> Tensor:
+        """The position table at that resolution, bicubic from the stored one, CLS kept: ((1 +) P, D)"""
+        table, first = self.embeddings.position_embedding.weight, int(self.cfg.cls_token)
+        side = image_size // self.cfg.patch_size
+        if len(table) == side**2 + first:
+            return table
+        return torch.cat([table[:first], resize_grid(table[first:], side, self.cfg.align_corners)])
+
     def hidden_states(self, pixels: Tensor, last: int | None = None, only: set[int] | None = None) -> tuple:
         """What transformers returns: embeddings (CLIP's after its pre-LayerNorm), then each block's output,
         all (I, 1 + P, D), or (I, P, D) without CLS; pixels (I, 3, side, side) are normalised. Stops after
         block `last`; with `only`, states neither in it nor the last are None.
         """
-        states = [self.embeddings(pixels, self.pre_layrnorm)]
+        states = [self.embed(pixels)]
         for n, block in enumerate(self.encoder["layers"][:last]):
             run = block if self.training else block.forward  # see Decoder.hidden
             states.append(run(states[n]))
@@ -642,9 +641,9 @@ class ViT(nn.Module):
     @torch.no_grad()
     def resize(self, image_size: int) -> None:
         """Move to another resolution: the position table is resized once and for all, all else is kept."""
-        positions = self.embeddings.positions(image_size // self.cfg.patch_size).clone()
+        positions = self.positions(image_size).clone()
         self.embeddings.position_embedding = nn.Embedding.from_pretrained(positions, freeze=False)
-        self.embeddings.cfg = self.cfg = dataclasses.replace(self.cfg, image_size=image_size)
+        self.cfg = dataclasses.replace(self.cfg, image_size=image_size)
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path, dtype: torch.dtype = torch.float32) -> "ViT":
@@ -1156,7 +1155,7 @@ class Linear(Connector):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.new_side = self.grid(cfg)
+        self.side, self.new_side = cfg.side, self.grid(cfg)
         self.norm = nn.LayerNorm(cfg.vit.width)
         self.proj = nn.Linear(cfg.vit.width, cfg.decoder.width)
         init_linear(self.proj)
@@ -1177,19 +1176,14 @@ class TwoLayers(Connector, MLP):
         return super().forward(levels[-1])  # (I, P, C) -> (I, P, D)
 
 
-def as_grid(patches: Tensor) -> Tensor:
-    side = math.isqrt(patches.shape[1])
-    return patches.mT.unflatten(2, (side, side))  # (I, P, C) -> (I, C, S, S)
-
-
 class AvgPool(Linear):
     """MM1's average pooling: means over the patch grid, then one linear (the LayerNorm between is ours)."""
 
     per_patch, on_grid = False, True
 
     def forward(self, levels: list[Tensor]) -> Tensor:
-        # Windows overlap where the sides do not divide.
-        pooled = F.adaptive_avg_pool2d(as_grid(levels[-1]), self.new_side)  # (I, C, new, new)
+        grid = levels[-1].mT.unflatten(2, (self.side, self.side))  # (I, C, S, S)
+        pooled = F.adaptive_avg_pool2d(grid, self.new_side)  # (I, C, new, new), of overlapping windows
         return super().forward([pooled.flatten(2).transpose(1, 2)])  # (I, tokens, D)
 
 
@@ -1253,7 +1247,7 @@ class CAbstractor(Connector):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         width_in, width, out = cfg.vit.width, cfg.connector.width, cfg.decoder.width
-        self.new_side = self.grid(cfg)
+        self.side, self.new_side = cfg.side, self.grid(cfg)
         self.positions = nn.Parameter(torch.empty(1, cfg.side**2, width_in))
         self.before = nn.Sequential(*(ConvBlock(n, width) for n in (width_in, width, width)))
         self.after = nn.Sequential(*(ConvBlock(width, width) for _ in range(3)))
@@ -1262,7 +1256,8 @@ class CAbstractor(Connector):
         init_linear(self)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
-        x = self.before(as_grid(levels[-1] + self.positions))  # (I, D, S, S)
+        x = (levels[-1] + self.positions).mT.unflatten(2, (self.side, self.side))  # (I, C, S, S)
+        x = self.before(x)  # (I, D, S, S)
         x = self.after(F.adaptive_avg_pool2d(x, self.new_side))  # (I, D, new, new)
         return self.readout(x.flatten(2).transpose(1, 2))  # (I, tokens, D)
 
@@ -1573,10 +1568,11 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, batch, end: int, max_new_tokens: int, temperature: float = 0.0, seed: int = 0, stops=()
+        self, batch, end: int, max_new_tokens: int, temperature=0.0, seed=0, stops=()
     ) -> list[list[int]]:
-        """Continue the rows of `data.prompt_batch`: the new ids of each row, without `end`. A row also ends behind one of the ids `stops`, which is kept: it may hold more than what ends an
-        answer. temperature 0 takes the likeliest token; above, it samples from softmax(logits / temperature).
+        """Continue the rows of `data.prompt_batch`: the new ids of each row, without `end`. A row also ends
+        behind one of the ids `stops`, which is kept: it may hold more than what ends an answer. temperature
+        0 takes the likeliest token; above, it samples from softmax(logits / temperature).
         """
         rows, cache = batch.student, {}
         x, positions, mask = self.splice(rows, self.bank(batch)), rows.positions, document_mask(rows.doc_ids)

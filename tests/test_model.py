@@ -369,7 +369,7 @@ def test_positions_are_resized_bicubically(side, align_corners, name):
     assert first == name.startswith(("clip", "dinov2"))
     grid, m = table[first:].unflatten(0, (4, 4)), bicubic(4, side, align_corners)
     expected = torch.cat([table[:first], torch.einsum("ir,jc,rcd->ijd", m, m, grid).flatten(0, 1)])
-    assert_close(vit.embeddings.positions(side).double(), expected, rtol=0, atol=1e-6)
+    assert_close(vit.positions(7 * side).double(), expected, rtol=0, atol=1e-6)
     pixels = torch.randn(1, 3, 7 * side, 7 * side)
     before = vit.hidden_states(pixels)[-1]  # resized at every call
     assert before.shape == (1, side**2 + first, 32)

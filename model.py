@@ -565,15 +565,6 @@ class ViTBlock(nn.Module):
         return x + self.layer_scale2(self.mlp(self.layer_norm2(x)))
 
 
-class ViTEmbeddings(nn.Module):
-    def __init__(self, cfg: ViTConfig):
-        super().__init__()
-        stride = cfg.patch_size
-        self.class_embedding = nn.Parameter(torch.randn(cfg.width) * 0.02) if cfg.cls_token else None
-        self.patch_embedding = nn.Conv2d(3, cfg.width, stride, stride, bias=cfg.patch_bias)
-        self.position_embedding = nn.Embedding((cfg.image_size // stride) ** 2 + cfg.cls_token, cfg.width)
-
-
 def resize_grid(table: Tensor, side: int, align_corners: bool = False) -> Tensor:
     """A position table of S x S patches (S*S, D) for side x side patches, bicubic: (side*side, D)"""
     stored = math.isqrt(len(table))
@@ -585,8 +576,14 @@ def resize_grid(table: Tensor, side: int, align_corners: bool = False) -> Tensor
 class ViT(nn.Module):
     def __init__(self, cfg: ViTConfig):
         super().__init__()
-        self.cfg = cfg
-        self.embeddings = ViTEmbeddings(cfg)
+        self.cfg, stride = cfg, cfg.patch_size
+        self.embeddings = nn.Module()  # a group of parameters, as CLIP has it
+        self.embeddings.class_embedding = (
+            nn.Parameter(torch.randn(cfg.width) * 0.02) if cfg.cls_token else None
+        )
+        self.embeddings.patch_embedding = nn.Conv2d(3, cfg.width, stride, stride, bias=cfg.patch_bias)
+        positions = (cfg.image_size // stride) ** 2 + cfg.cls_token
+        self.embeddings.position_embedding = nn.Embedding(positions, cfg.width)
         self.pre_layrnorm = vit_norm(cfg) if cfg.pre_norm else nn.Identity()  # the missing "e" is CLIP's
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.layers))})
         self.post_layernorm = vit_norm(cfg)
@@ -666,9 +663,10 @@ def read_half_config(file: Path, half: str) -> tuple[str, dict, dict]:
     family = kind.removesuffix("_vision_model")
     known = f"is not one of {', '.join(families)} ({KEY_MAPS['notes'][half]})"
     require(family in families, f"{file}: model_type '{kind}' {known}")
-    config.update(config.get("vision_config") or {})
-    for key, value in KEY_MAPS["only"][half].items():
-        require(config.get(key) in (None, value), f"{file}: {key} {config.get(key)} is not supported")
+    for nested in ("vision_config", "rope_scaling", "rope_parameters"):
+        config.update(config.get(nested) or {})
+    for key, values in KEY_MAPS["only"][half].items():
+        require(config.get(key) in (None, *values), f"{file}: {key} {config.get(key)!r} is not supported")
     fields = dict(families[family]["defaults"])
     for name, key in {**KEY_MAPS[f"{half}_fields"], **families[family]["fields"]}.items():
         if config.get(key) is not None:
@@ -692,14 +690,8 @@ def read_decoder_config(file: Path) -> DecoderConfig:
         require(name in fields, f"{file}: '{KEY_MAPS['decoder_fields'][name]}' is missing")
     windowed = set(config.get("layer_types") or ()) - {"full_attention"}
     require(not windowed, f"{file}: layer_types with a sliding window are not supported")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    known = kind in ("default", "llama3")
-    require(known, f"{file}: rope type '{kind}' is not supported, only default and llama3")
-    fields["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    for name, key in KEY_MAPS["rope_fields"].items() if kind == "llama3" else ():
-        require(key in rope, f"{file}: the llama3 rope has no '{key}'")
-        fields[name] = rope[key]
+    for name, key in KEY_MAPS["rope_fields"].items():
+        fields[name] = config.get(key, getattr(DecoderConfig, name))
     heads = fields["heads"]
     return DecoderConfig(**{"head_dim": fields["width"] // heads, "kv_heads": heads, **fields})
 
@@ -925,8 +917,7 @@ class Decoder(nn.Module):
         """
         rope, losses = rope_tables(positions, self.cfg), []
         for block in self.layers:
-            # forward() is without torch.compile, which would recompile for each new shape of an evaluation
-            # or a teacher's pass.
+            # Without torch.compile, which would recompile for each shape that evaluation or a teacher brings.
             run = block if self.training and torch.is_grad_enabled() else block.forward
             x, router = run(x, rope, mask, cache, real)
             if router is not None and torch.is_grad_enabled() and block.mlp.router.weight.requires_grad:
@@ -945,9 +936,7 @@ class Decoder(nn.Module):
 
 
 class LoraLinear(nn.Linear):
-    """LoRA (arXiv 2106.09685): W x + alpha / rank * B A x. W is frozen; B starts at zero, so that step 0 is
-    the base model.
-    """
+    """LoRA (arXiv 2106.09685): W x + alpha / rank * B A x. W is frozen; B starts at zero."""
 
     def __init__(self, base: nn.Linear, cfg: LoraConfig):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
@@ -965,11 +954,9 @@ class LoraLinear(nn.Linear):
 
 def add_lora(decoder: Decoder, cfg: LoraConfig) -> None:
     """Put adapters on q, k, v, o, gate, up and down of every block, in place."""
-    for block in decoder.layers:
-        for part in (block.self_attn, block.mlp):
-            for name, linear in list(part.named_children()):
-                if isinstance(linear, nn.Linear):
-                    setattr(part, name, LoraLinear(linear, cfg))
+    for name, linear in list(decoder.layers.named_modules()):
+        if isinstance(linear, nn.Linear):
+            decoder.layers.set_submodule(name, LoraLinear(linear, cfg))
 
 
 @torch.no_grad()

@@ -274,7 +274,7 @@ def test_broken_checkpoints_are_named(name, tensor, tmp_path):
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window True"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
         ("llama", {"mlp_bias": True}, "mlp_bias"),
-        ("llama", {"hidden_act": "gelu"}, "hidden_act gelu"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ("llama", {"hidden_size": None}, "'hidden_size' is missing"),

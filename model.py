@@ -784,8 +784,7 @@ class Experts(nn.Module):
     ones, each in the order of positions; a token beyond an expert's capacity keeps only its residual. MM1 did
     not publish the capacity, the default is AXLearn's. Only experts that train drop tokens. A dropped token
     is computed and weighed by 0, so that all shapes are known in advance. M = B * T tokens of a micro-batch.
-
-    grouped_mm takes bfloat16 (a kernel on CUDA) and float32 (not compiled), rows of a multiple of 16 bytes.
+    grouped_mm takes bfloat16 and, not compiled, float32, in rows of a multiple of 16 bytes.
     """
 
     def __init__(self, cfg: DecoderConfig):
@@ -813,11 +812,10 @@ class Experts(nn.Module):
             first_choices = F.one_hot(chosen[:, 0], n_experts).float()  # (M, E)
             balance = n_experts * (share @ first_choices * (share @ probabilities)).sum()
             losses = torch.stack([balance, share @ logits.logsumexp(-1).square()])
-
         # 1. List the choices of all tokens: the first ones, then the second ones.
         expert = chosen.T.flatten()  # (2M,)
-        # 2. Sort them by expert. The sort is stable, so that first choices stay ahead and positions in order;
-        # padding has the odd key, comes last at its expert and takes no token's place.
+        # 2. Sort them by expert, stably: first choices stay ahead, positions in order. Padding has the odd
+        # key, comes last at its expert and takes no token's place.
         order = (2 * expert + ~real.repeat(2)).argsort(stable=True)
         expert, token, gates = expert[order], order % len(tokens), gates.T.flatten()[order]
         # 3. While the experts train, a choice beyond the capacity of its expert gets the gate 0.
@@ -976,9 +974,9 @@ def merged(decoder: Decoder) -> dict[str, Tensor]:
 
 class Connector(nn.Module):
     """A new connector is a subclass and a line in CONNECTORS. `forward` takes the patches at
-    cfg.connector.levels, low to high, each (I, P, C), and returns (I, V, D). The class tells all else that
-    the model has to know: how many tokens it gives, whether they form a grid, which pruners fit. If it ends
-    in a LayerNorm `norm` and a Linear `proj`, VLM.build gives proj the scale of the text embeddings.
+    cfg.connector.levels, low to high, each (I, P, C), and returns (I, V, D); the class tells how many tokens
+    it gives, whether they form a grid and which pruners fit. If it ends in a LayerNorm `norm` and a Linear
+    `proj`, VLM.build gives proj the scale of the text embeddings.
     """
 
     per_patch = False  # a token for every patch; else cfg.connector.tokens of them
@@ -997,9 +995,9 @@ class Connector(nn.Module):
     @classmethod
     def pruner_places(cls, cfg: ModelConfig) -> set[str]:
         """The values of prune.Pruner.where that fit."""
-        has_block = max(cfg.connector.levels) > 0  # whose attention and keys pruners of patches read
-        fits = {"tokens": True, "grid": cls.grid(cfg) > 0, "patches": cls.per_patch and has_block}
-        return {place for place in fits if fits[place]}
+        if cls.per_patch and max(cfg.connector.levels) > 0:  # a block whose attention such pruners read
+            return {"tokens", "grid", "patches"}
+        return {"tokens", "grid"} if cls.grid(cfg) else {"tokens"}
 
     @classmethod
     def check(cls, cfg: ModelConfig) -> None:
@@ -1061,9 +1059,8 @@ class Scale(nn.Module):
 
     @torch.no_grad()
     def inflate_from(self, source: "Scale", factor: int) -> None:
-        """Parameter inflation: weights are copied as they are, a new window takes the queries of the old
-        window that it lies in (nearest neighbour on the grid of windows, so both axes are repeated, not the
-        flat list).
+        """Parameter inflation: weights are copied as they are, a new window takes the queries of the old one
+        that it lies in (on the grid of windows, so both axes are repeated, not the flat list).
         """
         self.blocks.load_state_dict(source.blocks.state_dict())
         grid = source.queries.unflatten(0, (source.per_side, source.per_side))
@@ -1119,15 +1116,15 @@ class ChainOfSight(Connector):
     def check(cls, cfg: ModelConfig) -> None:
         c, side = cfg.connector, cfg.side
         require_one_of("connector.plan", c.plan, ("", *SCALE_PLANS))
-        lengths = f"connector.windows {c.windows} and connector.queries {c.queries} differ in length"
-        require(len(c.windows) == len(c.queries), lengths)
+        same = len(c.windows) == len(c.queries)
+        require(same, f"connector.windows {c.windows}, connector.queries {c.queries} differ in length")
         windows = [window for window, _ in cfg.scales()]
         divisors = [w for w in range(1, side + 1) if side % w == 0]
         for window in windows:
             grid = f"the {side}x{side} patch grid of {cfg.vit.image_size} px; windows that do: {divisors}"
             require(window in divisors, f"connector.windows: {window} does not divide {grid}")
-        order = f"connector.windows {windows}: scales go from coarse to fine, largest first"
-        require(windows == sorted(windows, reverse=True), order)
+        ordered = windows == sorted(windows, reverse=True)
+        require(ordered, f"connector.windows {windows}: scales go from coarse to fine, largest first")
 
 
 def window_side(cfg: ModelConfig, per_side: int) -> int:
@@ -1434,8 +1431,8 @@ class VLM(nn.Module):
             upcycle(decoder, cfg.check().decoder)
         vlm = cls(cfg, vit, decoder)
         if hasattr(vlm.connector, "norm") and hasattr(vlm.connector, "proj"):
-            # Visual tokens enter at the scale of text embeddings: behind a LayerNorm every input of the
-            # last Linear has unit variance, so weights of std rms / sqrt(fan in) give the rms of the table.
+            # Visual tokens enter at the scale of text embeddings: inputs behind a LayerNorm have unit
+            # variance, so weights of std rms / sqrt(fan in) give the rms of the table.
             rms = vlm.decoder.embed_tokens.weight.float().pow(2).mean().sqrt().item()
             nn.init.normal_(vlm.connector.proj.weight, std=rms / math.sqrt(vlm.connector.proj.in_features))
         return vlm
@@ -1457,17 +1454,16 @@ class VLM(nn.Module):
         return [states[level][tiles, first:] for level in self.cfg.connector.levels]
 
     def bank(self, batch) -> Tensor | None:
-        """All visual tokens that the batch's slots refer to, one row each: (rows, D), or None if there are no
-        slots. A slot holds the number of its row (Rows.visual_index), so one index fills all slots at once.
-        First come all V tokens of every tile in batch.full_tiles, then isolator and kept tokens (l + K) of
-        every tile in batch.pruned_tiles; a slow sample's tiles are in both. The newline, if any, is last.
+        """All visual tokens that the batch's slots refer to (Rows.visual_index), one row each: (rows, D), or
+        None without slots. First come all V tokens of every tile in batch.full_tiles, then isolator and kept
+        tokens (l + K) of every tile in batch.pruned_tiles; a slow sample's tiles are in both. The newline, if
+        any, is last.
         """
         full, pruned = batch.full_tiles, batch.pruned_tiles
         if not len(full) and not len(pruned):
             return None
-        states, bank = self.states(batch.pixels), []
-        name, keep = self.cfg.prune.name, self.cfg.kept_tokens()
-        where = prune.PRUNERS[name].where
+        states, bank, name = self.states(batch.pixels), [], self.cfg.prune.name
+        where, keep = prune.PRUNERS[name].where, self.cfg.kept_tokens()
         if len(pruned) and where in ("tokens", "grid"):  # the pruner chooses among the connector's tokens
             tokens = self.connector(self.levels(states))  # (I, V, D)
             bank.append(tokens[full])
@@ -1558,8 +1554,7 @@ class VLM(nn.Module):
         self, batch, end: int, max_new_tokens: int, temperature=0.0, seed=0, stops=()
     ) -> list[list[int]]:
         """Continue the rows of `data.prompt_batch`: the new ids of each row, without `end`. A row also ends
-        behind one of the ids `stops`, which is kept: it may hold more than what ends an answer. temperature
-        0 takes the likeliest token; above, it samples from softmax(logits / temperature).
+        behind one of the ids `stops`, which is kept. At temperature 0 it takes the likeliest token.
         """
         rows, cache = batch.student, {}
         x, positions, mask = self.splice(rows, self.bank(batch)), rows.positions, document_mask(rows.doc_ids)
@@ -1585,8 +1580,8 @@ class VLM(nn.Module):
         return [row[: row.index(end)] if end in row else row for row in new.tolist()]
 
     def adapt(self, cfg: ModelConfig) -> None:
-        """Take over what may change although the weights exist: pruner and isolator, adapters, experts.
-        Adapters of another shape: those at hand are merged into the decoder, new ones start at 0.
+        """Take over other pruners and isolators, adapters (the old ones are merged, new ones start at 0) and
+        experts.
         """
         old = self.cfg
         cfg.check()

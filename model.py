@@ -23,12 +23,13 @@ import re
 import sys
 import timeit
 import types
+from collections.abc import Callable
 from copy import deepcopy as copy_config
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import get_args
 
 from safetensors import safe_open
 
@@ -399,62 +400,36 @@ import prune  # noqa: E402
 # Attention and MLPs
 
 
-class Documents(NamedTuple):
-    """Replaces the mask for the varlen kernel: start offset of every document in the flattened rows. Other
-    documents are never computed, rather than masked out.
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The one place where attention is computed: (..., H, T, d) -> (..., T, H*d); k and v may have fewer
+    heads. mask: (B, 1, T, T), True where a query may look at a key; or for the varlen kernel, which computes
+    no pair across documents, the start of every document in the flattened rows, (documents + 1,) int32.
     """
-
-    starts: Tensor  # (documents + 1,) int32, the end repeated
-    longest: int  # positions of a document, at most
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Documents | None = None) -> Tensor:
-    """The one place where attention is computed: (..., H, T, d); k and v may have fewer heads.
-
-    On a CPU always in fp32: the backward pass of its bf16 kernel is 2-4 times slower at our lengths (LOG.md).
-    """
-    if isinstance(mask, Documents):
+    dtype, T = v.dtype, q.shape[-2]
+    # A CPU's backward pass is 2-4 times slower in bf16 (LOG.md). QK-norm leaves q and k in float32.
+    wide = torch.promote_types(dtype, torch.float32) if q.is_cpu else dtype
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    if mask is not None and mask.ndim == 1:
         from torch.nn.attention.varlen import varlen_attn  # here, as it imports dynamo: 1.7 s
 
-        # Autocast does not cover varlen_attn, and QK-norm leaves q and k in float32, so we cast here.
-        flat = [x.to(v.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B*T, H, d)
-        starts, longest = mask
-        out = varlen_attn(*flat, starts, starts, longest, longest, window_size=(-1, 0), enable_gqa=True)
-        return out.unflatten(0, (len(q), -1)).transpose(1, 2)  # (B, H, T, d)
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        rows = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B*T, H, d)
+        out = varlen_attn(*rows, mask, mask, T, T, window_size=(-1, 0), enable_gqa=True)
+        return out.flatten(1).unflatten(0, (-1, T))  # (B, T, H*d)
     with torch.autocast("cpu", enabled=False):
-        wide = torch.promote_types(v.dtype, torch.float32)
-        q, k, values = q.to(wide), k.to(wide), v.to(wide)
-        out = F.scaled_dot_product_attention(q, k, values, attn_mask=mask, enable_gqa=True)
-    return out.to(v.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return out.to(dtype).transpose(-3, -2).flatten(-2)  # (..., T, H*d)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2)  # (..., T, D) -> (..., H, T, D/H)
 
 
-def merge_heads(x: Tensor) -> Tensor:
-    return x.transpose(-3, -2).flatten(-2)  # (..., H, T, D/H) -> (..., T, D)
-
-
-def run_block(block: nn.Module, compiled: bool, *inputs):
-    """Call a transformer block, without its torch.compile unless `compiled`: forward() is the plain function.
-    A compiled block would recompile for every new shape that evaluation or a teacher's pass brings.
-    """
-    return block(*inputs) if compiled else block.forward(*inputs)
-
-
 def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {
-    "quick_gelu": quick_gelu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-}
+GELU_TANH = functools.partial(F.gelu, approximate="tanh")
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_pytorch_tanh": GELU_TANH, "silu": F.silu}
 
 
 class MLP(nn.Module):
@@ -490,13 +465,11 @@ def init_linear(module: nn.Module, std: float = 0.02) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Vision transformer
+# Vision transformer, pre-norm with CLIP's names; the config's switches make it another encoder
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of the ViT, CLIP's names."""
-
-    def __init__(self, width: int, heads: int, bias: bool = True):
+    def __init__(self, width: int, heads: int, bias: bool):
         super().__init__()
         self.heads = heads
         self.q_proj = nn.Linear(width, width, bias)
@@ -508,7 +481,7 @@ class Attention(nn.Module):
         q = split_heads(self.q_proj(x), self.heads)  # (I, H, P, D/H)
         k = split_heads(self.k_proj(x), self.heads)
         v = split_heads(self.v_proj(x), self.heads)
-        return self.out_proj(merge_heads(attend(q, k, v)))  # (I, P, D)
+        return self.out_proj(attend(q, k, v))  # (I, P, D)
 
 
 def vit_norm(cfg: ViTConfig) -> nn.Module:
@@ -542,36 +515,6 @@ class ViTBlock(nn.Module):
         return x + self.layer_scale2(self.mlp(self.layer_norm2(x)))
 
 
-class ViTEmbeddings(nn.Module):
-    """Patches as one linear map, perhaps a CLS token in front, positions resized to the grid at hand."""
-
-    def __init__(self, cfg: ViTConfig):
-        super().__init__()
-        self.cfg = cfg
-        self.class_embedding = nn.Parameter(torch.randn(cfg.width) * 0.02) if cfg.cls_token else None
-        stride = cfg.patch_size
-        self.patch_embedding = nn.Conv2d(3, cfg.width, stride, stride=stride, bias=cfg.patch_bias)
-        self.position_embedding = nn.Embedding((cfg.image_size // stride) ** 2 + cfg.cls_token, cfg.width)
-
-    def forward(self, pixels: Tensor, norm: nn.Module) -> Tensor:
-        """(I, 3, pixels, pixels) -> (I, 1 + P, D), or (I, P, D) without CLS"""
-        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (I, P, D)
-        if self.cfg.pre_norm == "before":
-            x = norm(x)
-        if self.class_embedding is not None:
-            cls = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)  # (I, 1, D)
-            x = torch.cat([cls, x], 1)
-        x = x + self.positions(pixels.shape[-1] // self.cfg.patch_size)
-        return norm(x) if self.cfg.pre_norm == "after" else x
-
-    def positions(self, side: int) -> Tensor:
-        """Positions of a side x side grid, bicubic from the stored one, CLS kept: ((1 +) side^2, D)"""
-        weight, first = self.position_embedding.weight, int(self.cfg.cls_token)
-        if len(weight) == side**2 + first:
-            return weight
-        return torch.cat([weight[:first], resize_grid(weight[first:], side, self.cfg.align_corners)])
-
-
 def resize_grid(table: Tensor, side: int, align_corners: bool = False) -> Tensor:
     """A position table of S x S patches (S*S, D) for side x side patches, bicubic: (side*side, D)"""
     stored = math.isqrt(len(table))
@@ -581,37 +524,58 @@ def resize_grid(table: Tensor, side: int, align_corners: bool = False) -> Tensor
 
 
 class ViT(nn.Module):
-    """A pre-norm vision transformer with CLIP's names; the config's switches make it another encoder."""
-
     def __init__(self, cfg: ViTConfig):
         super().__init__()
-        self.cfg = cfg
-        self.embeddings = ViTEmbeddings(cfg)
+        self.cfg, stride = cfg, cfg.patch_size
+        self.embeddings = nn.Module()  # a group of parameters, as CLIP has it
+        self.embeddings.class_embedding = (
+            nn.Parameter(torch.randn(cfg.width) * 0.02) if cfg.cls_token else None
+        )
+        self.embeddings.patch_embedding = nn.Conv2d(3, cfg.width, stride, stride, bias=cfg.patch_bias)
+        positions = (cfg.image_size // stride) ** 2 + cfg.cls_token
+        self.embeddings.position_embedding = nn.Embedding(positions, cfg.width)
         self.pre_layrnorm = vit_norm(cfg) if cfg.pre_norm else nn.Identity()  # the missing "e" is CLIP's
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(ViTBlock(cfg) for _ in range(cfg.layers))})
         self.post_layernorm = vit_norm(cfg)
         init_linear(self)
 
-    def hidden_states(self, pixels: Tensor, last: int | None = None, only: set[int] | None = None) -> tuple:
-        """What transformers returns: embeddings (CLIP's after its pre-LayerNorm), then each block's output.
+    def embed(self, pixels: Tensor) -> Tensor:
+        """(I, 3, side, side) -> (I, 1 + P, D), or (I, P, D) without CLS: a linear map, then positions."""
+        x = self.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)  # (I, P, D)
+        if self.cfg.pre_norm == "before":
+            x = self.pre_layrnorm(x)
+        if self.cfg.cls_token:
+            cls = self.embeddings.class_embedding.to(x.dtype).expand(len(x), 1, -1)  # (I, 1, D)
+            x = torch.cat([cls, x], 1)
+        x = x + self.positions(pixels.shape[-1])
+        return self.pre_layrnorm(x) if self.cfg.pre_norm == "after" else x
 
-        pixels: (I, 3, side, side), normalised. Every entry is (I, 1 + P, D), or (I, P, D) without a CLS
-        token. Stops after block `last`; with `only`, states neither in it nor the last are None.
+    def positions(self, image_size: int) -> Tensor:
+        """The position table at that resolution, bicubic from the stored one, CLS kept: ((1 +) P, D)"""
+        table, first = self.embeddings.position_embedding.weight, int(self.cfg.cls_token)
+        side = image_size // self.cfg.patch_size
+        if len(table) == side**2 + first:
+            return table
+        return torch.cat([table[:first], resize_grid(table[first:], side, self.cfg.align_corners)])
+
+    def hidden_states(self, pixels: Tensor, last: int | None = None, only: set[int] | None = None) -> tuple:
+        """What transformers returns: embeddings (CLIP's after its pre-LayerNorm), then each block's output,
+        all (I, 1 + P, D), or (I, P, D) without CLS; pixels (I, 3, side, side) are normalised. Stops after
+        block `last`; with `only`, states neither in it nor the last are None.
         """
-        states = [self.embeddings(pixels, self.pre_layrnorm)]
-        for block in self.encoder["layers"][:last]:
-            states.append(run_block(block, self.training, states[-1]))
-            if only is not None and len(states) - 2 not in only:
-                states[-2] = None
+        states = [self.embed(pixels)]
+        for n, block in enumerate(self.encoder["layers"][:last]):
+            run = block if self.training else block.forward  # see Decoder.hidden
+            states.append(run(states[n]))
+            if only is not None and n not in only:
+                states[n] = None
         return tuple(states)
 
     @torch.no_grad()
     def attention(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Attention that block `layer`, given its input x (I, 1 + P, D), pays to each patch: (I, P), fp32,
-        mean over heads; and the patches' keys (I, H, P, d), in the run's precision.
-
-        The query is the CLS token. Encoders without one (SigLIP, AIMv2) average over the queries of all
-        patches, a substitute: it takes the attention matrix, which is computed one head after the other.
+        mean over heads; and the patches' keys (I, H, P, d). The query is the CLS token. Without one (SigLIP,
+        AIMv2) it is the mean over all patches as queries, whose matrix is computed one head after the other.
         """
         block, first = self.encoder["layers"][layer], int(self.cfg.cls_token)
         x, heads = block.layer_norm1(x), block.self_attn.heads
@@ -621,81 +585,90 @@ class ViT(nn.Module):
             looks = [(q[:, h].float() @ k[:, h].float().mT).softmax(-1).mean(1) for h in range(heads)]
         return sum(looks)[:, first:] / heads, k[:, :, first:]
 
+    @torch.no_grad()
     def resize(self, image_size: int) -> None:
         """Move to another resolution: the position table is resized once and for all, all else is kept."""
-        with torch.no_grad():
-            positions = self.embeddings.positions(image_size // self.cfg.patch_size)
-        self.embeddings.position_embedding = nn.Embedding.from_pretrained(positions.clone(), freeze=False)
-        self.embeddings.cfg = self.cfg = dataclasses.replace(self.cfg, image_size=image_size)
+        positions = self.positions(image_size).clone()
+        self.embeddings.position_embedding = nn.Embedding.from_pretrained(positions, freeze=False)
+        self.cfg = dataclasses.replace(self.cfg, image_size=image_size)
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path, dtype: torch.dtype = torch.float32) -> "ViT":
-        """From a Hugging Face folder (or downloaded repo) of one of ENCODERS: vision-only, or the vision half
-        of a full CLIP, SigLIP or AIMv2 checkpoint; today's key names or older ones.
-        """
-        folder = find_half(path_or_repo)
-        cfg = read_vit_config(folder / "config.json")
-        with torch.device("meta"):
-            vit = cls(cfg)
-        load_weights(vit, vit_weights(open_weights(folder), cfg.family), folder, dtype)
-        return vit
+        """From a Hugging Face folder or downloaded repository: vision-only, or half of a full checkpoint."""
+        return load_half(cls, read_vit_config, path_or_repo, dtype)
 
 
-# What loading needs to know of the files on the hub. "encoder_fields": our config field -> its key in
-# config.json. "encoders": for each family transformers' defaults with our switches, and "names", the
-# replacements that turn its tensors' names into ours, in order ("original": those of Apple's own files).
+# Halves in Hugging Face layout. key_maps.json holds our config fields and their keys in config.json; keys of
+# which "only" one value is supported; and for each family transformers' defaults with our switches, "fields"
+# whose keys differ, and "names", replacements that turn its tensors' names into ours, in order ("original":
+# those of Apple's own files). "unused" is a pattern of names that are skipped.
 KEY_MAPS = read_json(ASSETS / "key_maps.json")
 ENCODERS = KEY_MAPS["encoders"]
 
 
-def read_vit_config(file: Path) -> ViTConfig:
-    """config.json of a vision model, or the vision half of a full one."""
-    config = read_json(file)
+def read_half_config(file: Path, half: str) -> tuple[str, dict, dict]:
+    """Family, config.json and our fields of a half, "encoder" or "decoder"; of a full model its vision."""
+    config, families = read_json(file), KEY_MAPS[f"{half}s"]
     kind = str(config.get("model_type"))
     family = kind.removesuffix("_vision_model")
-    if family not in ENCODERS:
-        why = ": its NaFlex grids change with the picture; take a fixed-resolution SigLIP2"
-        why = why if family == "siglip2" else ""
-        raise UserError(f"{file}: model_type '{kind}' is not one of {', '.join(ENCODERS)}{why}")
-    config = {**config, **(config.get("vision_config") or {})}
-    cfg = ViTConfig(family=family, **{**ENCODERS[family]["defaults"], **known_fields(config, "encoder")})
-    if family == "aimv2":
-        cfg.norm_eps = config.get("rms_norm_eps", cfg.norm_eps)
-        cfg.mlp_bias = config.get("mlp_bias", config.get("use_bias", False))
-        cfg.attention_bias = config.get("qkv_bias", False)
+    known = f"is not one of {', '.join(families)} ({KEY_MAPS['notes'][half]})"
+    require(family in families, f"{file}: model_type '{kind}' {known}")
+    for nested in ("vision_config", "rope_scaling", "rope_parameters"):
+        config.update(config.get(nested) or {})
+    for key, values in KEY_MAPS["only"][half].items():
+        require(config.get(key) in (None, *values), f"{file}: {key} {config.get(key)!r} is not supported")
+    fields = dict(families[family]["defaults"])
+    for name, key in {**KEY_MAPS[f"{half}_fields"], **families[family]["fields"]}.items():
+        if config.get(key) is not None:
+            fields[name] = config[key]
+    return family, config, fields
+
+
+def read_vit_config(file: Path) -> ViTConfig:
+    family, config, fields = read_half_config(file, "encoder")
+    cfg = ViTConfig(family=family, **fields)
     if family == "dinov2":
         cfg.mlp_width = int(config.get("mlp_ratio", 4) * cfg.width)
-        cfg.attention_bias = config.get("qkv_bias", True)
-    for unknown in ("is_native", "use_swiglu_ffn"):  # sine positions of AIMv2's native models; DINOv2-giant
-        require(not config.get(unknown), f"{file}: {unknown} is not supported")
     require_one_of(f"{file}: hidden_act", cfg.activation, ["silu"] if cfg.gated_mlp else ACTIVATIONS)
     return cfg
 
 
-def known_fields(config: dict, half: str) -> dict:
-    """Our fields from a Hugging Face config: those that it gives."""
-    names = KEY_MAPS[f"{half}_fields"]
-    return {name: config[key] for name, key in names.items() if config.get(key) is not None}
+def read_decoder_config(file: Path) -> DecoderConfig:
+    """config.json of a decoder, in today's form (rope_parameters) or the older (rope_theta, rope_scaling)."""
+    _, config, fields = read_half_config(file, "decoder")
+    for name in ("vocab_size", "width", "layers", "heads", "mlp_width"):
+        require(name in fields, f"{file}: '{KEY_MAPS['decoder_fields'][name]}' is missing")
+    windowed = set(config.get("layer_types") or ()) - {"full_attention"}
+    require(not windowed, f"{file}: layer_types with a sliding window are not supported")
+    llama3 = config.get("rope_type", config.get("type")) == "llama3"
+    for name, key in KEY_MAPS["rope_fields"].items():
+        require(key in config or not llama3, f"{file}: the llama3 rope has no '{key}'")
+        fields[name] = config.get(key, getattr(DecoderConfig, name))
+    heads = fields["heads"]
+    return DecoderConfig(**{"head_dim": fields["width"] // heads, "kv_heads": heads, **fields})
 
 
-def vit_weights(readers: dict, family: str) -> dict:
-    """Our names for one encoder's tensors: no text half, no pooling head, fused q, k, v taken apart."""
-    skipped = ("text_model.", "text_projection.", "visual_projection.", "logit_", "head.")
-    original = any(name.startswith("trunk.") for name in readers)
-    names = ENCODERS[family]["original" if original else "names"]
-    renamed = {}
-    for name, read in readers.items():
-        name = name.removeprefix("vision_model.")
-        if name.startswith((*skipped, "embeddings.mask_token")) or name.endswith("position_ids"):
-            continue  # position_ids: a buffer in older CLIP files
+def load_half(cls: type, read_config: Callable, path_or_repo: str | Path, dtype: torch.dtype) -> nn.Module:
+    """A ViT or Decoder as config.json and the weights of a folder have it."""
+    folder = find_half(path_or_repo)
+    with torch.device("meta"):
+        half = cls(read_config(folder / "config.json"))
+    family = ENCODERS[half.cfg.family] if cls is ViT else {}
+    names, readers = family.get("names", []) + family.get("original", []), {}
+    for name, read in open_weights(folder).items():
+        twice = name == "lm_head.weight" and not hasattr(half, "lm_head")  # a table that is tied
+        if twice or re.search(KEY_MAPS["unused"], name):
+            continue
+        name = name.removeprefix("vision_model.").removeprefix("model.")
         for hub_name, our_name in names:
             name = name.replace(hub_name, our_name)
-        if ".qkv." in name:
+        if ".qkv." in name:  # fused in Apple's files
             for i, part in enumerate(("q_proj", "k_proj", "v_proj")):
-                renamed[name.replace("qkv", part)] = lambda i=i, read=read: read().chunk(3)[i]
+                readers[name.replace("qkv", part)] = lambda i=i, read=read: read().chunk(3)[i]
         else:
-            renamed[name] = read
-    return renamed
+            readers[name] = read
+    load_weights(half, readers, folder, dtype)
+    return half
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -723,37 +696,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def document_mask(doc_ids: Tensor) -> Tensor:
     """Causal, and only within a document: (B, T) -> (B, 1, T, T), True where a row may look at a column.
-
     Padding is a document of its own (-1), so no row is empty and no softmax turns into NaN.
     """
     T = doc_ids.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=doc_ids.device).tril()
     return causal & (doc_ids[:, None, :, None] == doc_ids[:, None, None, :])
-
-
-def attention_mask(rows) -> Tensor | Documents:
-    """Attention mask of a training step. The CUDA varlen kernel supports only bf16 and fp16; everything else
-    uses the dense boolean mask, which is the reference.
-    """
-    if rows.ids.is_cuda and torch.is_autocast_enabled("cuda") and rows.starts is not None:
-        return Documents(rows.starts, rows.ids.shape[1])
-    return document_mask(rows.doc_ids)
-
-
-class KVCache:
-    """Keys and values of all layers, written in place: (layers, B, Hkv, T_max, head_dim)."""
-
-    def __init__(self, cfg: DecoderConfig, rows: int, length: int):
-        self.shape = (cfg.layers, rows, cfg.kv_heads, length, cfg.head_dim)
-        self.used = 0
-
-    def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.used == 0 and layer == 0:  # now their dtype and device are known
-            self.k, self.v = k.new_zeros(self.shape), v.new_zeros(self.shape)
-        end = self.used + k.shape[2]
-        self.k[layer, :, :, self.used : end] = k
-        self.v[layer, :, :, self.used : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
 class DecoderAttention(nn.Module):
@@ -768,29 +715,28 @@ class DecoderAttention(nn.Module):
             self.q_norm = nn.RMSNorm(cfg.head_dim, eps=cfg.norm_eps)
             self.k_norm = nn.RMSNorm(cfg.head_dim, eps=cfg.norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple, mask, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple, mask: Tensor, cache: dict | None, layer: int) -> Tensor:
         q = split_heads(self.q_proj(x), self.cfg.heads)  # (B, H, T, head_dim)
         k = split_heads(self.k_proj(x), self.cfg.kv_heads)  # (B, Hkv, T, head_dim)
         v = split_heads(self.v_proj(x), self.cfg.kv_heads)
         if self.cfg.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache:
-            k, v = cache.put(layer, k, v)
-        return self.o_proj(merge_heads(attend(q, k, v, mask)))  # (B, T, D)
+        if cache is not None:
+            if layer in cache:
+                k = torch.cat([cache[layer][0], k], 2)  # (B, Hkv, T so far, head_dim)
+                v = torch.cat([cache[layer][1], v], 2)
+            cache[layer] = k, v
+        return self.o_proj(attend(q, k, v, mask))  # (B, T, D)
 
 
 class Experts(nn.Module):
-    """The sparse layer of MM1's experts: each token goes to the two of E gated MLPs that its router prefers.
-
-    The two gates are divided by their sum. Capacity as in GShard (arXiv 2006.16668): first choices are served
-    before second ones, each in the order of positions; a token beyond an expert's capacity keeps only its
-    residual. MM1 did not publish the capacity, the default is AXLearn's. A rank's micro-batch is one group.
-    Tokens are dropped only while the experts are being trained: never in evaluation, generation or the
-    teacher's pass. A dropped token is computed and weighed by 0, so that all shapes are known in advance.
-
-    grouped_mm has a kernel for bfloat16 on CUDA; other dtypes and the CPU take its slower loop. Only
-    float32 (not compiled) and bfloat16, rows of a multiple of 16 bytes. Here E experts, M = B * T tokens.
+    """The sparse layer of MM1's experts: each token goes to the two of E gated MLPs that its router prefers,
+    with gates that sum to 1. Capacity as in GShard (arXiv 2006.16668): first choices are served before second
+    ones, each in the order of positions; a token beyond an expert's capacity keeps only its residual. MM1 did
+    not publish the capacity, the default is AXLearn's. Only experts that train drop tokens. A dropped token
+    is computed and weighed by 0, so that all shapes are known in advance. M = B * T tokens of a micro-batch.
+    grouped_mm takes bfloat16 and, not compiled, float32, in rows of a multiple of 16 bytes.
     """
 
     def __init__(self, cfg: DecoderConfig):
@@ -804,7 +750,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x (B, T, D), real (B, T) False at padding -> the layer's output (B, T, D), router losses (2,)"""
-        tokens = x.flatten(0, 1)  # (M, D)
+        tokens, n_experts = x.flatten(0, 1), len(self.gate_proj)  # (M, D)
         real = torch.ones_like(tokens[:, 0], dtype=torch.bool) if real is None else real.flatten()  # (M,)
         device = "cpu" if x.is_meta else x.device.type  # meta knows no autocast
         with torch.autocast(device, enabled=False):  # the router always computes in float32
@@ -812,22 +758,24 @@ class Experts(nn.Module):
             probabilities = logits.softmax(-1)
             gates, chosen = probabilities.topk(2)  # (M, 2)
             gates = gates / (gates.sum(-1, keepdim=True) + 1e-9)
-            losses = router_losses(logits, probabilities, chosen[:, 0], real)
-
+            # Means over what is not padding. Load balance is E * sum_e f_e * P_e, f_e the share of first
+            # choices, P_e the mean probability: 1 if uniform (GShard). z is ST-MoE's (arXiv 2202.08906).
+            share = real.float() / real.sum().clamp(min=1)  # (M,)
+            first_choices = F.one_hot(chosen[:, 0], n_experts).float()  # (M, E)
+            balance = n_experts * (share @ first_choices * (share @ probabilities)).sum()
+            losses = torch.stack([balance, share @ logits.logsumexp(-1).square()])
         # 1. List the choices of all tokens: the first ones, then the second ones.
         expert = chosen.T.flatten()  # (2M,)
-        # 2. Sort them by expert. The sort is stable, so that first choices stay ahead and positions in order;
-        # padding has the odd key, comes last at its expert and takes no token's place.
+        # 2. Sort them by expert, stably: first choices stay ahead, positions in order. Padding has the odd
+        # key, comes last at its expert and takes no token's place.
         order = (2 * expert + ~real.repeat(2)).argsort(stable=True)
         expert, token, gates = expert[order], order % len(tokens), gates.T.flatten()[order]
         # 3. While the experts train, a choice beyond the capacity of its expert gets the gate 0.
-        n_experts = len(self.gate_proj)
         if self.training and torch.is_grad_enabled() and self.gate_proj.requires_grad:
             share = int(len(tokens) * self.capacity / n_experts)
             limit = (share + 3) // 4 * 4  # AXLearn rounds up to a multiple of 4
-            first_of_expert = torch.searchsorted(expert, expert)
-            place = torch.arange(len(order), device=x.device) - first_of_expert  # 0, 1, … at each expert
-            gates = gates * (place < limit)
+            place = torch.arange(len(order), device=x.device) - torch.searchsorted(expert, expert)
+            gates = gates * (place < limit)  # places count 0, 1, … at each expert
         # 4. Run each expert on its rows, which end before ends[e], and add the results up at their tokens.
         numbers = torch.arange(n_experts, device=x.device)
         ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)  # (E,)
@@ -839,29 +787,14 @@ class Experts(nn.Module):
         return out.new_zeros(tokens.shape).index_add(0, token, out).view_as(x).to(x.dtype), losses
 
 
-def router_losses(logits: Tensor, probabilities: Tensor, first: Tensor, real: Tensor) -> Tensor:
-    """Load balance and z-loss of a router (2,), averaged over non-padding tokens; differentiable in
-    everything except `first`.
-
-    Balance is E * sum_e f_e * P_e with f_e the share of first choices, P_e the mean probability: 1 if these
-    are uniform (GShard). z is the mean squared logsumexp of the logits (ST-MoE, arXiv 2202.08906).
-    """
-    share = real.float() / real.sum().clamp(min=1)  # (M,)
-    experts = logits.shape[-1]
-    balance = experts * (share @ F.one_hot(first, experts).float() * (share @ probabilities)).sum()
-    return torch.stack([balance, share @ logits.logsumexp(-1).square()])
-
-
 EXPERT_FIELDS = ("experts", "expert_every", "capacity")
 EXPERT_FLAGS = tuple(f"decoder.{name}" for name in EXPERT_FIELDS)
 
 
 @torch.no_grad()
 def upcycle(decoder: "Decoder", cfg: DecoderConfig) -> None:
-    """Make a dense decoder that of cfg, in place: each expert a copy of the dense MLP, routers random.
-
-    The gates sum to 1, so that the logits stay the same while nothing is dropped: outside of training, and
-    at capacity >= experts.
+    """Make a dense decoder that of cfg, in place: each expert a copy of the dense MLP, routers random. The
+    gates sum to 1, so that the logits stay the same where nothing is dropped.
     """
     decoder.cfg = cfg
     for block in decoder.layers:
@@ -878,12 +811,11 @@ def upcycle(decoder: "Decoder", cfg: DecoderConfig) -> None:
 
 def backbone_size(decoder: nn.Module) -> int:
     """N of MM1's learning-rate law: matrices and norms of the dense decoder, without embeddings and head.
-
     Of a sparse layer one expert counts, its router does not; adapters do not either.
     """
     size = 0
     for name, p in decoder.named_parameters():
-        if not any(part in name for part in ("embed_tokens", "lm_head", "router", ".lora_")):
+        if not re.search(r"embed_tokens|lm_head|router|\.lora_", name):
             size += p[0].numel() if p.ndim == 3 else p.numel()
     return size
 
@@ -897,14 +829,13 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(cfg.width, eps=cfg.norm_eps)
         self.mlp = Experts(cfg) if cfg.sparse(layer) else GatedMLP(cfg.width, cfg.mlp_width)
 
-    def forward(self, x: Tensor, rope: tuple, mask, cache: KVCache | None = None, real: Tensor | None = None):
+    def forward(self, x: Tensor, rope: tuple, mask: Tensor, cache: dict | None = None, real=None) -> tuple:
         """The residuals (B, T, D), and the router's losses (2,) of a sparse block, None of a dense one."""
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, self.layer)
-        y, losses = self.post_attention_layernorm(x), None
-        if isinstance(self.mlp, Experts):
-            y, losses = self.mlp(y, real)
-        else:
-            y = self.mlp(y)
+        y = self.post_attention_layernorm(x)
+        if not isinstance(self.mlp, Experts):
+            return x + self.mlp(y), None
+        y, losses = self.mlp(y, real)
         return x + y, losses
 
 
@@ -929,20 +860,18 @@ class Decoder(nn.Module):
         """Hidden states (..., D) to logits (..., N)."""
         return F.linear(hidden, (self.embed_tokens if self.cfg.tied else self.lm_head).weight)
 
-    def hidden(
-        self, x: Tensor, positions: Tensor, mask, cache: KVCache | None = None, real: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def hidden(self, x: Tensor, positions: Tensor, mask: Tensor, cache=None, real=None) -> tuple:
         """Embeddings (B, T, D) to final hidden states (B, T, D), and the router losses (2,): means over the
-        sparse layers whose routers train, None without gradients. real (B, T) is False at padding.
+        sparse layers whose routers train, None without gradients. real (B, T) is False at padding; cache, {}
+        at first, holds keys and values of the positions before, (B, Hkv, T, head_dim) of each layer.
         """
         rope, losses = rope_tables(positions, self.cfg), []
-        trains = self.training and torch.is_grad_enabled()
         for block in self.layers:
-            x, router = run_block(block, trains, x, rope, mask, cache, real)
+            # Without torch.compile, which would recompile for each shape that evaluation or a teacher brings.
+            run = block if self.training and torch.is_grad_enabled() else block.forward
+            x, router = run(x, rope, mask, cache, real)
             if router is not None and torch.is_grad_enabled() and block.mlp.router.weight.requires_grad:
                 losses.append(router)
-        if cache:
-            cache.used += x.shape[1]
         return self.norm(x), torch.stack(losses).mean(0) if losses else None
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -952,60 +881,12 @@ class Decoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path, dtype: torch.dtype = torch.float32) -> "Decoder":
-        """From a Hugging Face folder (or downloaded repo) of one of DECODERS."""
-        folder = find_half(path_or_repo)
-        cfg = read_decoder_config(folder / "config.json")
-        with torch.device("meta"):
-            decoder = cls(cfg)
-        readers = {}
-        for name, read in open_weights(folder).items():
-            copied = cfg.tied and name == "lm_head.weight"  # some files hold the table twice
-            if not copied and not name.endswith("rotary_emb.inv_freq"):
-                readers[name.removeprefix("model.")] = read
-        load_weights(decoder, readers, folder, dtype)
-        return decoder
-
-
-DECODERS = ("llama", "qwen2", "qwen3")
-
-
-def read_decoder_config(file: Path) -> DecoderConfig:
-    """config.json of a decoder, in today's form (rope_parameters) or the older (rope_theta, rope_scaling)."""
-    config = read_json(file)
-    family = config.get("model_type")
-    known = f"is not one of {', '.join(DECODERS)} (SmolLM2 is a llama)"
-    require(family in DECODERS, f"{file}: model_type '{family}' {known}")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    rope_known = f"{file}: rope type '{kind}' is not supported, only default and llama3"
-    require(kind in ("default", "llama3"), rope_known)
-    for unknown in ("quantization_config", "mlp_bias"):
-        require(not config.get(unknown), f"{file}: {unknown} is not supported")
-    windowed = config.get("use_sliding_window") or set(config.get("layer_types") or ()) - {"full_attention"}
-    require(not windowed, f"{file}: a sliding window is not supported")
-    require(config.get("hidden_act", "silu") == "silu", f"{file}: a gate other than silu is not supported")
-    require(config.get("partial_rotary_factor", 1) == 1, f"{file}: partial rotation is not supported")
-    fields = known_fields(config, "decoder")
-    for name in ("vocab_size", "width", "layers", "heads", "mlp_width"):
-        require(name in fields, f"{file}: '{KEY_MAPS['decoder_fields'][name]}' is missing")
-    fields.setdefault("tied", False)
-    fields.setdefault("head_dim", 128 if family == "qwen3" else fields["width"] // fields["heads"])
-    fields.setdefault("kv_heads", fields["heads"])
-    fields["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    if kind == "llama3":
-        for name, key in KEY_MAPS["rope_fields"].items():
-            require(key in rope, f"{file}: the llama3 rope has no '{key}'")
-            fields[name] = rope[key]
-    qkv_bias = family == "qwen2" or config.get("attention_bias", False)
-    return DecoderConfig(**fields, qkv_bias=qkv_bias, qk_norm=family == "qwen3")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# LoRA (arXiv 2106.09685): small trained matrices beside the decoder's frozen ones
+        """From a Hugging Face folder or downloaded repository."""
+        return load_half(cls, read_decoder_config, path_or_repo, dtype)
 
 
 class LoraLinear(nn.Linear):
-    """W x + alpha / rank * B A x. W is frozen; B starts at zero, so that step 0 is the base model."""
+    """LoRA (arXiv 2106.09685): W x + alpha / rank * B A x. W is frozen; B starts at zero."""
 
     def __init__(self, base: nn.Linear, cfg: LoraConfig):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
@@ -1023,11 +904,9 @@ class LoraLinear(nn.Linear):
 
 def add_lora(decoder: Decoder, cfg: LoraConfig) -> None:
     """Put adapters on q, k, v, o, gate, up and down of every block, in place."""
-    for block in decoder.layers:
-        for part in (block.self_attn, block.mlp):
-            for name, linear in list(part.named_children()):
-                if isinstance(linear, nn.Linear):
-                    setattr(part, name, LoraLinear(linear, cfg))
+    for name, linear in list(decoder.layers.named_modules()):
+        if isinstance(linear, nn.Linear):
+            decoder.layers.set_submodule(name, LoraLinear(linear, cfg))
 
 
 @torch.no_grad()
@@ -1047,9 +926,9 @@ def merged(decoder: Decoder) -> dict[str, Tensor]:
 
 class Connector(nn.Module):
     """A new connector is a subclass and a line in CONNECTORS. `forward` takes the patches at
-    cfg.connector.levels, low to high, each (I, P, C), and returns (I, V, D). The class tells all else that
-    the model has to know: how many tokens it gives, whether they form a grid, which pruners fit. If it ends
-    in a LayerNorm `norm` and a Linear `proj`, VLM.build gives proj the scale of the text embeddings.
+    cfg.connector.levels, low to high, each (I, P, C), and returns (I, V, D); the class tells how many tokens
+    it gives, whether they form a grid and which pruners fit. If it ends in a LayerNorm `norm` and a Linear
+    `proj`, VLM.build gives proj the scale of the text embeddings.
     """
 
     per_patch = False  # a token for every patch; else cfg.connector.tokens of them
@@ -1063,16 +942,14 @@ class Connector(nn.Module):
     @classmethod
     def grid(cls, cfg: ModelConfig) -> int:
         """Side of the square raster that the tokens form, 0 if they form none."""
-        if cls.per_patch:
-            return cfg.side
-        return math.isqrt(cfg.connector.tokens) if cls.on_grid else 0
+        return math.isqrt(cfg.visual_tokens()) if cls.per_patch or cls.on_grid else 0
 
     @classmethod
     def pruner_places(cls, cfg: ModelConfig) -> set[str]:
         """The values of prune.Pruner.where that fit."""
-        has_block = max(cfg.connector.levels) > 0  # whose attention and keys such pruners read
-        fits = {"tokens": True, "grid": cls.grid(cfg) > 0, "patches": cls.per_patch and has_block}
-        return {place for place in fits if fits[place]}
+        if cls.per_patch and max(cfg.connector.levels) > 0:  # a block whose attention such pruners read
+            return {"tokens", "grid", "patches"}
+        return {"tokens", "grid"} if cls.grid(cfg) else {"tokens"}
 
     @classmethod
     def check(cls, cfg: ModelConfig) -> None:
@@ -1096,28 +973,22 @@ class WindowBlock(nn.Module):
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = MLP(width, 4 * width)
 
-    def project(self, queries: Tensor, context: Tensor, key_positions: Tensor | None) -> list[Tensor]:
-        """queries (I or 1, windows, q, D), context (I, windows, W*W, C) -> q, k, v
-
-        At the first level the queries are the same for all images: they come with I = 1, projected once.
+    def forward(self, queries: Tensor, context: Tensor, key_positions: Tensor | None) -> Tensor:
+        """queries (I or 1, windows, q, D), context (I, windows, W*W, C) -> (I, windows, q, D). At the first
+        level the queries are the same for all images: they come with I = 1, projected once.
         """
-        context = self.norm_context(context)
+        images_and_windows, context = context.shape[:2], self.norm_context(context)
         if key_positions is not None:
             context = context + key_positions
         q = self.to_q(self.norm_queries(queries)).expand(len(context), -1, -1, -1)
         k, v = self.to_kv(context).chunk(2, -1)
-        return [split_heads(x.flatten(0, 1), self.heads) for x in (q, k, v)]  # (I*windows, H, q or W*W, D/H)
-
-    def forward(self, queries: Tensor, context: Tensor, key_positions: Tensor | None) -> Tensor:
-        """queries (I or 1, windows, q, D), context (I, windows, W*W, C) -> (I, windows, q, D)"""
-        q, k, v = self.project(queries, context, key_positions)
-        out = merge_heads(attend(q, k, v)).unflatten(0, context.shape[:2])
-        queries = queries + self.to_out(out)  # (I, windows, q, D)
+        q, k, v = (split_heads(x.flatten(0, 1), self.heads) for x in (q, k, v))  # (I*windows, H, …, D/H)
+        queries = queries + self.to_out(attend(q, k, v).unflatten(0, images_and_windows))
         return queries + self.mlp(self.norm_mlp(queries))
 
 
 class Scale(nn.Module):
-    """One scale: own queries for every window, one block a level, shared over the windows."""
+    """One scale: queries for every window of its own, one block a level, shared over the windows."""
 
     def __init__(self, cfg: ConnectorConfig, context_width: int, side: int, window: int, n_queries: int):
         super().__init__()
@@ -1125,11 +996,10 @@ class Scale(nn.Module):
         self.queries = nn.Parameter(torch.empty(self.per_side**2, n_queries, cfg.width))
         self.blocks = nn.ModuleList(WindowBlock(cfg.width, context_width, cfg.heads) for _ in cfg.levels)
         self.key_positions = None
-        if cfg.key_positions:
-            self.key_positions = nn.Parameter(torch.empty(window**2, context_width))
         init_linear(self, std=0.64 / math.sqrt(cfg.width))  # 0.02 at the published width of 1024
         nn.init.trunc_normal_(self.queries, std=0.02)
         if cfg.key_positions:
+            self.key_positions = nn.Parameter(torch.empty(window**2, context_width))
             nn.init.trunc_normal_(self.key_positions, std=0.02)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
@@ -1141,9 +1011,8 @@ class Scale(nn.Module):
 
     @torch.no_grad()
     def inflate_from(self, source: "Scale", factor: int) -> None:
-        """Parameter inflation: weights are copied as they are, a new window takes the queries of the old
-        window that it lies in (nearest neighbour on the grid of windows, so both axes are repeated, not the
-        flat list).
+        """Parameter inflation: weights are copied as they are, a new window takes the queries of the old one
+        that it lies in (on the grid of windows, so both axes are repeated, not the flat list).
         """
         self.blocks.load_state_dict(source.blocks.state_dict())
         grid = source.queries.unflatten(0, (source.per_side, source.per_side))
@@ -1155,19 +1024,16 @@ class Scale(nn.Module):
 
 def cut_windows(x: Tensor, window: int) -> Tensor:
     """(I, P, C) patches in raster order -> (I, windows, W*W, C), windows in raster order."""
-    side = math.isqrt(x.shape[1])
-    n = side // window
+    n = math.isqrt(x.shape[1]) // window
     x = x.reshape(len(x), n, window, n, window, -1).transpose(2, 3)  # (I, n, n, W, W, C)
     return x.reshape(len(x), n * n, window * window, -1)
 
 
 class ChainOfSight(Connector):
     """Chain-of-Sight's multi-scale resampler (arXiv 2407.15819, section 3): scales from coarse to fine,
-    concatenated, so that a causal decoder reads the whole before the details.
-
-    Window side 1 is a linear projection, window side S a plain resampler; Chain-of-Sight lies between. All
-    scales share the last LayerNorm and Linear. No exchange between windows or scales: the chain is only the
-    order.
+    concatenated, so that a causal decoder reads the whole before the details. Window side 1 is a linear
+    projection, S a plain resampler ("resampler", the baseline of the same levels and depth). All scales share
+    the last LayerNorm and Linear. Windows and scales exchange nothing: the chain is only the order.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -1188,40 +1054,34 @@ class ChainOfSight(Connector):
     def scales_of(cls, cfg: ModelConfig) -> list[tuple[int, int]]:
         """connector.windows and connector.queries, or what connector.plan stands for at this resolution."""
         c = cfg.connector
+        if c.kind == "resampler":
+            return super().scales_of(cfg)
         plan = SCALE_PLANS[c.plan] if c.plan else ()
         return [(window_side(cfg, n), queries) for n, queries in plan] or [*zip(c.windows, c.queries)]
 
     @classmethod
     def pruner_places(cls, cfg: ModelConfig) -> set[str]:
-        return {"tokens"} if cfg.connector.reverse else {"tokens", "scales"}
+        in_order = cfg.connector.kind == "chain" and not cfg.connector.reverse
+        return {"tokens", "scales"} if in_order else {"tokens"}
 
     @classmethod
     def check(cls, cfg: ModelConfig) -> None:
         c, side = cfg.connector, cfg.side
         require_one_of("connector.plan", c.plan, ("", *SCALE_PLANS))
-        lengths = f"connector.windows {c.windows} and connector.queries {c.queries} differ in length"
-        require(len(c.windows) == len(c.queries), lengths)
+        same = len(c.windows) == len(c.queries)
+        require(same, f"connector.windows {c.windows}, connector.queries {c.queries} differ in length")
         windows = [window for window, _ in cfg.scales()]
+        divisors = [w for w in range(1, side + 1) if side % w == 0]
         for window in windows:
-            if window < 1 or side % window:
-                divisors = [w for w in range(1, side + 1) if side % w == 0]
-                raise UserError(
-                    f"connector.windows: {window} does not divide the {side}x{side} patch grid "
-                    f"({cfg.vit.image_size} px / patch {cfg.vit.patch_size}); windows that do: {divisors}"
-                )
-        order = f"connector.windows {windows}: scales go from coarse to fine, largest first"
-        require(windows == sorted(windows, reverse=True), order)
+            grid = f"the {side}x{side} patch grid of {cfg.vit.image_size} px; windows that do: {divisors}"
+            require(window in divisors, f"connector.windows: {window} does not divide {grid}")
+        ordered = windows == sorted(windows, reverse=True)
+        require(ordered, f"connector.windows {windows}: scales go from coarse to fine, largest first")
 
 
 def window_side(cfg: ModelConfig, per_side: int) -> int:
     """Side in patches of one of per_side windows; 0, which `check` refuses, if they do not fit."""
     return cfg.side // per_side if cfg.side % per_side == 0 else 0
-
-
-class Resampler(ChainOfSight):
-    """One window over all patches: the baseline of the same levels and depth."""
-
-    scales_of, pruner_places, check = Connector.scales_of, Connector.pruner_places, Connector.check
 
 
 class Linear(Connector):
@@ -1231,6 +1091,7 @@ class Linear(Connector):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
+        self.side, self.new_side = cfg.side, self.grid(cfg)
         self.norm = nn.LayerNorm(cfg.vit.width)
         self.proj = nn.Linear(cfg.vit.width, cfg.decoder.width)
         init_linear(self.proj)
@@ -1248,13 +1109,7 @@ class TwoLayers(Connector, MLP):
         super().__init__(cfg.vit.width, cfg.decoder.width, out=cfg.decoder.width)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
-        return MLP.forward(self, levels[-1])  # (I, P, C) -> (I, P, D)
-
-
-def as_grid(patches: Tensor) -> Tensor:
-    """(I, P, C) -> (I, C, S, S)"""
-    side = math.isqrt(patches.shape[1])
-    return patches.transpose(1, 2).unflatten(2, (side, side))
+        return super().forward(levels[-1])  # (I, P, C) -> (I, P, D)
 
 
 class AvgPool(Linear):
@@ -1262,19 +1117,14 @@ class AvgPool(Linear):
 
     per_patch, on_grid = False, True
 
-    def __init__(self, cfg: ModelConfig):
-        super().__init__(cfg)
-        self.new_side = self.grid(cfg)
-
     def forward(self, levels: list[Tensor]) -> Tensor:
-        # Windows overlap where the sides do not divide.
-        pooled = F.adaptive_avg_pool2d(as_grid(levels[-1]), self.new_side)  # (I, C, new, new)
+        grid = levels[-1].mT.unflatten(2, (self.side, self.side))  # (I, C, S, S)
+        pooled = F.adaptive_avg_pool2d(grid, self.new_side)  # (I, C, new, new), of overlapping windows
         return super().forward([pooled.flatten(2).transpose(1, 2)])  # (I, tokens, D)
 
 
 class AttnPool(Connector):
     """MM1's attention pooling: learned queries look once at all patches of the highest level.
-
     MM1 did not publish heads, norms, MLP, width or depth: all of that is ours.
     """
 
@@ -1333,23 +1183,24 @@ class CAbstractor(Connector):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         width_in, width, out = cfg.vit.width, cfg.connector.width, cfg.decoder.width
-        self.new_side = self.grid(cfg)
+        self.side, self.new_side = cfg.side, self.grid(cfg)
         self.positions = nn.Parameter(torch.empty(1, cfg.side**2, width_in))
-        self.before = nn.Sequential(*(ConvBlock(width_in if n == 0 else width, width) for n in range(3)))
+        self.before = nn.Sequential(*(ConvBlock(n, width) for n in (width_in, width, width)))
         self.after = nn.Sequential(*(ConvBlock(width, width) for _ in range(3)))
         self.readout = nn.Sequential(nn.Linear(width, out), nn.SiLU(), nn.Linear(out, out))
         nn.init.trunc_normal_(self.positions, std=0.02)
         init_linear(self)
 
     def forward(self, levels: list[Tensor]) -> Tensor:
-        x = self.before(as_grid(levels[-1] + self.positions))  # (I, D, S, S)
+        x = (levels[-1] + self.positions).mT.unflatten(2, (self.side, self.side))  # (I, C, S, S)
+        x = self.before(x)  # (I, D, S, S)
         x = self.after(F.adaptive_avg_pool2d(x, self.new_side))  # (I, D, new, new)
         return self.readout(x.flatten(2).transpose(1, 2))  # (I, tokens, D)
 
 
 CONNECTORS = {
     "chain": ChainOfSight,
-    "resampler": Resampler,
+    "resampler": ChainOfSight,
     "linear": Linear,
     "mlp": TwoLayers,
     "avgpool": AvgPool,
@@ -1486,11 +1337,6 @@ def make_newline(cfg: ModelConfig, table: Tensor) -> nn.Parameter | None:
 # The VLM
 
 
-def of_tiles(x: Tensor, tiles: Tensor | None) -> Tensor:
-    """The rows of x that belong to these tiles (sorted); x itself if they are all."""
-    return x if tiles is None or len(tiles) == len(x) else x[tiles]
-
-
 class VLM(nn.Module):
     """Encoder, connector and decoder. `vlm(batch)` gives the logits of student and teacher."""
 
@@ -1504,25 +1350,23 @@ class VLM(nn.Module):
             add_lora(self.decoder, cfg.lora)
         self.isolator = prune.ModeIsolator(cfg.prune.isolator, cfg.decoder.width)
         self.newline = make_newline(cfg, self.decoder.embed_tokens.weight)
-        for name, channels in (("pixel_mean", cfg.image.mean), ("pixel_std", cfg.image.std)):
-            values = torch.tensor(channels, device="cpu").view(3, 1, 1) * 255
-            self.register_buffer(name, values, persistent=False)
+        mean, std = torch.tensor([cfg.image.mean, cfg.image.std], device="cpu").view(2, 3, 1, 1) * 255
+        self.register_buffer("pixel_mean", mean, persistent=False)
+        self.register_buffer("pixel_std", std, persistent=False)
 
     @classmethod
     def build(cls, cfg: ModelConfig, dtype: torch.dtype | None = torch.float32) -> "VLM":
         """A new model from pre-trained halves, whose shapes replace those in cfg; the connector is new.
-
         dtype: of the halves; None keeps what their files hold.
         """
-        vit, decoder = None, None
+        vit = decoder = None
         if cfg.encoder_from:
             image, size = read_preprocessor(find_half(cfg.encoder_from))
             cfg.image = dataclasses.replace(image, cut=cfg.image.cut)
             vit = ViT.from_pretrained(cfg.encoder_from, dtype)
             vit.cfg.align_corners = cfg.vit.align_corners
             cfg.vit = dataclasses.replace(vit.cfg, image_size=cfg.vit.image_size or size)
-            cfg.check()
-            vit.resize(cfg.vit.image_size)
+            vit.resize(cfg.check().vit.image_size)
         if cfg.decoder_from:
             decoder = Decoder.from_pretrained(cfg.decoder_from, dtype)
             sparse = {name: getattr(cfg.decoder, name) for name in EXPERT_FIELDS}
@@ -1530,8 +1374,8 @@ class VLM(nn.Module):
             upcycle(decoder, cfg.check().decoder)
         vlm = cls(cfg, vit, decoder)
         if hasattr(vlm.connector, "norm") and hasattr(vlm.connector, "proj"):
-            # Visual tokens enter at the scale of text embeddings: behind a LayerNorm every input of the
-            # last Linear has unit variance, so weights of std rms / sqrt(fan in) give the rms of the table.
+            # Visual tokens enter at the scale of text embeddings: inputs behind a LayerNorm have unit
+            # variance, so weights of std rms / sqrt(fan in) give the rms of the table.
             rms = vlm.decoder.embed_tokens.weight.float().pow(2).mean().sqrt().item()
             nn.init.normal_(vlm.connector.proj.weight, std=rms / math.sqrt(vlm.connector.proj.in_features))
         return vlm
@@ -1547,68 +1391,54 @@ class VLM(nn.Module):
             last = max(self.cfg.connector.levels)
             return self.vit.hidden_states(pixels.to(dtype), last, {*self.cfg.connector.levels, last - 1})
 
-    def levels(self, states: tuple[Tensor, ...], tiles: Tensor | None = None) -> list[Tensor]:
+    def levels(self, states: tuple[Tensor, ...], tiles: Tensor | slice = slice(None)) -> list[Tensor]:
         """Patches of those tiles at the levels that the connector reads, each (I, P, C)."""
-        first, levels = int(self.cfg.vit.cls_token), self.cfg.connector.levels
-        return [of_tiles(states[level][:, first:], tiles) for level in levels]
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """uint8 (I, 3, size, size) -> visual tokens (I, V, D), all of them."""
-        return self.connector(self.levels(self.states(pixels)))
+        first = int(self.cfg.vit.cls_token)
+        return [states[level][tiles, first:] for level in self.cfg.connector.levels]
 
     def bank(self, batch) -> Tensor | None:
-        """All visual tokens that the batch's slots refer to, one row each: (rows, D), or None if there are no
-        slots. A slot holds the number of its row (Rows.visual_index), so one index fills all slots at once.
-
-        First come all V tokens of every tile in batch.full_tiles, then isolator and kept tokens (l + K) of
-        every tile in batch.pruned_tiles; a slow sample's tiles are in both. The newline, if any, is last.
+        """All visual tokens that the batch's slots refer to (Rows.visual_index), one row each: (rows, D), or
+        None without slots. First come all V tokens of every tile in batch.full_tiles, then isolator and kept
+        tokens (l + K) of every tile in batch.pruned_tiles; a slow sample's tiles are in both. The newline, if
+        any, is last.
         """
         full, pruned = batch.full_tiles, batch.pruned_tiles
         if not len(full) and not len(pruned):
             return None
-        states = self.states(batch.pixels)
-        if len(pruned) and prune.PRUNERS[self.cfg.prune.name].where in ("tokens", "grid"):
-            tokens = self.connector(self.levels(states))  # (I, V, D): the pruner chooses among them
-            bank = [of_tiles(tokens, full), self.pruned_tokens(states, batch, of_tiles(tokens, pruned))]
-        else:
-            bank = [self.connector(self.levels(states, full))] if len(full) else []
-            bank += [self.pruned_tokens(states, batch)] if len(pruned) else []
+        states, bank, name = self.states(batch.pixels), [], self.cfg.prune.name
+        where, keep = prune.PRUNERS[name].where, self.cfg.kept_tokens()
+        if len(pruned) and where in ("tokens", "grid"):  # the pruner chooses among the connector's tokens
+            tokens = self.connector(self.levels(states))  # (I, V, D)
+            bank.append(tokens[full])
+        elif len(full):
+            bank.append(self.connector(self.levels(states, full)))
+        if len(pruned):
+            needs = self.pruner_needs(name, states, batch)
+            if where == "scales":  # the finer ones are not computed
+                kept = self.connector(self.levels(states, pruned), self.cfg.coarse_scales())
+            elif where == "patches":  # the connector only sees what is kept
+                patches = prune.reduce(name, self.levels(states, pruned)[-1], keep, **needs)
+                kept = self.connector([patches])
+            else:
+                kept = prune.reduce(name, tokens[pruned], keep, **needs)
+            bank.append(self.isolator(kept))  # (F, l + K, D)
         bank = torch.cat([x.flatten(0, 1) for x in bank])
         slots = len(full) * self.cfg.visual_tokens() + len(pruned) * self.cfg.visual_tokens("pruned")
         if len(bank) != slots:
             raise RuntimeError(f"connector and pruner give {len(bank)} visual tokens, slots are {slots}")
         return bank if self.newline is None else torch.cat([bank, self.newline[None].to(bank.dtype)])
 
-    def pruned_tokens(self, states: tuple, batch, tokens: Tensor | None = None) -> Tensor:
-        """What the fast mode sees of batch.pruned_tiles, behind the isolator: (F, l + K, D).
-
-        tokens (F, V, D): the connector's, for pruners that choose among them. Others act before the
-        connector, which then has less to compute.
-        """
-        name, keep = self.cfg.prune.name, self.cfg.kept_tokens()
-        needs, where = self.pruner_needs(name, states, batch), prune.PRUNERS[name].where
-        if where == "scales":  # the finer ones are not computed
-            tokens = self.connector(self.levels(states, batch.pruned_tiles), self.cfg.coarse_scales())
-        elif where == "patches":
-            patches = self.levels(states, batch.pruned_tiles)[-1]
-            tokens = self.connector([prune.reduce(name, patches, keep, **needs)])
-        else:
-            tokens = prune.reduce(name, tokens, keep, **needs)
-        return self.isolator(tokens)
-
     def pruner_needs(self, name: str, states: tuple, batch) -> dict:
         """Arguments of that pruner besides the features, for batch.pruned_tiles; only those are computed."""
-        needs, tiles, given = prune.PRUNERS[name].needs, batch.pruned_tiles, {"grid": self.cfg.grid()}
+        needs, tiles = prune.PRUNERS[name].needs, batch.pruned_tiles
+        cls = states[-1][tiles, :1] if self.cfg.vit.cls_token else None
+        given = {"grid": self.cfg.grid(), "cls": cls}
         if "seeds" in needs:  # picture and step: neither its place in the batch nor the run's seed matters
-            pixels = of_tiles(batch.pixels, tiles).flatten(1)
-            given["seeds"] = pixels.sum(1) + 1_000_003 * batch.next_sample
-        if "cls" in needs:
-            given["cls"] = of_tiles(states[-1], tiles)[:, :1] if self.cfg.vit.cls_token else None
-        if "cls_attention" in needs or "keys" in needs:
-            attention, keys = self.vit.attention(of_tiles(states[-2], tiles), len(states) - 2)
-            given["cls_attention"], given["keys"] = attention, keys
+            given["seeds"] = batch.pixels[tiles].flatten(1).sum(1) + 1_000_003 * batch.next_sample
+        if "cls_attention" in needs:
+            given["cls_attention"], given["keys"] = self.vit.attention(states[-2][tiles], len(states) - 2)
         if "text" in needs:
-            ids = of_tiles(batch.questions, tiles)
+            ids = batch.questions[tiles]
             given["text"] = self.decoder.embed(ids.clamp(0)).detach() * (ids >= 0)[..., None]
         return {need: given[need] for need in needs}
 
@@ -1617,30 +1447,28 @@ class VLM(nn.Module):
         x = self.decoder.embed(rows.ids)
         if bank is None or not len(rows.visual_index):
             return x
-        visual = bank[rows.visual_index].to(x.dtype)
-        return x.masked_scatter(rows.slot_mask[..., None], visual)
+        return x.masked_scatter(rows.slot_mask[..., None], bank[rows.visual_index].to(x.dtype))
 
     def logits(self, rows, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The head at supervised positions only, (R, N) in fp32; router losses (2,) or None."""
-        real = rows.doc_ids >= 0
-        hidden, router_losses = self.decoder.hidden(x, rows.positions, attention_mask(rows), real=real)
-        return self.decoder.head(hidden.flatten(0, 1)[rows.supervised]).float(), router_losses
+        # The varlen kernel supports only bf16 and fp16; all else uses the dense mask, which is the reference.
+        varlen = rows.ids.is_cuda and torch.is_autocast_enabled("cuda") and rows.starts is not None
+        mask = rows.starts if varlen else document_mask(rows.doc_ids)
+        hidden, losses = self.decoder.hidden(x, rows.positions, mask, real=rows.doc_ids >= 0)
+        return self.decoder.head(hidden.flatten(0, 1)[rows.supervised]).float(), losses
 
     def forward(self, batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Student logits (R, N); the teacher's (R', N) for slow samples, from pruned tokens and without
         gradient, or None; and the router losses (2,) of the student's pass, None unless experts train.
-
         Student and teacher share one pass of the encoder, and of the connector if the pruner stands behind.
         """
-        bank = self.bank(batch)
-        teacher = None
+        bank, teacher = self.bank(batch), None
         if batch.teacher is not None:
             with torch.no_grad():
                 teacher, _ = self.logits(batch.teacher, self.splice(batch.teacher, bank.detach()))
         x = self.splice(batch.student, bank)
-        # DDP needs a gradient for every parameter, so parameters that this batch does not use (for text
-        # alone: all but the decoder) get a zero gradient. DualSpeed's code leaves them at None; with zeros,
-        # Adam's momentum keeps moving them.
+        # DDP needs a gradient for every parameter, so those that this batch does not use (for text alone: all
+        # but the decoder) get zeros, with which Adam's momentum keeps moving them; DualSpeed's get None.
         unused = [] if len(batch.pruned_tiles) else [*self.isolator.parameters()]
         if not len(batch.full_tiles) and self.cfg.prune.name == "coarse":  # it leaves the finer scales out
             unused += self.connector.parameters()
@@ -1653,43 +1481,34 @@ class VLM(nn.Module):
         return student, teacher, router_losses
 
     def set_trainable(self, parts: list[str], isolator: bool) -> None:
-        """Freeze everything but the named PARTS, the isolator if it is used, and the newline. With adapters
-        "decoder" is all of the decoder, "lora" the adapters alone.
+        """Freeze everything but the named parts, the isolator if it is used, and the newline, which may be
+        new where nothing else is. With adapters "decoder" is all of the decoder, "lora" the adapters alone.
         """
-        self.requires_grad_(False)
-        for name in parts:
-            if name == "lora" and not self.cfg.lora.rank:
-                raise UserError("--train lora: the model has no adapters, add --lora.rank 64")
-            for key, p in getattr(self, "decoder" if name == "lora" else name).named_parameters():
-                if name != "lora" or ".lora_" in key:
-                    p.requires_grad_(True)
-        self.isolator.requires_grad_(isolator)
-        if self.newline is not None:
-            self.newline.requires_grad_(True)  # it may be new where nothing else of the connector is
+        adapted = "lora" not in parts or self.cfg.lora.rank > 0
+        require(adapted, "--train lora: the model has no adapters, add --lora.rank 64")
+        trained = {*parts, "newline", "isolator" if isolator else ""}
+        for name, p in self.named_parameters():
+            p.requires_grad_(name.split(".")[0] in trained or ("lora" in parts and ".lora_" in name))
         self.vit.encoder["layers"][max(self.cfg.connector.levels) :].requires_grad_(False)  # never run
         self.vit.post_layernorm.requires_grad_(False)
 
     @torch.no_grad()
     def generate(
-        self, batch, end: int, max_new_tokens: int, temperature: float = 0.0, seed: int = 0, stops=()
+        self, batch, end: int, max_new_tokens: int, temperature=0.0, seed=0, stops=()
     ) -> list[list[int]]:
-        """Continue the rows of `data.prompt_batch`: the new ids of each row, without `end`.
-
-        A row also ends behind one of the ids `stops`, which is kept: it may hold more than what ends an
-        answer. temperature 0 takes the likeliest token; above, it samples from softmax(logits / temperature).
+        """Continue the rows of `data.prompt_batch`: the new ids of each row, without `end`. A row also ends
+        behind one of the ids `stops`, which is kept. At temperature 0 it takes the likeliest token.
         """
-        rows = batch.student
-        x = self.splice(rows, self.bank(batch))
+        rows, cache = batch.student, {}
+        x, positions, mask = self.splice(rows, self.bank(batch)), rows.positions, document_mask(rows.doc_ids)
         B, T = rows.ids.shape
-        cache = KVCache(self.cfg.decoder, B, T + max_new_tokens)
-        hidden, _ = self.decoder.hidden(x, rows.positions, document_mask(rows.doc_ids), cache)
         visible = F.pad(rows.doc_ids >= 0, (0, max_new_tokens), value=True)  # (B, T + new)
-        position = rows.positions[:, -1:]
         draw = torch.Generator(x.device).manual_seed(seed)
         new = torch.full((B, max_new_tokens), end, device=x.device)
         ended = torch.zeros(B, dtype=torch.bool, device=x.device)
         last = torch.tensor([end, *stops], device=x.device)
         for t in range(max_new_tokens):
+            hidden, _ = self.decoder.hidden(x, positions, mask, cache)
             logits = self.decoder.head(hidden[:, -1]).float()  # (B, N)
             if temperature > 0:
                 token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=draw)[:, 0]
@@ -1697,35 +1516,30 @@ class VLM(nn.Module):
                 token = logits.argmax(-1)
             new[:, t] = torch.where(ended, end, token)
             ended |= torch.isin(token, last)
-            if ended.all() or t == max_new_tokens - 1:
+            if ended.all():
                 break
-            position = position + 1
-            x, mask = self.decoder.embed(new[:, t : t + 1]), visible[:, None, None, : T + t + 1]
-            hidden, _ = self.decoder.hidden(x, position, mask, cache)
+            x, positions = self.decoder.embed(new[:, t : t + 1]), positions[:, -1:] + 1
+            mask = visible[:, None, None, : T + t + 1]
         return [row[: row.index(end)] if end in row else row for row in new.tolist()]
 
     def adapt(self, cfg: ModelConfig) -> None:
-        """Take over what may change although the weights exist: pruner and isolator, adapters, experts."""
+        """Take over other pruners and isolators, adapters (the old ones are merged, new ones start at 0) and
+        experts.
+        """
+        old = self.cfg
         cfg.check()
-        if cfg.prune.isolator != self.cfg.prune.isolator:
+        if cfg.prune.isolator != old.prune.isolator:
             self.isolator = prune.ModeIsolator(cfg.prune.isolator, cfg.decoder.width)
-        self.set_lora(cfg.lora)
-        if cfg.decoder.experts != self.cfg.decoder.experts:
-            upcycle(self.decoder, cfg.decoder)
-        self.cfg.prune, self.cfg.decoder = cfg.prune, cfg.decoder
-
-    def set_lora(self, cfg: LoraConfig) -> None:
-        """Adapters of another shape: those at hand are merged into the decoder, new ones start at 0."""
-        if cfg == self.cfg.lora:
-            return
-        if self.cfg.lora.rank:
+        if cfg.lora != old.lora and old.lora.rank:
             weights = merged(self.decoder)
             with torch.device("meta"):
-                self.decoder = Decoder(self.cfg.decoder)
+                self.decoder = Decoder(old.decoder)
             self.decoder.load_state_dict(weights, assign=True)
-        if cfg.rank:
-            add_lora(self.decoder, cfg)
-        self.cfg.lora = cfg
+        if cfg.lora != old.lora and cfg.lora.rank:
+            add_lora(self.decoder, cfg.lora)
+        if cfg.decoder.experts != old.decoder.experts:
+            upcycle(self.decoder, cfg.decoder)
+        self.cfg = dataclasses.replace(old, prune=cfg.prune, lora=cfg.lora, decoder=cfg.decoder)
 
     def save_pretrained(self, folder: Path, extra: dict | None = None) -> None:
         """model.safetensors, config.json (the model's and `extra`), preprocessor.json."""
@@ -1744,14 +1558,11 @@ class VLM(nn.Module):
         return vlm
 
 
-PARTS = ("vit", "connector", "decoder", "lora")
-
-
 def trainable_parts(train: str) -> list[str]:
     """--train "vit,connector" as a list of parts of the VLM."""
     parts = train.split(",")
     for part in parts:
-        require(part in PARTS, f"--train '{part}' is unknown: use a comma list of {', '.join(PARTS)}")
+        require_one_of("--train", part, ("vit", "connector", "decoder", "lora"))
     return parts
 
 

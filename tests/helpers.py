@@ -47,6 +47,11 @@ def tiny_vlm(tied: bool = False, seed: int = 0, context: int = 2048) -> model.VL
     return vlm.eval()
 
 
+def all_tokens(vlm: model.VLM, pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 (I, 3, size, size) -> every visual token of each tile (I, V, D)."""
+    return vlm.connector(vlm.levels(vlm.states(pixels)))
+
+
 def samples_of(records: list[data.Record], cfg: model.ModelConfig) -> list[tuple]:
     return [(data.pieces_of(r, TOKENIZER), data.load_images(r.images, cfg, r.name)) for r in records]
 

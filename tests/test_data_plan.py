@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from helpers import SMALL, TOKENIZER, Killed, draw, log_of, run_stage, samples_of, small_config, small_plan
 from PIL import Image
+from torch.nn.attention import varlen
 from torch.utils.data import DataLoader
 
 import data
@@ -379,10 +380,10 @@ def documents(device: str, dtype: torch.dtype) -> tuple:
 def test_the_document_kernel_is_called_with_the_right_shapes(monkeypatch):
     """Traced on the meta device, where nothing is computed; a norm on q and k leaves them in float32."""
     rows, q, k, v = documents("meta", torch.bfloat16)
-    real, seen = model.varlen_attn, []
-    monkeypatch.setattr(model, "varlen_attn", lambda *a, **b: (seen.append(a[:3]), real(*a, **b))[1])
-    out = model.attend(q.float(), k.float(), v, model.Documents(rows.starts.to("meta"), 256))
-    assert out.shape == q.shape and {x.dtype for x in seen[0]} == {torch.bfloat16}
+    real, seen = varlen.varlen_attn, []
+    monkeypatch.setattr(varlen, "varlen_attn", lambda *a, **b: (seen.append(a[:3]), real(*a, **b))[1])
+    out = model.attend(q.float(), k.float(), v, rows.starts.to("meta"))
+    assert out.shape == (2, 256, 4 * 32) and {x.dtype for x in seen[0]} == {torch.bfloat16}
     assert [tuple(x.shape) for x in seen[0]] == [(512, 4, 32), (512, 2, 32), (512, 2, 32)]
 
 
@@ -391,9 +392,9 @@ def test_the_document_kernel_is_called_with_the_right_shapes(monkeypatch):
 def test_the_document_kernel_agrees_with_the_mask():
     rows, *inputs = documents("cuda", torch.bfloat16)
     results = []
-    for mask in (model.Documents(rows.starts.cuda(), 256), model.document_mask(rows.doc_ids.cuda())):
+    for mask in (rows.starts.cuda(), model.document_mask(rows.doc_ids.cuda())):
         out = model.attend(*inputs, mask)
-        real = (rows.doc_ids >= 0).cuda()[:, None, :, None]
+        real = (rows.doc_ids >= 0).cuda()[..., None]
         grads = torch.autograd.grad((out.float() * real).square().sum(), inputs)
         results.append([out * real, *grads])
     for kernel, masked in zip(*results):

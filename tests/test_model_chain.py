@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import all_tokens
 from torch.testing import assert_close
 
 import model
@@ -306,7 +307,7 @@ def test_scaled_model_survives_a_round_trip(key_positions, tmp_path):
     assert again.cfg == vlm.cfg and again.vit.cfg == vlm.vit.cfg == vlm.cfg.vit
     assert again.state_dict().keys() == vlm.state_dict().keys()
     pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
-    assert torch.equal(again.encode(pixels), vlm.encode(pixels))
+    assert torch.equal(all_tokens(again, pixels), all_tokens(vlm, pixels))
     levels = levels_of(32)
     assert torch.equal(again.connector(levels), new(levels))
 
@@ -416,7 +417,7 @@ def test_one_level_is_a_list_of_one():
     vlm = model.VLM(cfg)
     assert [len(scale.blocks) for scale in vlm.connector.scales] == [1, 1]
     pixels = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
-    assert vlm.float().encode(pixels).shape == (1, 80, 12)
+    assert all_tokens(vlm.float(), pixels).shape == (1, 80, 12)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "pretrain_b", "sft"])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import all_tokens
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -169,7 +170,7 @@ def test_the_encoders_preprocessing_travels_with_the_model(family, given, side, 
     assert vlm.cfg.vit.family == family and vlm.cfg.vit.align_corners
     vlm.save_pretrained(tmp_path / "saved")
     again = model.VLM.from_pretrained(tmp_path / "saved")
-    assert again.cfg == vlm.cfg and again.vit.cfg == again.vit.embeddings.cfg == vlm.cfg.vit
+    assert again.cfg == vlm.cfg and again.vit.cfg == vlm.cfg.vit
     output = json.loads((tmp_path / "saved" / "preprocessor.json").read_text())
     assert output == {
         "image_size": 7 * side, "mean": DINO["image_mean"], "std": DINO["image_std"], "resample": 2,
@@ -182,13 +183,13 @@ def test_the_encoders_preprocessing_travels_with_the_model(family, given, side, 
     by_hand = again.connector([states[n][:, cls:] for n in (1, 2)])
     assert by_hand.shape == (2, side**2, 16)
     for one in (vlm, again):
-        assert_close(one.encode(pixels), by_hand, rtol=0, atol=1e-5)
+        assert_close(all_tokens(one, pixels), by_hand, rtol=0, atol=1e-5)
     plain = model.ViT.from_pretrained(encoder)
     plain.cfg.align_corners = True
     if given == 28:  # the fixture's own size: not a number of the table has moved
-        assert torch.equal(again.vit.embeddings.positions(4), plain.embeddings.positions(4))
+        assert torch.equal(again.vit.positions(28), plain.positions(28))
     else:
-        assert_close(again.vit.embeddings.positions(side), plain.embeddings.positions(side))
+        assert_close(again.vit.positions(7 * side), plain.positions(7 * side))
 
 
 # --- Memory

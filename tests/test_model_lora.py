@@ -1,5 +1,7 @@
 """LoRA: counts, step 0, gradients, merging, saving, and runs that train adapters."""
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -146,7 +148,7 @@ def test_adapters_are_saved_and_loaded(tmp_path):
 def test_other_adapters_start_from_the_merged_model(cfg):
     vlm = small_vlm(trained=True)
     before, expected = dict(vlm.decoder.named_parameters()), vlm.decoder(IDS)
-    vlm.set_lora(cfg)
+    vlm.adapt(dataclasses.replace(vlm.cfg, lora=cfg))
     assert_close(vlm.decoder(IDS), expected, rtol=0, atol=1e-5)
     assert vlm.cfg.lora == cfg
     after = dict(vlm.decoder.named_parameters())

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import all_tokens
 from PIL import Image
 from torch.testing import assert_close
 
@@ -44,7 +45,7 @@ def with_pixels(cfg: ModelConfig) -> model.VLM:
         colours = F.avg_pool2d(pixels.float(), cfg.vit.patch_size).flatten(2).mT  # (I, P, 3)
         return (F.pad(colours, (0, cfg.decoder.width - 3)),)
 
-    vlm.states, vlm.levels = states, lambda states, views=None: [model.of_tiles(states[0], views)]
+    vlm.states, vlm.levels = states, lambda states, tiles=slice(None): [states[0][tiles]]
     vlm.connector.forward = lambda levels: levels[-1]
     return vlm
 
@@ -246,7 +247,7 @@ def test_every_sample_finds_its_own_views_in_every_mode(cut):
     assert len(batch.pruned_tiles) == len(samples[0].pixels) + len(samples[2].pixels)
 
     def alone(n: int, mode: str) -> torch.Tensor:
-        views = vlm.encode(torch.from_numpy(samples[n].pixels))  # (views, V, D)
+        views = all_tokens(vlm, torch.from_numpy(samples[n].pixels))  # (views, V, D)
         parts, first = [], 0
         for size in sizes[n]:
             count = data.tile_count(cfg, size)
@@ -363,7 +364,7 @@ def test_every_other_connector_runs_at_another_side(kind):
     vlm = model.VLM(config("", 16, 4, kind, tokens=4, key_positions=True))
     tokens = vlm.cfg.visual_tokens()
     model.set_resolution(vlm, "24")
-    full = vlm.encode(torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8))
+    full = all_tokens(vlm, torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8))
     assert full.shape == (2, 36 if kind in ("linear", "mlp") else tokens, 32)
 
 

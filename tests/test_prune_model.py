@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers import TOKENIZER, assert_ranks_equal_one_process, log_of, small_batch, small_config
+from helpers import TOKENIZER, all_tokens, assert_ranks_equal_one_process, log_of, small_batch, small_config
 from torch.testing import assert_close
 
 import data
@@ -106,7 +106,7 @@ def test_coarse_computes_no_finer_scale_for_pruned_samples():
     batch = small_batch([("chat", "pruned")] * 3, cfg)
     bank = vlm.bank(batch)
     assert shapes == [[(3, 16)], []] and len(bank) == 3 * (2 + 4)
-    tokens = vlm.encode(batch.pixels)
+    tokens = all_tokens(vlm, batch.pixels)
     assert_close(bank.view(3, 6, -1)[:, 2:], tokens[:, :4])  # the first scale's
     assert torch.equal(prune.gather(tokens, prune.select("coarse", tokens, 4)), tokens[:, :4])
     for keep, kept in ((0.1, 4), (4, 4), (0.9, 4), (8, 8), (1.0, 8), (100, 8)):
@@ -222,7 +222,7 @@ def test_an_isolator_for_each_tile_or_for_each_image():
         sample = data.Sample([0, ([7], True)], tiles.numpy(), [(64, 64)])
         batch = data.make_batch([sample], ["pruned"], cfg, 64, 64)
         x = vlm.splice(batch.student, vlm.bank(batch))[batch.student.slot_mask]
-        tokens = vlm.encode(tiles)
+        tokens = all_tokens(vlm, tiles)
         kept = prune.gather(tokens, prune.select("divprune", tokens, 3))  # (5, 3, D)
         front = [vlm.isolator.weight if which == "tile" or n == 0 else kept[0, :0] for n in range(5)]
         assert_close(x, torch.cat([part for n in range(5) for part in (front[n], kept[n])]))

@@ -142,7 +142,7 @@ def connector_cost(cfg: ModelConfig, trains: bool, view: str, patches: Tensor) -
     connector = model.CONNECTORS[cfg.connector.kind](cfg).bfloat16().requires_grad_(trains)
     where = prune.PRUNERS[cfg.prune.name].where if view == "pruned" else ""
     inputs = [[patches] * len(cfg.connector.levels)]
-    if where == "scales":  # these two spare the connector work: see VLM.pruned_tokens
+    if where == "scales":  # these two spare the connector work: see VLM.bank
         inputs.append(cfg.coarse_scales())
     elif where == "patches":
         inputs[0] = [patches[:, : cfg.kept_tokens()]]

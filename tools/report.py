@@ -397,7 +397,12 @@ def patch_attention(scale: model.Scale, levels: list[torch.Tensor]) -> torch.Ten
     x, cut = scale.queries[None], [model.cut_windows(level, scale.window) for level in levels]
     for block, context in zip(scale.blocks[:-1], cut):
         x = block(x, context, scale.key_positions)
-    q, k, _ = scale.blocks[-1].project(x, cut[-1], scale.key_positions)
+    block, context = scale.blocks[-1], scale.blocks[-1].norm_context(cut[-1])
+    if scale.key_positions is not None:
+        context = context + scale.key_positions
+    q = block.to_q(block.norm_queries(x)).expand(len(context), -1, -1, -1)
+    k, _ = block.to_kv(context).chunk(2, -1)
+    q, k = (model.split_heads(x.flatten(0, 1), block.heads) for x in (q, k))  # (I*windows, H, q or W*W, D/H)
     scores = q.float() @ k.float().mT / math.sqrt(q.shape[-1])
     inside = scores.softmax(-1).mean(1).unflatten(0, cut[-1].shape[:2])  # (I, windows, q, W*W)
     P = levels[-1].shape[1]

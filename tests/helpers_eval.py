@@ -10,9 +10,9 @@ import model
 TOKENIZER = data.Tokenizer.from_pretrained(model.ASSETS / "scenes.tiktoken")
 
 
-def tiny_vlm(context: int = 2048) -> model.VLM:
+def tiny_vlm(context: int = 2048, seed: int = 0) -> model.VLM:
     """4x4 patches, 4 + 4 visual tokens of which the fast mode keeps 3; weights so large that outputs vary."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     vlm = model.VLM(model.ModelConfig(
         vit=model.ViTConfig(image_size=32, patch_size=8, width=16, layers=2, heads=2, mlp_width=32),
         connector=model.ConnectorConfig("chain", [1, 2], 16, 2, windows=[4, 2], queries=[4, 1]),
@@ -27,10 +27,10 @@ def tiny_vlm(context: int = 2048) -> model.VLM:
     return vlm.eval()
 
 
-def save_tiny_run(folder: Path) -> Path:
+def save_tiny_run(folder: Path, seed: int = 0) -> Path:
     """A checkpoint that eval.py loads."""
     step = folder / "step-00000001"
-    tiny_vlm().save_pretrained(step, {"stage": "pretrain", "train": {"init": "", "seed": 0}})
+    tiny_vlm(seed=seed).save_pretrained(step, {"stage": "pretrain", "train": {"init": "", "seed": 0}})
     TOKENIZER.save(step / "tokenizer")
     return step
 

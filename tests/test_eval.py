@@ -98,8 +98,12 @@ def test_test_questions_do_not_come_from_training_scenes():
 @pytest.mark.parametrize(
     "kind, rows, words",
     [
-        ("choice", [{"text": "A. red\nB. blue", "answers": ["red"]}], "answer 'red' is no letter"),
-        ("yesno", [{"answers": [True]}], "has the answer 'True', which is neither yes nor no"),
+        (
+            "choice",
+            [{"text": "A. red\nB. blue", "answers": ["red"]}],
+            "'red', which is not the letter of an option",
+        ),
+        ("yesno", [{"answers": [True]}], "has the answer 'True', which is not yes or no"),
         ("ref", [{"answers": ["here"]}], "not four integers 0-999"),
         ("vqa", [{"answers": []}], "'answers' must be a list of at least one"),
         ("vqa", [{"image": "../a.png", "answers": ["a"]}], "leads out of the folder"),
@@ -181,24 +185,25 @@ def test_answers_under_other_settings_are_refused(saved, tmp_path):
     base = ["--model", str(saved), "--device", "cpu", "--tasks", f"vqa:{path}"]
     shots = [*base, "--shots", "1", "--out", str(tmp_path / "out.json")]
     evaluation.main([*shots, "--demos", str(tmp_path / "d/demos.jsonl")])
-    with pytest.raises(UserError, match="has another demos: use another --answers"):
-        evaluation.main([*shots, "--demos", str(tmp_path / "e/demos.jsonl")])
     flags = [*base, "--answers", str(tmp_path / "kept")]
     evaluation.main(flags)
     file = tmp_path / "kept" / "q.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     assert len(lines) == 2
-    for text, words in [
-        (lines[0].replace('"weights": "', '"weights": "1'), "has another weights"),
-        (lines[0].replace('"seed": 0', '"seed": 1'), "has another seed"),
-        (lines[0].replace("What?", "Who?"), "question_id 0 has an unknown id or prompt"),
-        (
-            lines[0].replace('"question_id": 0', '"question_id": 9'),
-            "question_id 9 has an unknown id or prompt",
-        ),
-    ]:
-        file.write_text(text)
-        with pytest.raises(UserError, match=words):
+    other = save_tiny_run(tmp_path / "other", seed=1)
+    for argv in (
+        [*shots, "--demos", str(tmp_path / "e/demos.jsonl")],
+        [*flags, "--seed", "1"],
+        [*flags, "--model", str(other)],
+        [*flags, "--scoring", "likelihood"],
+    ):
+        with pytest.raises(
+            UserError, match="or of another model, prompt, seed or --demos: use another --answ"
+        ):
+            evaluation.main(argv)
+    for old, new in (("What?", "Who?"), ('"question_id": 0', '"question_id": 9')):
+        file.write_text("".join(lines).replace(old, new))
+        with pytest.raises(UserError, match="q.jsonl: the answer to question_id .* is to another question"):
             evaluation.main(flags)
 
 

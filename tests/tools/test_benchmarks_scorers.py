@@ -339,7 +339,6 @@ def test_bleu4_like_coco_caption():
 
 def test_bleu4_rejects_what_it_cannot_score():
     assert benchmarks.bleu4([], []) == benchmarks.bleu4([""], [["a b"]]) == 0.0
-    with pytest.raises(ValueError, match="1 candidate captions but 2"):
-        benchmarks.bleu4(["a"], [["a"], ["b"]])
-    with pytest.raises(ValueError, match="item 1 has no references"):
-        benchmarks.bleu4(["a", "b"], [["a"], []])
+    for captions, references in ((["a"], [["a"], ["b"]]), (["a", "b"], [["a"], []])):
+        with pytest.raises(ValueError):
+            benchmarks.bleu4(captions, references)

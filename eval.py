@@ -7,13 +7,12 @@
     torchrun --nproc_per_node=8 eval.py --model runs/a/sft --tasks vqa:my/val.jsonl --out eval.json
     python eval.py --model runs/a/sft --chat image.png
 
-Public benchmarks: tools/benchmarks.py. A page with pictures and curves: tools/report.py eval.json.
-
 Every task is scored twice: as it is, and blind, with its pictures swapped (a seeded derangement); whatever a
 model still scores with swapped images it did not get from looking. Scores are 0-100 (CIDEr-D x 100) with
 their standard error, that of text is a loss. Without --shots a question comes in the chat template; with it,
 even 0, in that of a base model, behind demonstrations of the train split whose pictures are never swapped.
 Answers to questions in files are kept beside --out, and a run that was killed goes on from them.
+Public benchmarks: tools/benchmarks.py. A page with pictures and curves: tools/report.py eval.json.
 """
 
 import model  # first of all: it answers --help before torch is loaded
@@ -122,19 +121,18 @@ def load_model(cfg: EvalConfig) -> tuple[model.VLM, data.Tokenizer]:
 
 def write_results(tasks: list["Task"], cfg: EvalConfig, results: list, examples: list) -> None:
     """Print the table; write eval.json with all that tools/report.py needs beside the run folder."""
-    if IS_FIRST_RANK:
-        print_table(results)
-    if not cfg.out or not IS_FIRST_RANK:
+    if not IS_FIRST_RANK:
         return
-    summary = {"model": str(model.find_step(cfg.model)) if cfg.model else "", "commit": git_commit()}
-    summary |= {"seed": cfg.seed, "results": results, "demos": {}, "prompt": "base" if cfg.shots else "chat"}
-    summary |= {"scoring": cfg.scoring, "examples": examples}
+    print_table(results)
+    step = str(model.find_step(cfg.model)) if cfg.model else ""
+    summary = {"model": step, "commit": git_commit(), "seed": cfg.seed, "results": results, "demos": {}}
+    summary |= {"prompt": "base" if cfg.shots else "chat", "scoring": cfg.scoring, "examples": examples}
     for task in tasks:
         if task.shots:
-            names = summary["demos"][f"{task.name} {task.shots}-shot"] = []
-            for question in task.questions:
-                names.append(" ".join(demo.name for demo in question.demos))
-    model.write_json(Path(cfg.out), summary)
+            names = [" ".join(demo.name for demo in question.demos) for question in task.questions]
+            summary["demos"][f"{task.name} {task.shots}-shot"] = names
+    if cfg.out:
+        model.write_json(Path(cfg.out), summary)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -217,8 +215,8 @@ CHOICES |= dict.fromkeys(("relation", "exists", "yesno"), data.YES_NO)
 def open_tasks(cfg: EvalConfig, open_task) -> list[Task]:
     """The tasks of --tasks, each once for every number of --shots. open_task(name, shots, cfg) opens one."""
     numbers = cfg.shots.split(",") if cfg.shots else []
-    is_list = all(map(str.isdecimal, numbers))
-    require(is_list, f"--shots '{cfg.shots}': use a number of at least 0 or a list such as 0,4,8")
+    valid = all(map(str.isdecimal, numbers))
+    require(valid, f"--shots '{cfg.shots}': use a number of at least 0 or a list such as 0,4,8")
     tasks, names = [], []
     for name in cfg.tasks.split(","):
         names += [*SCENE_TASKS, "scenes_words"] if name == "scenes" else [name]
@@ -227,12 +225,12 @@ def open_tasks(cfg: EvalConfig, open_task) -> list[Task]:
             tasks.append(open_task(name, shots, cfg))
             if tasks[-1].kind in TEXT_KINDS:
                 break  # nothing to demonstrate
-    titles = {(task.name, task.shots) for task in tasks}
-    same_name = "--tasks has two tasks of one name: rename a file, or score them one by one"
-    require(len(titles) == len(tasks), same_name)  # their answers would be mixed up
-    kinds = " and ".join(sorted({task.kind for task in tasks if task.path}))
-    several = bool(cfg.demos) and " and " in kinds
-    require(not several, f"--demos holds examples of one kind, --tasks asks for {kinds}")
+    titles = {(task.name, task.shots) for task in tasks}  # two of one would mix up their answers
+    require(
+        len(titles) == len(tasks), "--tasks has two tasks of one name: rename a file, or score one by one"
+    )
+    kinds = sorted({task.kind for task in tasks if task.path and cfg.demos})
+    require(len(kinds) < 2, f"--demos holds examples of one kind, --tasks asks for {' and '.join(kinds)}")
     return tasks
 
 
@@ -241,8 +239,7 @@ def open_task(name: str, shots: int | None, cfg: EvalConfig) -> Task:
     scenes = (*SCENE_TASKS, "scenes_words", "scenes_bind")
     if name in scenes:
         return scenes_task(name, cfg.n, cfg.seed, shots)
-    known = f"{', '.join(scenes)} or {'|'.join(FILE_KINDS)}:FILE; public benchmarks, and kind:FILE of"
-    known += " relaxed and anls: python tools/benchmarks.py"
+    known = f"{', '.join(scenes)} or {'|'.join(FILE_KINDS)}:FILE; all else: python tools/benchmarks.py"
     require(file != "" and kind in FILE_KINDS, f"--tasks '{name}' is unknown: use scenes, {known}")
     task = file_task(kind, Path(file), cfg.images)
     if shots is None or kind == "text":
@@ -273,22 +270,20 @@ def scene_questions(name: str, n: int, seed: int, split: str) -> list[Question]:
     """n questions of each type that the task asks, about unseen scenes (test) or training ones."""
     questions = []
     for kind in SCENE_TASKS[name]:
-        number, end = seed * 1_000_000, len(questions) + n
+        i, end = 0, len(questions) + n
         while len(questions) < end:
-            rng = random.Random(f"{name}-{kind}-{seed}-{number - seed * 1_000_000}")
-            scene, picture = data.make_scene(split, number), f"scene:{split}:{number}"
-            number += 1
+            rng, number = random.Random(f"{name}-{kind}-{seed}-{i}"), seed * 1_000_000 + i
+            scene, picture, i = data.make_scene(split, number), f"scene:{split}:{number}", i + 1
             question = Question((scene,), data.CAPTION_PROMPT, [], name=str(len(questions)), picture=picture)
             if kind == "caption":
                 question.answers = [data.say(scene), data.say(scene, rng), data.say(scene, rng)]
-                questions.append(question)
-            elif asked := data.ask(scene, kind, rng, split):  # some scenes offer no question of a kind
+            elif asked := data.ask(scene, kind, rng, split):
                 question.text, question.answers = asked.question, [asked.answer]
                 question.choices = CHOICES.get(kind, ())
                 question.subsets = (kind if name == "scenes_vqa" else "",)
                 if asked.held_out:  # about a pair of colour and shape that no training scene has
                     question.subsets += ("held_out",)
-                questions.append(question)
+            questions += [question] if question.answers else []  # some scenes offer no question of a kind
     return questions
 
 
@@ -320,39 +315,33 @@ def bind_task(n: int, shots: int | None, seed: int) -> Task:
 def file_task(kind: str, path: Path, images: str) -> Task:
     """JSON lines of {"question_id", "image", "text", "answers": [...]}; of kind text, {"text"} will do."""
     require(path.is_file(), f"--tasks {kind}:{path}: no such file")
-    questions, keys, table = [], set(), data.Table(path)
-    folder = Path(images) if images else path.parent
+    questions, table, folder = {}, data.Table(path), Path(images) if images else path.parent
     for i in range(len(table)):
         row, place = table.raw(i)
-        text, answers, name = row.get("text"), row.get("answers"), row.get("question_id", i)
-        require(isinstance(text, str), f"{place}: 'text' must be a string")
-        question = Question((), text, [], name=name)
-        questions.append(question)
+        answers, name = row.get("answers"), row.get("question_id", i)
+        require(isinstance(row.get("text"), str), f"{place}: 'text' must be a string")
+        question = Question((), row["text"], [], name=name)
+        key = i if kind == "text" else question.key
+        require(key not in questions, f"{place}: question_id {name} is there twice with one text: drop one")
+        questions[key] = question
         if kind == "text":
             continue
         require(isinstance(answers, list) and answers, f"{place}: 'answers' must be a list of at least one")
-        require(
-            question.key not in keys, f"{place}: question_id {name} is there twice with one text: drop one"
-        )
-        keys.add(question.key)
-        question.images = tuple(data.local_pictures([row.get("image")], folder, place))
-        question.picture = str(question.images[0].resolve())
-        require(question.images[0].is_file(), f"{place}: image {question.images[0]} does not exist")
-        question.answers, question.choices = [*map(str, answers)], CHOICES.get(kind, ())
-        if kind == "choice":
-            options = option_letters(text)
-            question.choices, question.options = tuple(options), tuple(options.values())
-        if kind != "caption":
-            question.subsets = (str(row.get("category") or ""),)
+        (image,) = question.images = tuple(data.local_pictures([row.get("image")], folder, place))
+        require(image.is_file(), f"{place}: image {image} does not exist")
+        question.picture, question.answers = str(image.resolve()), [*map(str, answers)]
+        question.subsets = () if kind == "caption" else (str(row.get("category") or ""),)
+        options = option_letters(row["text"]) if kind == "choice" else {}
+        question.choices, question.options = CHOICES.get(kind, tuple(options)), tuple(options.values())
         check_answer(kind, question, place)
-    return Task(path.stem, kind, questions, max_new_tokens=64, path=path)
+    return Task(path.stem, kind, [*questions.values()], max_new_tokens=64, path=path)
 
 
 def check_answer(kind: str, question: Question, place: str) -> None:
     """Refuse a right answer that nothing can match, before anything is asked."""
     answer = question.answers[0]
     valid = {"choice": answer in question.choices, "yesno": answer.strip().lower() in data.YES_NO}
-    valid["ref"] = parse_box(answer) is not None
+    valid |= {"ref": parse_box(answer) is not None}
     forms = {"choice": "the letter of an option, a line 'A. ...' of its text", "yesno": "yes or no"}
     form = forms.get(kind, "four integers 0-999")
     require(valid.get(kind, True), f"{place} has the answer '{answer}', which is not {form}")
@@ -360,17 +349,16 @@ def check_answer(kind: str, question: Question, place: str) -> None:
 
 def add_demos(task: Task, pool: list[Question], shots: int, seed: int) -> Task:
     """The task in MM1's templates, each question behind `shots` demonstrations drawn from `pool`."""
-    problem = f"--shots {shots}: {task.name} has only {len(pool)} demonstrations to draw from"
-    require(shots <= len(pool), f"{problem}: give more questions of its train split, of files with --demos")
+    problem = (
+        f"--shots {shots}: {task.name} has only {len(pool)} demonstrations to draw from: give more --demos"
+    )
+    require(shots <= len(pool), problem)
     test_pictures, examples, questions = set(), [], []
     for question in task.questions:
         problem = f"{task.name} question {question.name} has {len(question.images)} pictures"
         require(len(question.images) == 1, f"--shots {shots}: {problem}, MM1's templates have one")
         test_pictures |= {question.picture, question.images[0]}
     for question in pool:
-        require(
-            question.answers and question.images, f"--demos: question {question.name} demonstrates nothing"
-        )
         is_new = question.picture not in test_pictures and question.images[0] not in test_pictures
         require(is_new, f"--demos is not of the train split: {question.picture} is also asked about")
         text = "" if task.kind == "caption" else question.text.removesuffix(task.tail)
@@ -403,14 +391,14 @@ def answer_all(vlm, tokenizer, task: Task, images: list, view: str, cfg: EvalCon
     size = max(1, cfg.batch_size // (1 + (task.shots or 0)))  # as many pictures at any number of shots
     marks = stop_marks(task)
     stops = tokenizer.ids_with(marks) if marks else ()
-    batches = range(0, len(order), world * size)
-    for start in tqdm(batches, desc=f"{task.name} {view}", leave=False, disable=rank > 0):
+    starts = range(0, len(order), world * size)
+    for start in tqdm(starts, desc=f"{task.name} {view}", leave=False, disable=rank > 0):
         numbers, samples, texts = order[start + rank * size :][:size], [], []
         for i in numbers:
             samples.append(data.load_sample(prompts[i], pictures[i], vlm.cfg, f"{task.name} question {i}"))
-        if "likelihood" in (cfg.scoring, task.kind):
+        if numbers and "likelihood" in (cfg.scoring, task.kind):
             questions = [task.questions[i] for i in numbers]
-            texts = likeliest_choices(vlm, tokenizer, task, questions, samples, view) if numbers else []
+            texts = likeliest_choices(vlm, tokenizer, task, questions, samples, view)
         elif numbers:
             batch = data.prompt_batch(samples, view, vlm.cfg).to(next(vlm.parameters()).device)
             for ids in vlm.generate(batch, tokenizer.end, task.max_new_tokens, stops=stops):
@@ -430,21 +418,20 @@ def answer_all(vlm, tokenizer, task: Task, images: list, view: str, cfg: EvalCon
 
 
 def prompt_lengths(task: Task, prompts: dict, pictures: dict, cfg: model.ModelConfig, view: str) -> dict:
-    """Positions of each prompt that leaves room for an answer within what the decoder was trained for. A few
-    that do not are left out and count as wrong; many are an error.
+    """Positions of each prompt and its answer. A few that take more than the decoder was trained for are left
+    out and count as wrong; many are an error.
     """
-    lengths, room = {}, cfg.decoder.context - task.max_new_tokens
+    lengths, context = {}, cfg.decoder.context
     for i, pieces in prompts.items():
         slots = data.sample_slots(cfg, view, data.picture_sizes(pictures[i], cfg))
-        lengths[i] = len(data.lay_out(pieces, slots).ids)
-    fitting = {i: length for i, length in lengths.items() if length <= room}
+        lengths[i] = len(data.lay_out(pieces, slots).ids) + task.max_new_tokens
+    fitting = {i: length for i, length in lengths.items() if length <= context}
     too_long = len(lengths) - len(fitting)
-    if too_long:
-        need = f"{task.name}: pictures, text and answer take {max(lengths.values()) + task.max_new_tokens}"
-        need += f" positions in the longest question, the decoder was trained for {cfg.decoder.context}"
-        require(too_long <= len(lengths) / 50, f"{need}: use fewer --shots or --tokens pruned")
-        if IS_FIRST_RANK:
-            print(f"{need}: {too_long} questions are too long and count as wrong")
+    need = f"{task.name}: pictures, text and answer take {max(lengths.values(), default=0)} positions in the"
+    need += f" longest question, the decoder was trained for {context}"
+    require(too_long <= len(lengths) / 50, f"{need}: use fewer --shots or --tokens pruned")
+    if too_long and IS_FIRST_RANK:
+        print(f"{need}: {too_long} questions are too long and count as wrong")
     return fitting
 
 
@@ -464,11 +451,11 @@ def cut_answer(text: str, marks: tuple[str, ...]) -> str:
 
 def likeliest_choices(vlm, tokenizer, task: Task, questions: list, samples: list, view: str) -> list[str]:
     """The likeliest choice of each question; of kind likelihood, the log-probabilities of all, as JSON."""
+    known = all(question.choices for question in questions)
+    require(known, f"--scoring likelihood: the possible answers of {task.name} are not known")
     in_turn = task.shots is None and task.kind != "likelihood"  # an answer begins the turn of a chat template
     space, options = "" if tokenizer.prefix or in_turn else " ", []
     for question in questions:
-        known = f"--scoring likelihood: the possible answers of {task.name} are not known"
-        require(len(question.choices) > 0, known)
         options.append([tokenizer.encode(space + choice) for choice in question.choices])
     sums = answer_likelihoods(vlm, samples, options, view)
     if task.kind == "likelihood":
@@ -515,8 +502,7 @@ class AnswerFile:
 
     path: Path
     task: Task
-    model: str
-    settings: str  # the hash of what an answer depends on beside its question
+    facts: dict  # "metadata": a hash of all that an answer depends on beside its question
 
     def read(self) -> dict[int, str]:
         """Kept answers by question number. A last line that was cut off is removed from the file."""
@@ -526,15 +512,10 @@ class AnswerFile:
             with contextlib.suppress(json.JSONDecodeError):
                 row = json.loads(line)
                 number = numbers.get((str(row["question_id"]), row["prompt"]))
-                same = number is not None and row["metadata"] == {"settings": self.settings}
-                problem = (
-                    f"{self.path}: the answer to question_id {row['question_id']} is to another question"
-                )
-                require(
-                    same, f"{problem}, or of another model, prompt, seed or --demos: use another --answers"
-                )
-                if line.endswith(b"\n"):
-                    answers[number] = row["text"]
+                same = number is not None and row["metadata"] == self.facts["metadata"]
+                problem = f"{self.path}: question_id {row['question_id']} was answered under another prompt,"
+                require(same, f"{problem} model, seed or --demos: use another --answers")
+                answers[number] = row["text"]
         if lines and not lines[-1].endswith(b"\n"):
             os.truncate(self.path, sum(map(len, lines[:-1])))
         return answers
@@ -544,8 +525,7 @@ class AnswerFile:
             for i, text in answers.items():
                 question = self.task.questions[i]
                 row = {"question_id": question.name, "prompt": question.text, "text": text}
-                row |= {"answer_id": f"{self.path.stem}-{i}", "model_id": self.model}
-                file.write(json.dumps({**row, "metadata": {"settings": self.settings}}) + "\n")
+                file.write(json.dumps({**row, "answer_id": f"{self.path.stem}-{i}", **self.facts}) + "\n")
 
 
 def answer_file(task: Task, view: str, cfg: EvalConfig, vlm=None, blind=False) -> AnswerFile | None:
@@ -559,12 +539,13 @@ def answer_file(task: Task, view: str, cfg: EvalConfig, vlm=None, blind=False) -
     is_input = task.path is not None and path.resolve() == task.path.resolve()
     require(not is_input, f"{path} holds the questions themselves: use another folder for --answers")
     path.parent.mkdir(parents=True, exist_ok=True)
-    settings = [task.shots, task.max_new_tokens, cfg.scoring, cfg.seed, cfg.images]
+    facts = [task.max_new_tokens, cfg.scoring, cfg.seed, cfg.images, len(task.questions) if blind else 0]
     for question in task.questions:
-        settings.append([example[1:] for example in question.demos])
+        facts += [example[1:] for example in question.demos]
     for weights in vlm.parameters() if vlm else ():
-        settings.append(weights.detach().flatten().view(torch.int16).sum(dtype=torch.int64).item())
-    return AnswerFile(path, task, cfg.model, hashlib.sha1(repr(settings).encode()).hexdigest())
+        facts.append(weights.detach().flatten().view(torch.int16).sum(dtype=torch.int64).item())
+    metadata = {"settings": hashlib.sha1(repr(facts).encode()).hexdigest()}
+    return AnswerFile(path, task, {"model_id": cfg.model, "metadata": metadata})
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -578,20 +559,16 @@ def score_task(vlm, tokenizer, task: Task, view: str, cfg: EvalConfig) -> tuple[
     if task.kind == "text":
         return [score_text(vlm, tokenizer, task, cfg)], []
     kept, blind_answers = answer_file(task, view, cfg, vlm), None
-    answers = answer_all(vlm, tokenizer, task, [q.images for q in task.questions], view, cfg, kept)
+    images = [question.images for question in task.questions]
+    answers = answer_all(vlm, tokenizer, task, images, view, cfg, kept)
     if not any(question.answers for question in task.questions):
         place = kept.path if kept else "nowhere: give --out or --answers"
         if IS_FIRST_RANK:
             print(f"{task.name}: no right answers in {task.path}, so no score; answers are kept in {place}")
         return [], []
-    seeing = [i for i, question in enumerate(task.questions) if question.images]
-    if cfg.blind and seeing:
-        blind_task = replace(task, questions=[task.questions[i] for i in seeing])
-        swapped = derange([question.images for question in blind_task.questions], cfg.seed)
-        kept = answer_file(blind_task, view, cfg, vlm, blind=True)
-        blind_answers = list(answers)  # those to questions without a picture stay
-        for i, answer in zip(seeing, answer_all(vlm, tokenizer, blind_task, swapped, view, cfg, kept)):
-            blind_answers[i] = answer
+    if cfg.blind and any(images):
+        kept = answer_file(task, view, cfg, vlm, blind=True)
+        blind_answers = answer_all(vlm, tokenizer, task, derange(images, cfg.seed), view, cfg, kept)
     return score_rows(task, answers, blind_answers, view, cfg.seed)
 
 
@@ -625,12 +602,9 @@ def score_rows(task: Task, answers: list, blind_answers: list | None, view: str,
         rows.append(row_of(task, name, sorted(numbers), scores, blind_scores, view))
     first_subsets = {(*question.subsets, "")[0] for question in task.questions}
     if "" not in first_subsets:  # a guess may be the best constant answer of each
-        chances, counts = [], []
-        for row in rows[1:]:
-            if row["task"].removeprefix(f"{task.name}/") in first_subsets:
-                chances.append(row["chance"])
-                counts.append(row["n"])
-        rows[0]["chance"] = round(float(np.average(chances, weights=counts)), 2)
+        parts = [row for name, row in zip(members, rows) if name in first_subsets]
+        total = sum(row["chance"] * row["n"] for row in parts)
+        rows[0]["chance"] = round(total / sum(row["n"] for row in parts), 2)
     examples = []
     for i in random.Random(seed).sample(range(len(answers)), min(6, len(answers))):
         question = task.questions[i]
@@ -692,9 +666,7 @@ def score_text(vlm, tokenizer, task: Task, cfg: EvalConfig) -> dict:
 
 def standard_error(scores: list[float]) -> float:
     """Standard error of the mean, in the scores' unit, 0 below two items. Rough for CIDEr-D (shared idf)."""
-    n = len(scores)
-    mean = sum(scores) / max(1, n)
-    return math.sqrt(sum((score - mean) ** 2 for score in scores) / (n - 1) / n) if n > 1 else 0.0
+    return float(np.std(scores, ddof=1)) / math.sqrt(len(scores)) if len(scores) > 1 else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -858,17 +830,16 @@ def cider_d(captions: list[str], references: list[list[str]]) -> list[float]:
     Source: Vedantam et al. 2015 and coco-caption. The idf comes from these references, so the score of a
     subset is not comparable. Quirks kept: a lone item has 0, a perfect caption of three words 7.5.
     """
-    groups, items_with, scores = [], Counter(), []
-    for texts in references:
-        groups.append([*map(ngram_counts, texts)])
-        items_with.update(set().union(*groups[-1]))
+    groups = [[*map(ngram_counts, texts)] for texts in references]
+    items_with = Counter()
+    for group in groups:
+        items_with.update(set().union(*group))
     idf = {gram: math.log(len(groups) / count) for gram, count in items_with.items()}
-    unseen = math.log(max(1, len(groups)))
-    for caption, group in zip(map(ngram_counts, captions), groups, strict=True):
-        similarity = 0.0
-        for reference in group:
-            similarity += cider_similarity(caption, reference, idf, unseen)
-        scores.append(10 * similarity / len(group))
+    scores, unseen = [], math.log(max(1, len(groups)))
+    for text, group in zip(captions, groups, strict=True):
+        caption = ngram_counts(text)
+        similarities = [cider_similarity(caption, reference, idf, unseen) for reference in group]
+        scores.append(10 * sum(similarities) / len(group))
     return scores
 
 
@@ -876,15 +847,14 @@ def cider_similarity(caption: Counter, reference: Counter, idf: dict[tuple, floa
     """Clipped tf-idf cosine of two captions, 0..1, averaged over n and damped by their difference in length,
     which is counted in bigrams (sigma 6). unseen: the idf of n-grams in no reference.
     """
-    total, lengths = 0.0, []
+    total = 0.0
     for n in range(1, 5):
         a = {gram: k * idf.get(gram, unseen) for gram, k in caption.items() if len(gram) == n}
         b = {gram: k * idf[gram] for gram, k in reference.items() if len(gram) == n}
         dot = sum(min(a[gram], b[gram]) * b[gram] for gram in a if gram in b)
         total += dot / (math.hypot(*a.values()) * math.hypot(*b.values()) or 1.0)
-    for counts in (caption, reference):
-        lengths.append(sum(k for gram, k in counts.items() if len(gram) == 2))
-    return total / 4 * math.exp(-((lengths[0] - lengths[1]) ** 2) / (2 * 6**2))
+    bigrams = Counter(map(len, caption.elements()))[2] - Counter(map(len, reference.elements()))[2]
+    return total / 4 * math.exp(-(bigrams**2) / (2 * 6**2))
 
 
 def parse_box(text: str) -> tuple[int, int, int, int] | None:

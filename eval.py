@@ -21,6 +21,7 @@ import model  # first of all: it answers --help before torch is loaded
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -86,22 +87,19 @@ def check_config(cfg: EvalConfig) -> None:
     model.require_one_of("--dtype", cfg.dtype, ("auto", "float32", "bfloat16"))
     model.require_one_of("--scoring", cfg.scoring, ("generate", "likelihood"))
     model.require_at_least(cfg, 1, "n batch_size")
-    is_folder = cfg.out != "" and Path(cfg.out).is_dir()
-    require(not is_folder, f"--out {cfg.out} is a folder: give a file in it")
+    require(not cfg.out or not Path(cfg.out).is_dir(), f"--out {cfg.out} is a folder: give a file in it")
 
 
-def evaluate(tasks: list["Task"], cfg: EvalConfig) -> tuple[list[dict], list[dict]]:
+def evaluate(tasks: list["Task"], cfg: EvalConfig) -> tuple[list, list]:
     """Ask and score all tasks with every view of the visual tokens: rows of eval.json, and examples."""
     vlm, tokenizer = load_model(cfg)
     results, examples = [], []
     for view in views_of(cfg):
-        is_first = view == views_of(cfg)[0]
         for task in tasks:
-            if is_first or task.kind not in TEXT_KINDS:  # without pictures the views are the same
+            if view == "full" or cfg.tokens == view or task.kind not in TEXT_KINDS:  # text looks at no view
                 rows, task_examples = score_task(vlm, tokenizer, task, view, cfg)
                 results += rows
-                if is_first:
-                    examples += task_examples
+                examples += task_examples if view == views_of(cfg)[0] else []
     if dist.is_initialized():
         dist.destroy_process_group()
     return results, examples
@@ -195,11 +193,11 @@ class Task:
             return float(choice_parse(answer, [*question.options]) == right[0])
         return box_hit(answer, right[0])
 
-    def average(self, questions: list[Question], scores: list[float]) -> tuple[float, list[float]]:
+    def average(self, questions: list, scores: list) -> tuple[float, list]:
         """The mean score of some of the questions, and the values that it is the mean of."""
         return sum(scores) / len(scores), scores
 
-    def finish_rows(self, rows: list[dict], answers: list[str], blind_answers: list[str] | None) -> list:
+    def finish_rows(self, rows: list, answers: list, blind_answers: list | None) -> list:
         """Rows of eval.json; a benchmark adds rows of its own."""
         return rows
 
@@ -255,8 +253,9 @@ def scenes_task(name: str, n: int, seed: int, shots: int | None = None) -> Task:
     if name == "scenes_bind":
         return bind_task(n, shots, seed)
     if name == "scenes_words":  # their loss rises where training on pictures makes a decoder forget
-        scenes, numbers = data.Scenes("text", "test"), range(seed * 1_000_000, seed * 1_000_000 + n)
-        return Task(name, "text", [Question((), scenes[number].parts[0], []) for number in numbers])
+        scenes, start = data.Scenes("text", "test"), seed * 1_000_000
+        texts = [scenes[start + i].parts[0] for i in range(n)]
+        return Task(name, "text", [Question((), text, []) for text in texts])
     kind = {"scenes_pope": "yesno", "scenes_ref": "ref", "scenes_cap": "caption"}.get(name, "vqa")
     questions = scene_questions(name, n, seed, "test")
     task = Task(name, kind, questions, max_new_tokens=96 if kind == "caption" else 16)
@@ -274,8 +273,9 @@ def scene_questions(name: str, n: int, seed: int, split: str) -> list[Question]:
         while len(questions) < end:
             rng, number = random.Random(f"{name}-{kind}-{seed}-{i}"), seed * 1_000_000 + i
             scene, picture, i = data.make_scene(split, number), f"scene:{split}:{number}", i + 1
-            question = Question((scene,), data.CAPTION_PROMPT, [], name=str(len(questions)), picture=picture)
+            question = Question((scene,), "", [], name=str(len(questions)), picture=picture)
             if kind == "caption":
+                question.text = data.CAPTION_PROMPT
                 question.answers = [data.say(scene), data.say(scene, rng), data.say(scene, rng)]
             elif asked := data.ask(scene, kind, rng, split):
                 question.text, question.answers = asked.question, [asked.answer]
@@ -289,8 +289,7 @@ def scene_questions(name: str, n: int, seed: int, split: str) -> list[Question]:
 
 def bind_task(n: int, shots: int | None, seed: int) -> Task:
     """Questions with a made-up word, which only the demonstrations explain: at least one, at a random place,
-    has it as its answer. The thing asked about is drawn first, then whether the word is to fit it (half do),
-    then the meaning: a model that ignores the demonstrations, or gets none, scores at most 50 %.
+    has it as its answer. The word fits half of the things asked about: ignoring demonstrations scores 50 %.
     """
     questions = []
     for i in range(n):
@@ -357,9 +356,9 @@ def add_demos(task: Task, pool: list[Question], shots: int, seed: int) -> Task:
     for question in task.questions:
         problem = f"{task.name} question {question.name} has {len(question.images)} pictures"
         require(len(question.images) == 1, f"--shots {shots}: {problem}, MM1's templates have one")
-        test_pictures |= {question.picture, question.images[0]}
+        test_pictures |= {question.picture, *question.images}
     for question in pool:
-        is_new = question.picture not in test_pictures and question.images[0] not in test_pictures
+        is_new = test_pictures.isdisjoint((question.picture, *question.images))
         require(is_new, f"--demos is not of the train split: {question.picture} is also asked about")
         text = "" if task.kind == "caption" else question.text.removesuffix(task.tail)
         examples.append(data.Example(question.images[0], text, question.answers[0], str(question.name)))
@@ -451,11 +450,11 @@ def cut_answer(text: str, marks: tuple[str, ...]) -> str:
 
 def likeliest_choices(vlm, tokenizer, task: Task, questions: list, samples: list, view: str) -> list[str]:
     """The likeliest choice of each question; of kind likelihood, the log-probabilities of all, as JSON."""
-    known = all(question.choices for question in questions)
-    require(known, f"--scoring likelihood: the possible answers of {task.name} are not known")
     in_turn = task.shots is None and task.kind != "likelihood"  # an answer begins the turn of a chat template
     space, options = "" if tokenizer.prefix or in_turn else " ", []
     for question in questions:
+        unknown = f"--scoring likelihood: the possible answers of {task.name} are not known"
+        require(len(question.choices) > 0, unknown)
         options.append([tokenizer.encode(space + choice) for choice in question.choices])
     sums = answer_likelihoods(vlm, samples, options, view)
     if task.kind == "likelihood":
@@ -464,7 +463,7 @@ def likeliest_choices(vlm, tokenizer, task: Task, questions: list, samples: list
 
 
 @torch.no_grad()
-def answer_likelihoods(vlm, samples: list[data.Sample], options: list[list[list[int]]], view: str) -> list:
+def answer_likelihoods(vlm, samples: list, options: list, view: str) -> list[np.ndarray]:
     """Summed log-probability of the tokens of each option: an array for each prompt.
 
     samples: prompts as for data.prompt_batch; options: token ids of the options of each prompt. They lie
@@ -543,7 +542,7 @@ def answer_file(task: Task, view: str, cfg: EvalConfig, vlm=None, blind=False) -
     for question in task.questions:
         facts += [example[1:] for example in question.demos]
     for weights in vlm.parameters() if vlm else ():
-        facts.append(weights.detach().flatten().view(torch.int16).sum(dtype=torch.int64).item())
+        facts.append(weights.detach().flatten().view(torch.int16).sum().item())
     metadata = {"settings": hashlib.sha1(repr(facts).encode()).hexdigest()}
     return AnswerFile(path, task, {"model_id": cfg.model, "metadata": metadata})
 
@@ -552,18 +551,16 @@ def answer_file(task: Task, view: str, cfg: EvalConfig, vlm=None, blind=False) -
 # Scoring
 
 
-def score_task(vlm, tokenizer, task: Task, view: str, cfg: EvalConfig) -> tuple[list[dict], list[dict]]:
-    """Rows of eval.json (the task, then its subsets) and examples for the report; none of either where nobody
-    here knows the right answers.
-    """
+def score_task(vlm, tokenizer, task: Task, view: str, cfg: EvalConfig) -> tuple[list, list]:
+    """Rows of eval.json (the task, then its subsets) and examples; none where no right answers are known."""
     if task.kind == "text":
         return [score_text(vlm, tokenizer, task, cfg)], []
     kept, blind_answers = answer_file(task, view, cfg, vlm), None
     images = [question.images for question in task.questions]
     answers = answer_all(vlm, tokenizer, task, images, view, cfg, kept)
     if not any(question.answers for question in task.questions):
-        place = kept.path if kept else "nowhere: give --out or --answers"
         if IS_FIRST_RANK:
+            place = kept.path if kept else "nowhere: give --out or --answers"
             print(f"{task.name}: no right answers in {task.path}, so no score; answers are kept in {place}")
         return [], []
     if cfg.blind and any(images):
@@ -573,11 +570,10 @@ def score_task(vlm, tokenizer, task: Task, view: str, cfg: EvalConfig) -> tuple[
 
 
 def derange(images: list[tuple], seed: int) -> list[tuple]:
-    """The same pictures dealt out anew, none where it was: one cycle through them in random order. A task
-    with a single picture keeps it: its blind score says nothing. Where questions have several pictures,
-    cycles are drawn until no question gets another one of its own.
+    """The same pictures dealt out anew, none where it was: one cycle through them in random order. A single
+    picture stays. Cycles are drawn until no question with several pictures gets another one of its own.
     """
-    pictures = list(dict.fromkeys(picture for group in images for picture in group))
+    pictures = list(dict.fromkeys(itertools.chain.from_iterable(images)))
     rng = random.Random(seed)
     for _ in range(100):
         cycle = rng.sample(pictures, len(pictures))
@@ -605,8 +601,8 @@ def score_rows(task: Task, answers: list, blind_answers: list | None, view: str,
         parts = [row for name, row in zip(members, rows) if name in first_subsets]
         total = sum(row["chance"] * row["n"] for row in parts)
         rows[0]["chance"] = round(total / sum(row["n"] for row in parts), 2)
-    examples = []
-    for i in random.Random(seed).sample(range(len(answers)), min(6, len(answers))):
+    examples, numbers = [], range(len(answers))
+    for i in random.Random(seed).sample(numbers, min(6, len(numbers))):
         question = task.questions[i]
         example = {"task": task.name, "metric": task.metric, "tokens": view, "question": question.text}
         example |= {"picture": question.picture, "right": question.answers, "answer": answers[i]}
@@ -641,9 +637,7 @@ def score_answers(task: Task, answers: list[str]) -> list[float]:
 
 @torch.no_grad()
 def score_text(vlm, tokenizer, task: Task, cfg: EvalConfig) -> dict:
-    """Mean negative log-likelihood of a token in nats, the end token included: lower is better. Its standard
-    error is that of a ratio, with documents drawn at random.
-    """
+    """Mean negative log-likelihood of a token in nats, the end token included; the error is of a ratio."""
     samples, sums, counts = [], [], []
     for question in task.questions:
         pieces = data.pieces_of(data.Record("text", [question.text], []), tokenizer)
@@ -721,9 +715,8 @@ def vqa_normalise(text: str, official: bool = False) -> str:
     """
     if not official:
         text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
-    text = text.replace("\n", " ").replace("\t", " ").strip()
+    cleaned = text = re.sub(r"[\n\t]", " ", text).strip()
     thousands = re.search(r"\d,\d", text) is not None
-    cleaned = text
     for mark in TABLES["vqa_punctuation"]:
         beside_space = mark + " " in text or " " + mark in text
         cleaned = cleaned.replace(mark, "" if beside_space or thousands else " ")
@@ -743,8 +736,6 @@ def vqa_accuracy(prediction: str, answers: list[str], official: bool = False) ->
     With ten answers 0, 1, 2, 3, 4+ matches give 0, .3, .6, .9, 1. A single answer is compared for equality.
     official: VQA-v2 compares raw strings when all answers are the same, so "Yes" against ten "yes" is 0.
     """
-    if not answers:
-        raise ValueError("vqa_accuracy needs at least one answer, this question has none")
     if not official or len(set(answers)) > 1:
         prediction = vqa_normalise(prediction, official)
         answers = [vqa_normalise(answer, official) for answer in answers]
@@ -843,7 +834,7 @@ def cider_d(captions: list[str], references: list[list[str]]) -> list[float]:
     return scores
 
 
-def cider_similarity(caption: Counter, reference: Counter, idf: dict[tuple, float], unseen: float) -> float:
+def cider_similarity(caption: Counter, reference: Counter, idf: dict, unseen: float) -> float:
     """Clipped tf-idf cosine of two captions, 0..1, averaged over n and damped by their difference in length,
     which is counted in bigrams (sigma 6). unseen: the idf of n-grams in no reference.
     """
@@ -857,7 +848,7 @@ def cider_similarity(caption: Counter, reference: Counter, idf: dict[tuple, floa
     return total / 4 * math.exp(-(bigrams**2) / (2 * 6**2))
 
 
-def parse_box(text: str) -> tuple[int, int, int, int] | None:
+def parse_box(text: str) -> tuple[int, ...] | None:
     """The first four numbers of a text as (x1, y1, x2, y2), in thousandths of the image's sides, or None.
     Each must be an integer in 0..999; digits glued to a letter (the 1 of "x1=20") are no number.
     """
@@ -867,13 +858,14 @@ def parse_box(text: str) -> tuple[int, int, int, int] | None:
     return tuple(map(int, numbers))
 
 
-def box_iou(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> float:
+def box_iou(a: tuple[int, ...], b: tuple[int, ...]) -> float:
     """Intersection over union of two (x1, y1, x2, y2) boxes, 0..1; 0 if both are empty. Edges are continuous
     (no + 1), and a box with swapped corners has no area.
     """
-    overlap = (max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
-    areas = [max(0, x2 - x1) * max(0, y2 - y1) for x1, y1, x2, y2 in (a, b, overlap)]
-    return areas[2] / (areas[0] + areas[1] - areas[2] or 1)
+    boxes = np.array([a, b])
+    overlap = np.concatenate([boxes[:, :2].max(0), boxes[:, 2:].min(0)])
+    area_a, area_b, shared = ((box[2:] - box[:2]).clip(0).prod() for box in (*boxes, overlap))
+    return float(shared / (area_a + area_b - shared or 1))
 
 
 def box_hit(prediction: str, answer: str) -> float:

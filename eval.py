@@ -272,8 +272,9 @@ def scene_questions(name: str, n: int, seed: int, split: str) -> list[Question]:
         i, end = 0, len(questions) + n
         while len(questions) < end:
             rng, number = random.Random(f"{name}-{kind}-{seed}-{i}"), seed * 1_000_000 + i
-            scene, picture, i = data.make_scene(split, number), f"scene:{split}:{number}", i + 1
+            scene, picture = data.make_scene(split, number), f"scene:{split}:{number}"
             question = Question((scene,), "", [], name=str(len(questions)), picture=picture)
+            i += 1
             if kind == "caption":
                 question.text = data.CAPTION_PROMPT
                 question.answers = [data.say(scene), data.say(scene, rng), data.say(scene, rng)]
@@ -283,7 +284,8 @@ def scene_questions(name: str, n: int, seed: int, split: str) -> list[Question]:
                 question.subsets = (kind if name == "scenes_vqa" else "",)
                 if asked.held_out:  # about a pair of colour and shape that no training scene has
                     question.subsets += ("held_out",)
-            questions += [question] if question.answers else []  # some scenes offer no question of a kind
+            if question.answers:  # some scenes offer no question of a kind
+                questions.append(question)
     return questions
 
 
@@ -326,9 +328,10 @@ def file_task(kind: str, path: Path, images: str) -> Task:
         if kind == "text":
             continue
         require(isinstance(answers, list) and answers, f"{place}: 'answers' must be a list of at least one")
-        (image,) = question.images = tuple(data.local_pictures([row.get("image")], folder, place))
+        (image,) = data.local_pictures([row.get("image")], folder, place)
         require(image.is_file(), f"{place}: image {image} does not exist")
-        question.picture, question.answers = str(image.resolve()), [*map(str, answers)]
+        question.images, question.picture = (image,), str(image.resolve())
+        question.answers = [*map(str, answers)]
         question.subsets = () if kind == "caption" else (str(row.get("category") or ""),)
         options = option_letters(row["text"]) if kind == "choice" else {}
         question.choices, question.options = CHOICES.get(kind, tuple(options)), tuple(options.values())

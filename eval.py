@@ -7,17 +7,18 @@
     torchrun --nproc_per_node=8 eval.py --model runs/a/sft --tasks vqa:my/val.jsonl --out eval.json
     python eval.py --model runs/a/sft --chat image.png
 
-Public benchmarks: tools/benchmarks.py. A page with pictures and curves: tools/report.py eval.json.
-
 Every task is scored twice: as it is, and blind, with its pictures swapped (a seeded derangement); whatever a
 model still scores with swapped images it did not get from looking. Scores are 0-100 (CIDEr-D x 100) with
 their standard error, that of text is a loss. Without --shots a question comes in the chat template; with it,
 even 0, in that of a base model, behind demonstrations of the train split whose pictures are never swapped.
 Answers to questions in files are kept beside --out, and a run that was killed goes on from them.
+Public benchmarks: tools/benchmarks.py. A page with pictures and curves: tools/report.py eval.json.
 """
 
 import model  # isort: skip  # first of all: it answers --help before torch is loaded
+import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -26,7 +27,6 @@ import re
 import string
 import subprocess
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -37,7 +37,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import UserError
+from model import require
+
+IS_FIRST_RANK = int(os.environ.get("RANK", 0)) == 0
 
 
 @dataclass
@@ -71,72 +73,59 @@ def main(argv: list[str]) -> None:
     check_config(cfg)
     if cfg.chat:
         return chat(cfg)
-    evaluate(open_tasks(cfg, open_task), cfg)
+    tasks = open_tasks(cfg, open_task)
+    results, examples = evaluate(tasks, cfg)
+    write_results(tasks, cfg, results, examples)
 
 
 def check_config(cfg: EvalConfig) -> None:
-    if not cfg.model:
-        raise UserError("--model is missing: a run or checkpoint folder, such as runs/a/sft")
-    known = {"tokens": "full pruned both", "dtype": "auto float32 bfloat16", "scoring": "generate likelihood"}
-    for flag, values in known.items():
-        if getattr(cfg, flag) not in values.split():
-            raise UserError(f"--{flag} '{getattr(cfg, flag)}' is unknown: use one of {values}")
+    require(cfg.model != "", "--model is missing: a run or checkpoint folder, such as runs/a/sft")
+    model.require_one_of("--tokens", cfg.tokens, ("full", "pruned", "both"))
+    model.require_one_of("--dtype", cfg.dtype, ("auto", "float32", "bfloat16"))
+    model.require_one_of("--scoring", cfg.scoring, ("generate", "likelihood"))
     model.require_at_least(cfg, 1, "n batch_size")
-    if cfg.out and Path(cfg.out).is_dir():
-        raise UserError(f"--out {cfg.out} is a folder: give a file in it")
+    require(not cfg.out or not Path(cfg.out).is_dir(), f"--out {cfg.out} is a folder: give a file in it")
 
 
-def evaluate(tasks: list["Task"], cfg: EvalConfig) -> None:
-    """Ask and score all tasks with every view of the visual tokens; print the table, write eval.json."""
-    vlm, tokenizer, facts = load_model(cfg)
-    views = ("full", "pruned") if cfg.tokens == "both" else (cfg.tokens,)
+def evaluate(tasks: list["Task"], cfg: EvalConfig) -> tuple[list, list]:
+    """Ask and score all tasks with every view of the visual tokens: rows of eval.json, and examples."""
+    vlm, tokenizer = load_model(cfg)
     results, examples = [], []
-    for view in views:
+    for view in views_of(cfg):
         for task in tasks:
-            if view == views[0] or task.kind not in TEXT_KINDS:  # without pictures the views are the same
-                rows, task_examples = score_task(vlm, tokenizer, task, view, cfg, facts)
+            if view == "full" or cfg.tokens == view or task.kind not in TEXT_KINDS:  # text looks at no view
+                rows, task_examples = score_task(vlm, tokenizer, task, view, cfg)
                 results += rows
-                examples += task_examples if view == views[0] else []
-    rank, world = find_rank()
-    if world > 1:
+                examples += task_examples if view == views_of(cfg)[0] else []
+    if dist.is_initialized():
         dist.destroy_process_group()
-    if rank == 0:
-        write_results(tasks, cfg, facts.get("model", ""), results, examples)
+    return results, examples
 
 
-def load_model(cfg: EvalConfig) -> tuple[model.VLM, data.Tokenizer, dict[str, str]]:
-    """The run, and what identifies it: its path, and the sum of the bits of its weights."""
+def views_of(cfg: EvalConfig) -> tuple[str, ...]:
+    return ("full", "pruned") if cfg.tokens == "both" else (cfg.tokens,)
+
+
+def load_model(cfg: EvalConfig) -> tuple[model.VLM, data.Tokenizer]:
     _, _, device = model.find_ranks(cfg.device, hours=24)  # a rank may wait that long for another
-    step, total = model.find_step(cfg.model), 0
-    bf16 = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")
-    vlm = model.VLM.from_pretrained(step, torch.bfloat16 if bf16 else torch.float32).to(device).eval()
-    for weights in vlm.parameters():
-        bits = weights.detach().view(torch.int16 if weights.element_size() == 2 else torch.int32)
-        total += bits.sum(dtype=torch.int64).item()
-    facts = {"model": str(step), "weights": f"{total % (1 << 64):016x}"}
-    return vlm, data.Tokenizer.from_pretrained(step / "tokenizer"), facts
+    step = model.find_step(cfg.model)
+    is_half = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")
+    vlm = model.VLM.from_pretrained(step, torch.bfloat16 if is_half else torch.float32)
+    return vlm.to(device).eval(), data.Tokenizer.from_pretrained(step / "tokenizer")
 
 
-def find_rank() -> tuple[int, int]:
-    """This process's number among the ranks that share the questions, and how many they are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def print_once(text: str) -> None:
-    if find_rank()[0] == 0:
-        print(text)
-
-
-def write_results(tasks: list["Task"], cfg: EvalConfig, step: str, results: list, examples: list) -> None:
+def write_results(tasks: list["Task"], cfg: EvalConfig, results: list, examples: list) -> None:
     """Print the table; write eval.json with all that tools/report.py needs beside the run folder."""
+    if not IS_FIRST_RANK:
+        return
     print_table(results)
+    step = str(model.find_step(cfg.model)) if cfg.model else ""
     summary = {"model": step, "commit": git_commit(), "seed": cfg.seed, "results": results, "demos": {}}
+    summary |= {"prompt": "base" if cfg.shots else "chat", "scoring": cfg.scoring, "examples": examples}
     for task in tasks:
         if task.shots:
-            names = summary["demos"][f"{task.name} {task.shots}-shot"] = []
-            for question in task.questions:
-                names.append(" ".join(demo.name for demo in question.demos))
-    summary |= {"prompt": "base" if cfg.shots else "chat", "scoring": cfg.scoring, "examples": examples}
+            names = [" ".join(demo.name for demo in question.demos) for question in task.questions]
+            summary["demos"][f"{task.name} {task.shots}-shot"] = names
     if cfg.out:
         model.write_json(Path(cfg.out), summary)
 
@@ -190,21 +179,22 @@ class Task:
 
     def score(self, answer: str, question: Question) -> float:
         """Score of one answer, 0..1. Captions are scored as a set, see `score_answers`."""
+        right = question.answers
         if self.kind == "vqa":
-            return vqa_accuracy(answer, question.answers)
-        if self.kind == "exact":
-            return float(any(exact_match(answer, text.lower()) for text in question.answers))
+            return vqa_accuracy(answer, right)
+        if self.kind == "exact":  # GQA's rule in LLaVA
+            return float(answer.rstrip(".").lower() in map(str.lower, right))
         if self.kind == "yesno":
-            return float(yesno_parse(answer) == question.answers[0].lower())
+            return float(yesno_parse(answer) == right[0].lower())
         if self.kind == "choice":
-            return float(choice_parse(answer, [*question.options]) == question.answers[0])
-        return box_hit(answer, question.answers[0])
+            return float(choice_parse(answer, [*question.options]) == right[0])
+        return box_hit(answer, right[0])
 
-    def average(self, questions: list[Question], scores: list[float]) -> tuple[float, list[float]]:
+    def average(self, questions: list, scores: list) -> tuple[float, list]:
         """The mean score of some of the questions, and the values that it is the mean of."""
         return sum(scores) / len(scores), scores
 
-    def finish_rows(self, rows: list[dict], answers: list[str], blind_answers: list[str] | None) -> list:
+    def finish_rows(self, rows: list, answers: list, blind_answers: list | None) -> list:
         """Rows of eval.json; a benchmark adds rows of its own."""
         return rows
 
@@ -214,94 +204,91 @@ TEXT_KINDS = ("text", "likelihood")  # no pictures to swap or to demonstrate
 SCENE_TASKS = {"scenes_vqa": data.QUESTION_TYPES, "scenes_text": ("text",), "scenes_pope": ("exists",)}
 SCENE_TASKS |= {"scenes_ref": ("ref",), "scenes_cap": ("caption",)}
 CHOICES = {"colour": tuple(data.COLOURS), "shape": data.SHAPES, "count": tuple("0123456")}
-CHOICES |= {kind: data.YES_NO for kind in ("relation", "exists", "yesno")}
+CHOICES |= dict.fromkeys(("relation", "exists", "yesno"), data.YES_NO)
 
 
-def open_tasks(cfg: EvalConfig, open_task: Callable) -> list[Task]:
+def open_tasks(cfg: EvalConfig, open_task) -> list[Task]:
     """The tasks of --tasks, each once for every number of --shots. open_task(name, shots, cfg) opens one."""
-    counts = cfg.shots.split(",") if cfg.shots else []
-    if not all(count.isdecimal() for count in counts):
-        raise UserError(f"--shots '{cfg.shots}': use a number of at least 0 or a list such as 0,4,8")
+    numbers = cfg.shots.split(",") if cfg.shots else []
+    valid = all(map(str.isdecimal, numbers))
+    require(valid, f"--shots '{cfg.shots}': use a number of at least 0 or a list such as 0,4,8")
     tasks, names = [], []
     for name in cfg.tasks.split(","):
         names += [*SCENE_TASKS, "scenes_words"] if name == "scenes" else [name]
     for name in dict.fromkeys(names):
-        for shots in dict.fromkeys(map(int, counts)) or [None]:
+        for shots in dict.fromkeys(map(int, numbers)) or [None]:
             tasks.append(open_task(name, shots, cfg))
             if tasks[-1].kind in TEXT_KINDS:
                 break  # nothing to demonstrate
-    if len({(task.name, task.shots) for task in tasks}) < len(tasks):  # their answers would be mixed up
-        raise UserError("--tasks has two tasks of one name: rename a file, or score them one by one")
-    kinds = {task.kind for task in tasks if task.path}
-    if cfg.demos and len(kinds) > 1:
-        raise UserError(f"--demos holds examples of one kind, --tasks asks for {' and '.join(sorted(kinds))}")
+    titles = {(task.name, task.shots) for task in tasks}  # two of one would mix up their answers
+    require(
+        len(titles) == len(tasks), "--tasks has two tasks of one name: rename a file, or score one by one"
+    )
+    kinds = sorted({task.kind for task in tasks if task.path and cfg.demos})
+    require(len(kinds) < 2, f"--demos holds examples of one kind, --tasks asks for {' and '.join(kinds)}")
     return tasks
 
 
 def open_task(name: str, shots: int | None, cfg: EvalConfig) -> Task:
     kind, _, file = name.partition(":")
-    if name == "scenes_words":
-        return words_task(cfg.n, cfg.seed)
-    if name in (*SCENE_TASKS, "scenes_bind"):
-        return few_shot_task(name, cfg.n, shots, cfg.seed)
-    if not file or kind not in FILE_KINDS:
-        known = ", ".join([*SCENE_TASKS, "scenes_words, scenes_bind"])
-        known += f" or {'|'.join(FILE_KINDS)}:FILE; public benchmarks, and kind:FILE of relaxed and anls"
-        raise UserError(f"--tasks '{name}' is unknown: use scenes, {known}: python tools/benchmarks.py")
+    scenes = (*SCENE_TASKS, "scenes_words", "scenes_bind")
+    if name in scenes:
+        return scenes_task(name, cfg.n, cfg.seed, shots)
+    known = f"{', '.join(scenes)} or {'|'.join(FILE_KINDS)}:FILE; all else: python tools/benchmarks.py"
+    require(file != "" and kind in FILE_KINDS, f"--tasks '{name}' is unknown: use scenes, {known}")
     task = file_task(kind, Path(file), cfg.images)
     if shots is None or kind == "text":
         return task
-    if shots and not cfg.demos:
-        raise UserError(f"--shots {shots}: {name} needs --demos FILE, with questions of its train split")
-    pool = file_task(kind, Path(cfg.demos), cfg.images).questions if shots else []
+    pool = file_task(kind, Path(cfg.demos), cfg.images).questions if shots and cfg.demos else []
     return add_demos(task, pool, shots, cfg.seed)
 
 
-# --- Tasks of Scenes
-
-
-def few_shot_task(name: str, n: int, shots: int | None, seed: int) -> Task:
+def scenes_task(name: str, n: int, seed: int, shots: int | None = None) -> Task:
     """A task of Scenes in the chat template (shots None) or behind demonstrations, with the same questions.
     Demonstrations are drawn from about as many training questions as OpenFlamingo's, 2,048.
     """
     if name == "scenes_bind":
         return bind_task(n, shots, seed)
-    task, pool_size = scenes_task(name, n, seed), 2048 // len(SCENE_TASKS[name])
+    if name == "scenes_words":  # their loss rises where training on pictures makes a decoder forget
+        scenes, start = data.Scenes("text", "test"), seed * 1_000_000
+        texts = [scenes[start + i].parts[0] for i in range(n)]
+        return Task(name, "text", [Question((), text, []) for text in texts])
+    kind = {"scenes_pope": "yesno", "scenes_ref": "ref", "scenes_cap": "caption"}.get(name, "vqa")
+    questions = scene_questions(name, n, seed, "test")
+    task = Task(name, kind, questions, max_new_tokens=96 if kind == "caption" else 16)
     if shots is None:
         return task
-    pool = scenes_task(name, pool_size, seed, "train").questions if shots else []
+    pool = scene_questions(name, 2048 // len(SCENE_TASKS[name]), seed, "train") if shots else []
     return add_demos(task, pool, shots, seed)
 
 
-def scenes_task(name: str, n: int, seed: int, split: str = "test") -> Task:
-    """n questions of each type that the task asks, about unseen scenes (or training ones)."""
+def scene_questions(name: str, n: int, seed: int, split: str) -> list[Question]:
+    """n questions of each type that the task asks, about unseen scenes (test) or training ones."""
     questions = []
     for kind in SCENE_TASKS[name]:
         i, end = 0, len(questions) + n
         while len(questions) < end:
             rng, number = random.Random(f"{name}-{kind}-{seed}-{i}"), seed * 1_000_000 + i
-            scene = data.make_scene(split, number)
-            question = Question((scene,), "", [], name=str(len(questions)), picture=f"scene:{split}:{number}")
+            scene, picture = data.make_scene(split, number), f"scene:{split}:{number}"
+            question = Question((scene,), "", [], name=str(len(questions)), picture=picture)
             i += 1
             if kind == "caption":
                 question.text = data.CAPTION_PROMPT
                 question.answers = [data.say(scene), data.say(scene, rng), data.say(scene, rng)]
-                questions.append(question)
-            elif asked := data.ask(scene, kind, rng, split):  # some scenes offer no question of a kind
+            elif asked := data.ask(scene, kind, rng, split):
                 question.text, question.answers = asked.question, [asked.answer]
                 question.choices = CHOICES.get(kind, ())
                 question.subsets = (kind if name == "scenes_vqa" else "",)
                 if asked.held_out:  # about a pair of colour and shape that no training scene has
                     question.subsets += ("held_out",)
+            if question.answers:  # some scenes offer no question of a kind
                 questions.append(question)
-    answer_kind = {"scenes_pope": "yesno", "scenes_ref": "ref", "scenes_cap": "caption"}.get(name, "vqa")
-    return Task(name, answer_kind, questions, max_new_tokens=96 if answer_kind == "caption" else 16)
+    return questions
 
 
 def bind_task(n: int, shots: int | None, seed: int) -> Task:
     """Questions with a made-up word, which only the demonstrations explain: at least one, at a random place,
-    has it as its answer. The thing asked about is drawn first, then whether the word is to fit it (half do),
-    then the meaning: a model that ignores the demonstrations, or gets none, scores at most 50 %.
+    has it as its answer. The word fits half of the things asked about: ignoring demonstrations scores 50 %.
     """
     questions = []
     for i in range(n):
@@ -323,85 +310,56 @@ def bind_task(n: int, shots: int | None, seed: int) -> Task:
     return Task("scenes_bind", "vqa", questions, 16, shots, chance=50.0)
 
 
-def words_task(n: int, seed: int) -> Task:
-    """Unseen scenes in words: their loss rises where training on pictures makes a decoder forget."""
-    scenes = data.Scenes("text", "test")
-    texts = [scenes[seed * 1_000_000 + i].parts[0] for i in range(n)]
-    return Task("scenes_words", "text", [Question((), text, []) for text in texts])
-
-
-# --- Tasks of files, and demonstrations
-
-
 def file_task(kind: str, path: Path, images: str) -> Task:
     """JSON lines of {"question_id", "image", "text", "answers": [...]}; of kind text, {"text"} will do."""
-    if not path.is_file():
-        raise UserError(f"--tasks {kind}:{path}: no such file")
-    questions, table, keys = [], data.Table(path), set()
+    require(path.is_file(), f"--tasks {kind}:{path}: no such file")
+    questions, table, folder = {}, data.Table(path), Path(images) if images else path.parent
     for i in range(len(table)):
         row, place = table.raw(i)
-        try:
-            question = file_question(kind, row, place, Path(images) if images else path.parent)
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{place}: expected an object with image, text and answers ({e})") from None
-        if question.key in keys and kind != "text":
-            raise UserError(f"{place}: question_id {question.name} is there twice with one text: drop one")
-        keys.add(question.key)
-        questions.append(question)
-    return Task(path.stem, kind, questions, max_new_tokens=64, path=path)
-
-
-def file_question(kind: str, row: dict, place: str, folder: Path) -> Question:
-    question = Question((), row["text"], [])
-    if not isinstance(question.text, str):
-        raise ValueError("'text' must be a string")
-    if kind == "text":
-        return question
-    if not isinstance(row["answers"], list) or not row["answers"]:
-        raise ValueError("'answers' must be a list of at least one")
-    question.images = tuple(data.local_pictures([row["image"]], folder, place))
-    question.picture = str(question.images[0].resolve())
-    if not question.images[0].is_file():
-        raise UserError(f"{place}: image {question.images[0]} does not exist")
-    question.name = row.get("question_id", place.rpartition(" ")[2])
-    question.answers = [str(answer) for answer in row["answers"]]
-    question.choices = CHOICES.get(kind, ())
-    if kind == "choice":
-        options = option_letters(question.text)
-        question.choices, question.options = tuple(options), tuple(options.values())
-    if kind != "caption":
-        question.subsets = (str(row.get("category") or ""),)
-    check_answer(kind, question, place)
-    return question
+        answers, name = row.get("answers"), row.get("question_id", i)
+        require(isinstance(row.get("text"), str), f"{place}: 'text' must be a string")
+        question = Question((), row["text"], [], name=name)
+        key = i if kind == "text" else question.key
+        require(key not in questions, f"{place}: question_id {name} is there twice with one text: drop one")
+        questions[key] = question
+        if kind == "text":
+            continue
+        require(isinstance(answers, list) and answers, f"{place}: 'answers' must be a list of at least one")
+        (image,) = data.local_pictures([row.get("image")], folder, place)
+        require(image.is_file(), f"{place}: image {image} does not exist")
+        question.images, question.picture = (image,), str(image.resolve())
+        question.answers = [*map(str, answers)]
+        question.subsets = () if kind == "caption" else (str(row.get("category") or ""),)
+        options = option_letters(row["text"]) if kind == "choice" else {}
+        question.choices, question.options = CHOICES.get(kind, tuple(options)), tuple(options.values())
+        check_answer(kind, question, place)
+    return Task(path.stem, kind, [*questions.values()], max_new_tokens=64, path=path)
 
 
 def check_answer(kind: str, question: Question, place: str) -> None:
     """Refuse a right answer that nothing can match, before anything is asked."""
     answer = question.answers[0]
-    if kind == "choice" and answer not in question.choices:
-        raise UserError(f"{place}: answer '{answer}' is no letter of an option, a line 'A. ...' of its text")
-    if kind == "yesno" and answer.strip().lower() not in data.YES_NO:
-        raise UserError(f"{place} has the answer '{answer}', which is neither yes nor no")
-    if kind == "ref" and parse_box(answer) is None:
-        raise UserError(f"{place} has the answer '{answer}', not four integers 0-999")
+    valid = {"choice": answer in question.choices, "yesno": answer.strip().lower() in data.YES_NO}
+    valid |= {"ref": parse_box(answer) is not None}
+    forms = {"choice": "the letter of an option, a line 'A. ...' of its text", "yesno": "yes or no"}
+    form = forms.get(kind, "four integers 0-999")
+    require(valid.get(kind, True), f"{place} has the answer '{answer}', which is not {form}")
 
 
 def add_demos(task: Task, pool: list[Question], shots: int, seed: int) -> Task:
     """The task in MM1's templates, each question behind `shots` demonstrations drawn from `pool`."""
-    if shots > len(pool):
-        raise UserError(f"--shots {shots}: {task.name} has only {len(pool)} demonstrations to draw from")
-    for question in task.questions + pool:
-        if len(question.images) != 1:
-            problem = f"question {question.name} has {len(question.images)} pictures"
-            raise UserError(f"--shots {shots}: {task.name} {problem}, MM1's templates have one")
-    test_pictures = {question.picture for question in task.questions}
-    test_pictures |= {question.images[0] for question in task.questions}
-    examples, questions = [], []
+    problem = (
+        f"--shots {shots}: {task.name} has only {len(pool)} demonstrations to draw from: give more --demos"
+    )
+    require(shots <= len(pool), problem)
+    test_pictures, examples, questions = set(), [], []
+    for question in task.questions:
+        problem = f"{task.name} question {question.name} has {len(question.images)} pictures"
+        require(len(question.images) == 1, f"--shots {shots}: {problem}, MM1's templates have one")
+        test_pictures |= {question.picture, *question.images}
     for question in pool:
-        if not question.answers:
-            raise UserError(f"--demos: question {question.name} has no answer, so it demonstrates nothing")
-        if question.picture in test_pictures or question.images[0] in test_pictures:
-            raise UserError(f"--demos is not of the train split: {question.picture} is also asked about")
+        is_new = test_pictures.isdisjoint((question.picture, *question.images))
+        require(is_new, f"--demos is not of the train split: {question.picture} is also asked about")
         text = "" if task.kind == "caption" else question.text.removesuffix(task.tail)
         examples.append(data.Example(question.images[0], text, question.answers[0], str(question.name)))
     for i, question in enumerate(task.questions):
@@ -420,10 +378,8 @@ def answer_all(vlm, tokenizer, task: Task, images: list, view: str, cfg: EvalCon
     images: the pictures of each question; demonstrations keep theirs. kept: an AnswerFile, whose answers are
     not asked for again; new ones are added batch by batch.
     """
-    rank, world = find_rank()
+    rank, world, _ = model.find_ranks(cfg.device)
     answers = kept.read() if kept else {}
-    if world > 1:
-        dist.barrier()  # no rank writes before all have read
     prompts, pictures = {}, {}
     for i, question in enumerate(task.questions):
         if i not in answers:
@@ -432,107 +388,49 @@ def answer_all(vlm, tokenizer, task: Task, images: list, view: str, cfg: EvalCon
     lengths = prompt_lengths(task, prompts, pictures, vlm.cfg, view)
     order = sorted(lengths, key=lambda i: (lengths[i], i))
     size = max(1, cfg.batch_size // (1 + (task.shots or 0)))  # as many pictures at any number of shots
-    starts = range(rank * size, len(order), world * size)
-    stops = tokenizer.ids_with(stop_marks(task)) if task.shots is not None else ()
-    new_answers = dict.fromkeys(prompts.keys() - lengths.keys(), "")  # those that are too long
+    marks = stop_marks(task)
+    stops = tokenizer.ids_with(marks) if marks else ()
+    starts = range(0, len(order), world * size)
     for start in tqdm(starts, desc=f"{task.name} {view}", leave=False, disable=rank > 0):
-        numbers, samples = order[start : start + size], []
+        numbers, samples, texts = order[start + rank * size :][:size], [], []
         for i in numbers:
             samples.append(data.load_sample(prompts[i], pictures[i], vlm.cfg, f"{task.name} question {i}"))
-        questions = [task.questions[i] for i in numbers]
-        texts = answer_batch(vlm, tokenizer, task, questions, samples, view, cfg.scoring, stops)
-        new_answers |= zip(numbers, texts)
-        if kept:
-            kept.append(dict(zip(numbers, texts)))
-    gathered = [new_answers] * world
-    if world > 1:
-        dist.all_gather_object(gathered, new_answers)
-    for rank_answers in gathered:
-        answers |= rank_answers
+        if numbers and "likelihood" in (cfg.scoring, task.kind):
+            questions = [task.questions[i] for i in numbers]
+            texts = likeliest_choices(vlm, tokenizer, task, questions, samples, view)
+        elif numbers:
+            batch = data.prompt_batch(samples, view, vlm.cfg).to(next(vlm.parameters()).device)
+            for ids in vlm.generate(batch, tokenizer.end, task.max_new_tokens, stops=stops):
+                texts.append(cut_answer(tokenizer.decode(ids), marks))
+        gathered = [dict(zip(numbers, texts))] * world
+        if world > 1:
+            dist.all_gather_object(gathered, gathered[rank])
+        for rank_answers in gathered:
+            answers |= rank_answers
+            if kept and rank == 0:
+                kept.append(rank_answers)
+    too_long = dict.fromkeys(prompts.keys() - lengths.keys(), "")
     if kept and rank == 0:
-        kept.finish(answers)
+        kept.append(too_long)
+    answers |= too_long
     return [answers[i] for i in range(len(task.questions))]
 
 
-def answer_batch(vlm, tokenizer, task: Task, questions, samples, view: str, scoring: str, stops) -> list[str]:
-    """Greedy answers or the likeliest choices; of kind likelihood, the log-probabilities of all, as JSON."""
-    if "likelihood" not in (scoring, task.kind):
-        batch = data.prompt_batch(samples, view, vlm.cfg).to(next(vlm.parameters()).device)
-        generated = vlm.generate(batch, tokenizer.end, task.max_new_tokens, stops=stops)
-        return [cut_answer(tokenizer.decode(ids), stop_marks(task)) for ids in generated]
-    space = "" if tokenizer.prefix else " "
-    if task.shots is None and task.kind != "likelihood":
-        space = ""  # an answer in the chat template begins its turn
-    options = []
-    for question in questions:
-        if not question.choices:
-            raise UserError(f"--scoring likelihood: the possible answers of {task.name} are not known")
-        options.append([tokenizer.encode(space + choice) for choice in question.choices])
-    sums = answer_likelihoods(vlm, samples, options, view)
-    if task.kind == "likelihood":
-        return [json.dumps(values.astype(float).round(4).tolist()) for values in sums]
-    return [question.choices[values.argmax()] for question, values in zip(questions, sums)]
-
-
-@torch.no_grad()
-def answer_likelihoods(vlm, samples: list[data.Sample], options: list[list[list[int]]], view: str) -> list:
-    """Summed log-probability of the tokens of each option: an array for each prompt.
-
-    samples: prompts as for data.prompt_batch; options: token ids of the options of each prompt. They lie
-    behind it in one row, each attending to the prompt and to itself only, so that the prompt is read once.
-    """
-    batch = data.prompt_batch(samples, view, vlm.cfg).to(next(vlm.parameters()).device)
-    rows = batch.student
-    B, T = rows.ids.shape
-    tails, predictions = [], []  # predictions: (row, position that predicts, token)
-    for b, row_options in enumerate(options):
-        tail = []  # (token, number of its option, place in it); last tokens predict nothing and stay out
-        for number, ids in enumerate(row_options, 1):
-            predictions.append((b, T - 1, ids[0]))
-            for place, token in enumerate(ids[:-1]):
-                predictions.append((b, T + len(tail), ids[place + 1]))
-                tail.append((token, number, place))
-        tails.append(torch.tensor(tail, dtype=torch.long).view(-1, 3))
-    tail = torch.nn.utils.rnn.pad_sequence(tails, batch_first=True, padding_value=-1)  # (B, W, 3)
-    ids, owner, place = tail.to(rows.ids.device).unbind(-1)  # (B, W) each
-    x = torch.cat([vlm.splice(rows, vlm.bank(batch)), vlm.decoder.embed(ids.clamp(0))], 1)  # (B, T + W, D)
-    positions = torch.cat([rows.positions, rows.positions[:, -1:] + 1 + place], 1)  # (B, T + W)
-    owner = torch.cat([rows.doc_ids, owner], 1)  # (B, T + W): 0 in the prompt, -1 at padding
-    mask = ((owner[:, :, None] == owner[:, None]) | (owner[:, None] == 0)).tril()  # (B, T + W, T + W)
-    hidden, _ = vlm.decoder.hidden(x, positions, mask[:, None])
-    row, position, token = torch.tensor(predictions, device=x.device).unbind(-1)  # (R,) each
-    logits = vlm.decoder.head(hidden[row, position]).float().log_softmax(-1)  # (R, N)
-    log_probs = logits.gather(1, token[:, None])[:, 0].cpu()  # (R,)
-    sums, start = [], 0
-    for row_options in options:
-        sums.append(np.zeros(len(row_options)))
-        for number, ids in enumerate(row_options):
-            sums[-1][number] = log_probs[start : start + len(ids)].sum()
-            start += len(ids)
-    return sums
-
-
 def prompt_lengths(task: Task, prompts: dict, pictures: dict, cfg: model.ModelConfig, view: str) -> dict:
-    """Positions of each prompt that leaves room for an answer within what the decoder was trained for. A few
-    that do not are left out and count as wrong; many are an error.
+    """Positions of each prompt and its answer. A few that take more than the decoder was trained for are left
+    out and count as wrong; many are an error.
     """
-    lengths, room = {}, cfg.decoder.context - task.max_new_tokens
+    lengths, context = {}, cfg.decoder.context
     for i, pieces in prompts.items():
         slots = data.sample_slots(cfg, view, data.picture_sizes(pictures[i], cfg))
-        lengths[i] = len(data.lay_out(pieces, slots).ids)
-    fitting = {i: length for i, length in lengths.items() if length <= room}
+        lengths[i] = len(data.lay_out(pieces, slots).ids) + task.max_new_tokens
+    fitting = {i: length for i, length in lengths.items() if length <= context}
     too_long = len(lengths) - len(fitting)
-    if too_long:
-        need = (
-            f"{1 + (task.shots or 0)} x {data.square_tokens(cfg, view)} visual tokens, text and answer take "
-        )
-        need += (
-            f"{max(lengths.values()) + task.max_new_tokens} positions in the longest question, the decoder "
-        )
-        need = f"{task.name}: {need}was trained for {cfg.decoder.context}"
-        if too_long > len(lengths) / 50:
-            raise UserError(f"{need}: use fewer --shots or --tokens pruned")
-        print_once(f"{need}: {too_long} questions are too long and count as wrong")
+    need = f"{task.name}: pictures, text and answer take {max(lengths.values(), default=0)} positions in the"
+    need += f" longest question, the decoder was trained for {context}"
+    require(too_long <= len(lengths) / 50, f"{need}: use fewer --shots or --tokens pruned")
+    if too_long and IS_FIRST_RANK:
+        print(f"{need}: {too_long} questions are too long and count as wrong")
     return fitting
 
 
@@ -550,7 +448,51 @@ def cut_answer(text: str, marks: tuple[str, ...]) -> str:
     return text.strip()
 
 
-# --- Answers that are kept
+def likeliest_choices(vlm, tokenizer, task: Task, questions: list, samples: list, view: str) -> list[str]:
+    """The likeliest choice of each question; of kind likelihood, the log-probabilities of all, as JSON."""
+    in_turn = task.shots is None and task.kind != "likelihood"  # an answer begins the turn of a chat template
+    space, options = "" if tokenizer.prefix or in_turn else " ", []
+    for question in questions:
+        unknown = f"--scoring likelihood: the possible answers of {task.name} are not known"
+        require(len(question.choices) > 0, unknown)
+        options.append([tokenizer.encode(space + choice) for choice in question.choices])
+    sums = answer_likelihoods(vlm, samples, options, view)
+    if task.kind == "likelihood":
+        return [json.dumps(values.round(4).tolist()) for values in sums]
+    return [question.choices[values.argmax()] for question, values in zip(questions, sums)]
+
+
+@torch.no_grad()
+def answer_likelihoods(vlm, samples: list, options: list, view: str) -> list[np.ndarray]:
+    """Summed log-probability of the tokens of each option: an array for each prompt.
+
+    samples: prompts as for data.prompt_batch; options: token ids of the options of each prompt. They lie
+    behind it in one row, each attending to the prompt and to itself only, so that the prompt is read once.
+    """
+    batch = data.prompt_batch(samples, view, vlm.cfg).to(next(vlm.parameters()).device)
+    rows = batch.student
+    T, tails, predictions, lengths = rows.ids.shape[1], [], [], []
+    for b, row_options in enumerate(options):
+        tail = []  # (token, number of its option, place in it); last tokens predict nothing and stay out
+        for number, ids in enumerate(row_options, 1):
+            lengths.append(len(ids))
+            predictions.append((b, T - 1, ids[0]))  # (row, position that predicts, token)
+            for place, token in enumerate(ids[:-1]):
+                predictions.append((b, T + len(tail), ids[place + 1]))
+                tail.append((token, number, place))
+        tails.append(torch.tensor(tail, dtype=torch.long).view(-1, 3))
+    tail = torch.nn.utils.rnn.pad_sequence(tails, batch_first=True, padding_value=-1)  # (B, W, 3)
+    ids, owner, place = tail.to(rows.ids.device).unbind(-1)  # (B, W) each
+    x = torch.cat([vlm.splice(rows, vlm.bank(batch)), vlm.decoder.embed(ids.clamp(0))], 1)  # (B, T + W, D)
+    positions = torch.cat([rows.positions, rows.positions[:, -1:] + 1 + place], 1)  # (B, T + W)
+    owner = torch.cat([rows.doc_ids, owner], 1)  # (B, T + W): 0 in the prompt, -1 at padding
+    mask = ((owner[:, :, None] == owner[:, None]) | (owner[:, None] == 0)).tril()  # (B, T + W, T + W)
+    hidden, _ = vlm.decoder.hidden(x, positions, mask[:, None])
+    row, position, token = torch.tensor(predictions, device=x.device).unbind(-1)  # (R,) each
+    logits = vlm.decoder.head(hidden[row, position]).float().log_softmax(-1)  # (R, N)
+    log_probs = logits.gather(1, token[:, None])[:, 0].cpu()  # (R,)
+    sums = np.array([chunk.sum().item() for chunk in log_probs.split(lengths)])
+    return np.split(sums, np.cumsum([*map(len, options)])[:-1])
 
 
 @dataclass
@@ -559,111 +501,79 @@ class AnswerFile:
 
     path: Path
     task: Task
-    settings: dict  # what an answer depends on beside its question; those with others are refused
-
-    def files(self) -> list[Path]:
-        """The file, and those that the ranks of a killed run left."""
-        name = re.escape(self.path.stem) + r"(\.rank\d+)?\.jsonl"
-        return [path for path in sorted(self.path.parent.iterdir()) if re.fullmatch(name, path.name)]
+    facts: dict  # "metadata": a hash of all that an answer depends on beside its question
 
     def read(self) -> dict[int, str]:
-        """Kept answers by question number."""
-        numbers = {question.key: i for i, question in enumerate(self.task.questions)}
-        answers = {}
-        for path in self.files():
-            for line in path.read_text().split("\n"):
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue  # a blank line, or one that was cut off
-                name, settings = row.get("question_id"), row.get("metadata", {})
-                number = numbers.get((str(name), row.get("prompt")))
-                changed = [key for key in self.settings if settings.get(key) != self.settings[key]]
-                if changed or number is None:
-                    problem = f"another {changed[0]}" if changed else "an unknown id or prompt"
-                    problem = f"the answer to question_id {name} has {problem}"
-                    raise UserError(f"{path} is not of this run, {problem}: use another --answers")
+        """Kept answers by question number. A last line that was cut off is removed from the file."""
+        numbers, answers = {question.key: i for i, question in enumerate(self.task.questions)}, {}
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):
+                row = json.loads(line)
+                number = numbers.get((str(row["question_id"]), row["prompt"]))
+                same = number is not None and row["metadata"] == self.facts["metadata"]
+                problem = f"{self.path}: question_id {row['question_id']} was answered under another prompt,"
+                require(same, f"{problem} model, seed or --demos: use another --answers")
                 answers[number] = row["text"]
+        if lines and not lines[-1].endswith(b"\n"):
+            os.truncate(self.path, sum(map(len, lines[:-1])))
         return answers
 
     def append(self, answers: dict[int, str]) -> None:
-        rank, world = find_rank()
-        self.write(self.path.with_suffix(f".rank{rank}.jsonl") if world > 1 else self.path, answers, "a")
-
-    def finish(self, answers: dict[int, str]) -> None:
-        """All answers in the order of their questions, in place of what ranks wrote."""
-        self.write(self.path.with_suffix(".tmp"), dict(sorted(answers.items())), "w")
-        os.replace(self.path.with_suffix(".tmp"), self.path)
-        for path in self.files():
-            if path != self.path:
-                path.unlink()
-
-    def write(self, path: Path, answers: dict[int, str], mode: str) -> None:
-        with open(path, mode) as file:
-            if mode == "a":
-                file.write("\n")  # ends a line that was cut off
+        with open(self.path, "a") as file:
             for i, text in answers.items():
-                name, prompt = self.task.questions[i].name, self.task.questions[i].text
-                answer_id = hashlib.sha1(f"{self.path.stem} {name} {prompt}".encode()).hexdigest()[:22]
-                row = {"question_id": name, "prompt": prompt, "text": text, "answer_id": answer_id}
-                row |= {"model_id": self.settings["model"], "metadata": self.settings}
-                file.write(json.dumps(row) + "\n")
+                question = self.task.questions[i]
+                row = {"question_id": question.name, "prompt": question.text, "text": text}
+                file.write(json.dumps({**row, "answer_id": f"{self.path.stem}-{i}", **self.facts}) + "\n")
 
 
-def answer_file(task: Task, view: str, cfg: EvalConfig, facts: dict, blind=False) -> AnswerFile | None:
-    """Where the answers to a task are kept, if they are. facts: what identifies the model."""
+def answer_file(task: Task, view: str, cfg: EvalConfig, vlm=None, blind=False) -> AnswerFile | None:
+    """Where the answers to a task are kept, if they are: in --answers, else beside --out."""
     if not cfg.answers and not (cfg.out and task.path):
         return None
     name = task.name if task.shots is None else f"{task.name}.{task.shots}shot"
     name += f".limit{task.limit}" if task.limit else ""
     name += {"full": "", "pruned": ".pruned"}[view] + (".blind" if blind else "")
-    path = Path(cfg.answers or Path(cfg.out).with_suffix("").as_posix() + "_answers") / f"{name}.jsonl"
-    if task.path and path.resolve() == task.path.resolve():
-        raise UserError(f"{path} holds the questions themselves: use another folder for --answers")
+    path = Path(cfg.answers or f"{Path(cfg.out).with_suffix('')}_answers") / f"{name}.jsonl"
+    is_input = task.path is not None and path.resolve() == task.path.resolve()
+    require(not is_input, f"{path} holds the questions themselves: use another folder for --answers")
     path.parent.mkdir(parents=True, exist_ok=True)
-    examples = [example for question in task.questions for example in question.demos]
-    demos = repr([(example.name, example.question, example.answer) for example in examples])
-    settings = {**facts, "template": "chat" if task.shots is None else "base", "scoring": cfg.scoring}
-    settings |= {"shots": task.shots or 0, "tokens": view, "seed": cfg.seed, "images": cfg.images}
-    settings |= {"most_tokens": task.max_new_tokens, "demos": hashlib.sha1(demos.encode()).hexdigest()[:16]}
-    if blind:
-        settings["swapped_over"] = len(task.questions)
-    return AnswerFile(path, task, settings)
+    facts = [task.max_new_tokens, cfg.scoring, cfg.seed, cfg.images, len(task.questions) if blind else 0]
+    for question in task.questions:
+        facts += [example[1:] for example in question.demos]
+    for weights in vlm.parameters() if vlm else ():
+        facts.append(weights.detach().flatten().view(torch.int16).sum().item())
+    metadata = {"settings": hashlib.sha1(repr(facts).encode()).hexdigest()}
+    return AnswerFile(path, task, {"model_id": cfg.model, "metadata": metadata})
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Scoring
 
 
-def score_task(vlm, tokenizer, task: Task, view: str, cfg: EvalConfig, facts: dict | None = None) -> tuple:
-    """Rows of eval.json (the task, then its subsets) and examples for the report; none of either where nobody
-    here knows the right answers. facts: what identifies the model, kept with its answers.
-    """
+def score_task(vlm, tokenizer, task: Task, view: str, cfg: EvalConfig) -> tuple[list, list]:
+    """Rows of eval.json (the task, then its subsets) and examples; none where no right answers are known."""
     if task.kind == "text":
         return [score_text(vlm, tokenizer, task, cfg)], []
-    kept, blind_answers = answer_file(task, view, cfg, facts), None
-    answers = answer_all(vlm, tokenizer, task, [q.images for q in task.questions], view, cfg, kept)
+    kept, blind_answers = answer_file(task, view, cfg, vlm), None
+    images = [question.images for question in task.questions]
+    answers = answer_all(vlm, tokenizer, task, images, view, cfg, kept)
     if not any(question.answers for question in task.questions):
-        place = kept.path if kept else "nowhere: give --out or --answers"
-        print_once(f"{task.name}: no right answers in {task.path}, so no score; answers are kept in {place}")
+        if IS_FIRST_RANK:
+            place = kept.path if kept else "nowhere: give --out or --answers"
+            print(f"{task.name}: no right answers in {task.path}, so no score; answers are kept in {place}")
         return [], []
-    seeing = [i for i, question in enumerate(task.questions) if question.images]
-    if cfg.blind and seeing:
-        blind_task = replace(task, questions=[task.questions[i] for i in seeing])
-        swapped = derange([question.images for question in blind_task.questions], cfg.seed)
-        kept = answer_file(blind_task, view, cfg, facts, blind=True)
-        blind_answers = list(answers)  # those to questions without a picture stay
-        for i, answer in zip(seeing, answer_all(vlm, tokenizer, blind_task, swapped, view, cfg, kept)):
-            blind_answers[i] = answer
+    if cfg.blind and any(images):
+        kept = answer_file(task, view, cfg, vlm, blind=True)
+        blind_answers = answer_all(vlm, tokenizer, task, derange(images, cfg.seed), view, cfg, kept)
     return score_rows(task, answers, blind_answers, view, cfg.seed)
 
 
 def derange(images: list[tuple], seed: int) -> list[tuple]:
-    """The same pictures dealt out anew, none where it was: one cycle through them in random order. A task
-    with a single picture keeps it: its blind score says nothing. Where questions have several pictures,
-    cycles are drawn until no question gets another one of its own.
+    """The same pictures dealt out anew, none where it was: one cycle through them in random order. A single
+    picture stays. Cycles are drawn until no question with several pictures gets another one of its own.
     """
-    pictures = list(dict.fromkeys(picture for group in images for picture in group))
+    pictures = list(dict.fromkeys(itertools.chain.from_iterable(images)))
     rng = random.Random(seed)
     for _ in range(100):
         cycle = rng.sample(pictures, len(pictures))
@@ -678,19 +588,21 @@ def score_rows(task: Task, answers: list, blind_answers: list | None, view: str,
     """Rows and examples of a task, from its answers and those about swapped pictures."""
     scores = score_answers(task, answers)
     blind_scores = score_answers(task, blind_answers) if blind_answers else None
-    members = {"": dict.fromkeys(range(len(answers)))}  # question numbers of each subset, as keys
+    members = {"": {*range(len(answers))}}  # question numbers of each subset
     for depth in range(max(len(question.subsets) for question in task.questions)):
         for i, question in enumerate(task.questions):
-            if depth < len(question.subsets) and question.subsets[depth]:
-                members.setdefault(question.subsets[depth], {})[i] = None
-    rows = [row_of(task, name, [*numbers], scores, blind_scores, view) for name, numbers in members.items()]
+            if any(question.subsets[depth : depth + 1]):
+                members.setdefault(question.subsets[depth], set()).add(i)
+    rows = []
+    for name, numbers in members.items():
+        rows.append(row_of(task, name, sorted(numbers), scores, blind_scores, view))
     first_subsets = {(*question.subsets, "")[0] for question in task.questions}
     if "" not in first_subsets:  # a guess may be the best constant answer of each
-        parts = [row for row in rows if row["task"].partition("/")[2] in first_subsets]
+        parts = [row for name, row in zip(members, rows) if name in first_subsets]
         total = sum(row["chance"] * row["n"] for row in parts)
         rows[0]["chance"] = round(total / sum(row["n"] for row in parts), 2)
-    examples = []
-    for i in random.Random(seed).sample(range(len(answers)), min(6, len(answers))):
+    examples, numbers = [], range(len(answers))
+    for i in random.Random(seed).sample(numbers, min(6, len(numbers))):
         question = task.questions[i]
         example = {"task": task.name, "metric": task.metric, "tokens": view, "question": question.text}
         example |= {"picture": question.picture, "right": question.answers, "answer": answers[i]}
@@ -706,15 +618,14 @@ def row_of(task: Task, name: str, numbers: list, scores: list, blind_scores: lis
     score, values = task.average(questions, [100 * scores[i] for i in numbers])
     if blind_scores and any(question.images for question in questions):
         blind_score = round(task.average(questions, [100 * blind_scores[i] for i in numbers])[0], 2)
-    if chance is None:
-        right = [question.answers[0] for question in questions]
-        chance = 0.0
+    if chance is None:  # that of the best constant answer
+        right, chance = [question.answers[0] for question in questions], 0.0
         for constant, _ in Counter(right).most_common(5) if task.metric in ("accuracy", "acc") else ():
             chance = max(chance, task.average(questions, [100 * (text == constant) for text in right])[0])
     row = {"task": f"{task.name}/{name}" if name else task.name, "metric": task.metric}
     row |= {"score": round(score, 2), "stderr": round(standard_error(values), 2), "n": len(values)}
     row |= {"shots": task.shots or 0, "tokens": view, "blind_score": blind_score}
-    return row | {"chance": round(chance, 2)}  # of the best constant answer
+    return row | {"chance": round(chance, 2)}
 
 
 def score_answers(task: Task, answers: list[str]) -> list[float]:
@@ -726,9 +637,7 @@ def score_answers(task: Task, answers: list[str]) -> list[float]:
 
 @torch.no_grad()
 def score_text(vlm, tokenizer, task: Task, cfg: EvalConfig) -> dict:
-    """Mean negative log-likelihood of a token in nats, the end token included: lower is better. Its standard
-    error is that of a ratio, with documents drawn at random.
-    """
+    """Mean negative log-likelihood of a token in nats, the end token included; the error is of a ratio."""
     samples, sums, counts = [], [], []
     for question in task.questions:
         pieces = data.pieces_of(data.Record("text", [question.text], []), tokenizer)
@@ -751,9 +660,7 @@ def score_text(vlm, tokenizer, task: Task, cfg: EvalConfig) -> dict:
 
 def standard_error(scores: list[float]) -> float:
     """Standard error of the mean, in the scores' unit, 0 below two items. Rough for CIDEr-D (shared idf)."""
-    n = len(scores)
-    mean = sum(scores) / max(1, n)
-    return math.sqrt(sum((score - mean) ** 2 for score in scores) / (n - 1) / n) if n > 1 else 0.0
+    return float(np.std(scores, ddof=1)) / math.sqrt(len(scores)) if len(scores) > 1 else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -780,24 +687,18 @@ def git_commit() -> str:
 
 def chat(cfg: EvalConfig) -> None:
     """Ask about one picture; earlier questions and answers stay in the context. An empty line ends."""
-    vlm, tokenizer, _ = load_model(cfg)
+    vlm, tokenizer = load_model(cfg)
     picture = data.load_sample([], [Path(cfg.chat)], vlm.cfg, "--chat")
     view, history = "pruned" if cfg.tokens == "pruned" else "full", []
     tokens = len(data.sample_slots(vlm.cfg, view, picture.sizes)[0])
     print(f"{cfg.chat}: {tokens} visual tokens. Ask; an empty line ends.")
-    while question := ask_line():
-        sample = picture._replace(pieces=data.prompt_pieces(question, 1, tokenizer, history))
-        batch = data.prompt_batch([sample], view, vlm.cfg).to(next(vlm.parameters()).device)
-        ids = vlm.generate(batch, tokenizer.end, 128, cfg.temperature, cfg.seed + len(history))[0]
-        history.append((question, tokenizer.decode(ids).strip()))
-        print(history[-1][1])
-
-
-def ask_line() -> str:
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return ""
+    with contextlib.suppress(EOFError):
+        while question := input("> ").strip():
+            sample = picture._replace(pieces=data.prompt_pieces(question, 1, tokenizer, history))
+            batch = data.prompt_batch([sample], view, vlm.cfg).to(next(vlm.parameters()).device)
+            ids = vlm.generate(batch, tokenizer.end, 128, cfg.temperature, cfg.seed + len(history))[0]
+            history.append((question, tokenizer.decode(ids).strip()))
+            print(history[-1][1])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -815,9 +716,8 @@ def vqa_normalise(text: str, official: bool = False) -> str:
     """
     if not official:
         text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
-    text = text.replace("\n", " ").replace("\t", " ").strip()
+    cleaned = text = re.sub(r"[\n\t]", " ", text).strip()
     thousands = re.search(r"\d,\d", text) is not None
-    cleaned = text
     for mark in TABLES["vqa_punctuation"]:
         beside_space = mark + " " in text or " " + mark in text
         cleaned = cleaned.replace(mark, "" if beside_space or thousands else " ")
@@ -837,8 +737,6 @@ def vqa_accuracy(prediction: str, answers: list[str], official: bool = False) ->
     With ten answers 0, 1, 2, 3, 4+ matches give 0, .3, .6, .9, 1. A single answer is compared for equality.
     official: VQA-v2 compares raw strings when all answers are the same, so "Yes" against ten "yes" is 0.
     """
-    if not answers:
-        raise ValueError("vqa_accuracy needs at least one answer, this question has none")
     if not official or len(set(answers)) > 1:
         prediction = vqa_normalise(prediction, official)
         answers = [vqa_normalise(answer, official) for answer in answers]
@@ -846,11 +744,6 @@ def vqa_accuracy(prediction: str, answers: list[str], official: bool = False) ->
     if n == 1:
         return float(k)
     return (k * min(1, (k - 1) / 3) + (n - k) * min(1, k / 3)) / n
-
-
-def exact_match(prediction: str, answer: str) -> bool:
-    """Whether a prediction, in lower case and without final periods, is the answer: GQA's rule in LLaVA."""
-    return prediction.rstrip(".").lower() == answer
 
 
 def yesno_parse(text: str) -> str:
@@ -864,13 +757,10 @@ def yesno_parse(text: str) -> str:
 def option_letters(text: str) -> dict[str, str]:
     """Letter -> option of the lines "A. red" in a question: the last A and what follows it in order."""
     lines = re.findall(r"^([A-Z])\. (.*)$", text, re.M)
-    starts = [i for i, (letter, _) in enumerate(lines) if letter == "A"] or [0]
-    options = {}
-    for (letter, option), expected in zip(lines[starts[-1] :], string.ascii_uppercase):
-        if letter != expected:
-            break
-        options[letter] = option
-    return options
+    letters = "".join(letter for letter, _ in lines)
+    start = max(0, letters.rfind("A"))
+    in_order = os.path.commonprefix([letters[start:], string.ascii_uppercase])
+    return dict(lines[start : start + len(in_order)])
 
 
 def choice_parse(text: str, options: list[str]) -> str | None:
@@ -918,37 +808,12 @@ def ptb_tokenize(text: str) -> list[str]:
     return [token for token in tokens if token != "-"]
 
 
-def caption_counts(captions: list[str], references: list[list[str]]) -> list[tuple[Counter, list[Counter]]]:
-    """The n-gram counts of each caption and of its references. ValueError where an item has none of them."""
-    if len(captions) != len(references):
-        raise ValueError(f"{len(captions)} candidate captions but {len(references)} lists of references")
-    if [] in references:
-        raise ValueError(f"caption item {references.index([])} has no references")
-    return [(ngram_counts(text), [*map(ngram_counts, group)]) for text, group in zip(captions, references)]
-
-
 def ngram_counts(text: str) -> Counter:
     """How often each n-gram (a tuple of n = 1..4 tokens) occurs in a caption."""
     words, counts = ptb_tokenize(text), Counter()
     for n in range(1, 5):
-        for i in range(len(words) - n + 1):
-            counts[tuple(words[i : i + n])] += 1
+        counts.update(zip(*(words[i:] for i in range(n))))
     return counts
-
-
-def cider_similarity(caption: Counter, reference: Counter, idf: dict[tuple, float], unseen: float) -> float:
-    """Clipped tf-idf cosine of two captions, 0..1, averaged over n and damped by their difference in length,
-    which is counted in bigrams (sigma 6). unseen: the idf of n-grams in no reference.
-    """
-    total, lengths = 0.0, []
-    for n in range(1, 5):
-        a = {gram: k * idf.get(gram, unseen) for gram, k in caption.items() if len(gram) == n}
-        b = {gram: k * idf[gram] for gram, k in reference.items() if len(gram) == n}
-        dot = sum(min(a[gram], b[gram]) * b[gram] for gram in a if gram in b)
-        total += dot / (math.hypot(*a.values()) * math.hypot(*b.values()) or 1.0)
-    for counts in (caption, reference):
-        lengths.append(sum(k for gram, k in counts.items() if len(gram) == 2))
-    return total / 4 * math.exp(-((lengths[0] - lengths[1]) ** 2) / (2 * 6**2))
 
 
 def cider_d(captions: list[str], references: list[list[str]]) -> list[float]:
@@ -957,21 +822,34 @@ def cider_d(captions: list[str], references: list[list[str]]) -> list[float]:
     Source: Vedantam et al. 2015 and coco-caption. The idf comes from these references, so the score of a
     subset is not comparable. Quirks kept: a lone item has 0, a perfect caption of three words 7.5.
     """
-    items = caption_counts(captions, references)
-    items_with, scores = Counter(), []
-    for _, group in items:
+    groups = [[*map(ngram_counts, texts)] for texts in references]
+    items_with = Counter()
+    for group in groups:
         items_with.update(set().union(*group))
-    idf = {gram: math.log(len(items) / count) for gram, count in items_with.items()}
-    unseen = math.log(max(1, len(items)))
-    for caption, group in items:
-        similarity = 0.0
-        for reference in group:
-            similarity += cider_similarity(caption, reference, idf, unseen)
-        scores.append(10 * similarity / len(group))
+    idf = {gram: math.log(len(groups) / count) for gram, count in items_with.items()}
+    scores, unseen = [], math.log(max(1, len(groups)))
+    for text, group in zip(captions, groups, strict=True):
+        caption = ngram_counts(text)
+        similarities = [cider_similarity(caption, reference, idf, unseen) for reference in group]
+        scores.append(10 * sum(similarities) / len(group))
     return scores
 
 
-def parse_box(text: str) -> tuple[int, int, int, int] | None:
+def cider_similarity(caption: Counter, reference: Counter, idf: dict, unseen: float) -> float:
+    """Clipped tf-idf cosine of two captions, 0..1, averaged over n and damped by their difference in length,
+    which is counted in bigrams (sigma 6). unseen: the idf of n-grams in no reference.
+    """
+    total = 0.0
+    for n in range(1, 5):
+        a = {gram: k * idf.get(gram, unseen) for gram, k in caption.items() if len(gram) == n}
+        b = {gram: k * idf[gram] for gram, k in reference.items() if len(gram) == n}
+        dot = sum(min(a[gram], b[gram]) * b[gram] for gram in a if gram in b)
+        total += dot / (math.hypot(*a.values()) * math.hypot(*b.values()) or 1.0)
+    bigrams = Counter(map(len, caption.elements()))[2] - Counter(map(len, reference.elements()))[2]
+    return total / 4 * math.exp(-(bigrams**2) / (2 * 6**2))
+
+
+def parse_box(text: str) -> tuple[int, ...] | None:
     """The first four numbers of a text as (x1, y1, x2, y2), in thousandths of the image's sides, or None.
     Each must be an integer in 0..999; digits glued to a letter (the 1 of "x1=20") are no number.
     """
@@ -981,15 +859,14 @@ def parse_box(text: str) -> tuple[int, int, int, int] | None:
     return tuple(map(int, numbers))
 
 
-def box_area(box: tuple[int, int, int, int]) -> int:
-    """Area with continuous edges, (x2 - x1) * (y2 - y1) without + 1; 0 where corners are swapped."""
-    return max(0, box[2] - box[0]) * max(0, box[3] - box[1])
-
-
-def box_iou(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> float:
-    """Intersection over union of two (x1, y1, x2, y2) boxes, 0..1; 0 if both are empty."""
-    shared = box_area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
-    return shared / (box_area(a) + box_area(b) - shared or 1)
+def box_iou(a: tuple[int, ...], b: tuple[int, ...]) -> float:
+    """Intersection over union of two (x1, y1, x2, y2) boxes, 0..1; 0 if both are empty. Edges are continuous
+    (no + 1), and a box with swapped corners has no area.
+    """
+    boxes = np.array([a, b])
+    overlap = np.concatenate([boxes[:, :2].max(0), boxes[:, 2:].min(0)])
+    area_a, area_b, shared = ((box[2:] - box[:2]).clip(0).prod() for box in (*boxes, overlap))
+    return float(shared / (area_a + area_b - shared or 1))
 
 
 def box_hit(prediction: str, answer: str) -> float:

@@ -21,7 +21,7 @@ from model import UserError
 OTHERS = [small_tokenizer(kind) for kind in ("gpt2", "smollm2", "qwen", "llama3")]
 
 
-def texts_of(pieces: list) -> list[int]:
+def token_ids(pieces: list) -> list[int]:
     return [i for piece in pieces if not isinstance(piece, int) for i in piece[0]]
 
 
@@ -36,14 +36,13 @@ def test_prompts_are_mm1s_templates_to_the_letter():
     )
     assert prompt_text(data.shot_pieces(demos, "and now?", TOKENIZER)) == expected
     assert prompt_text(data.shot_pieces([], "", TOKENIZER)) == "[0] A photo of"  # truly 0-shot
-    assert prompt_text(data.shot_pieces(demos, "and now?", OTHERS[0]), OTHERS[0]) == expected.replace(
-        "] ", "]"
-    )
+    gpt2 = data.shot_pieces(demos, "and now?", OTHERS[0])
+    assert prompt_text(gpt2, OTHERS[0]) == expected.replace("] ", "]")
     assert data.shot_pieces([], "", TOKENIZER)[0] == (TOKENIZER.start, False)
-    task = evaluation.few_shot_task("scenes_cap", 2, 1, 0)
+    task = evaluation.scenes_task("scenes_cap", 2, 0, 1)
     text = prompt_text(task.prompt(task.questions[0], TOKENIZER))
     assert re.fullmatch(r"\[0\] A photo of [a-z].*\.\n\[1\] A photo of", text)
-    chat = evaluation.few_shot_task("scenes_cap", 2, None, 0)
+    chat = evaluation.scenes_task("scenes_cap", 2, 0, None)
     assert data.CAPTION_PROMPT in prompt_text(chat.prompt(chat.questions[0], TOKENIZER))
 
 
@@ -52,17 +51,17 @@ def test_training_documents_and_prompts_have_the_same_tokens_at_their_borders(to
     """Prompt, answer and newline are the document, token for token: no prompt breaks off inside one."""
     for i in range(60):
         record = data.Scenes("interleaved")[i]
-        whole = texts_of(data.pieces_of(record, tokenizer))[:-1]  # without the end token
+        document = token_ids(data.pieces_of(record, tokenizer))[:-1]  # without the end token
         demos = []
         for text in record.parts[1::2]:
-            question, _, answer = text.partition(" Short answer: ")
-            question = question.removeprefix("Question: ") if answer else ""
-            answer = answer or text.removeprefix("A photo of ")
-            demos.append(data.Example(None, question, answer.removesuffix("\n")))
+            question, answer = re.fullmatch(
+                "(?:Question: (.*) Short answer:|A photo of) (.*)\n", text
+            ).groups()
+            demos.append(data.Example(None, question or "", answer))
         last = demos.pop()
         prompt = data.shot_pieces(demos, last.question, tokenizer)
         space = "" if tokenizer.prefix else " "
-        assert texts_of(prompt) + tokenizer.encode(space + last.answer + "\n") == whole
+        assert token_ids(prompt) + tokenizer.encode(space + last.answer + "\n") == document
         assert not any(piece[1] for piece in prompt if not isinstance(piece, int))  # nothing is supervised
 
 
@@ -71,15 +70,13 @@ def test_training_documents_and_prompts_have_the_same_tokens_at_their_borders(to
 
 @pytest.mark.parametrize("name", [*evaluation.SCENE_TASKS, "scenes_bind"])
 def test_demonstrations_are_drawn_per_question_from_the_train_split(name):
-    task, again = (evaluation.few_shot_task(name, 12, 4, 0) for _ in range(2))
-    none, other = evaluation.few_shot_task(name, 12, 0, 0), evaluation.few_shot_task(name, 12, 4, 1)
-    shown = [tuple(demo.name for demo in q.demos) for q in task.questions]
-    assert shown == [tuple(demo.name for demo in q.demos) for q in again.questions]
-    assert shown != [tuple(demo.name for demo in q.demos) for q in other.questions]
-    assert len(set(shown)) == len(shown) and all(len(set(ids)) == 4 for ids in shown)
-    assert [(q.images, q.text, q.answers) for q in none.questions] == [
-        (q.images, q.text, q.answers) for q in task.questions
-    ]
+    task, again = (evaluation.scenes_task(name, 12, 0, 4) for _ in range(2))
+    none, other = evaluation.scenes_task(name, 12, 0, 0), evaluation.scenes_task(name, 12, 1, 4)
+    names = [[tuple(demo.name for demo in q.demos) for q in t.questions] for t in (task, again, other)]
+    assert names[0] == names[1] != names[2]
+    assert len(set(names[0])) == len(names[0]) and all(len(set(ids)) == 4 for ids in names[0])
+    bare = [(q.images, q.text, q.answers) for q in none.questions]
+    assert bare == [(q.images, q.text, q.answers) for q in task.questions]
     pictures = {demo.image for q in task.questions for demo in q.demos}
     assert not pictures & {q.images[0] for q in task.questions}
     pairs = {(thing.colour, thing.shape) for picture in pictures for thing in picture.things}
@@ -114,7 +111,7 @@ def test_file_tasks_take_demonstrations_from_demos_and_refuse_the_test_split(tmp
     assert re.fullmatch(one * 2 + r"\[2\] Question: what shade\? Short answer:", text)
     for flags, words in [
         ({"shots": "2", "demos": str(tmp_path / "test.jsonl")}, "not of the train split"),
-        ({"shots": "2"}, "needs --demos FILE"),
+        ({"shots": "2"}, "has only 0 demonstrations"),
         ({"shots": "9", "demos": str(tmp_path / "train.jsonl")}, "has only 6 demonstrations"),
         ({"shots": "-1"}, "--shots '-1'"),
         ({"shots": "four"}, "--shots 'four'"),
@@ -130,17 +127,13 @@ def test_file_tasks_take_demonstrations_from_demos_and_refuse_the_test_split(tmp
 
 
 def test_scenes_has_the_tasks_of_always_and_words():
-    tasks = evaluation.open_tasks(evaluation.EvalConfig(n=2), evaluation.open_task)
-    assert [task.name for task in tasks] == [*evaluation.SCENE_TASKS, "scenes_words"]
-    assert all(task.shots is None for task in tasks)
-    tasks = evaluation.open_tasks(
-        evaluation.EvalConfig(tasks="scenes_cap,scenes_words", n=2, shots="0,4,4"), evaluation.open_task
-    )
-    assert [(task.name, task.shots) for task in tasks] == [
-        ("scenes_cap", 0),
-        ("scenes_cap", 4),
-        ("scenes_words", None),
-    ]
+    def opened(**flags) -> list[tuple]:
+        tasks = evaluation.open_tasks(evaluation.EvalConfig(n=2, **flags), evaluation.open_task)
+        return [(task.name, task.shots) for task in tasks]
+
+    assert opened() == [(name, None) for name in (*evaluation.SCENE_TASKS, "scenes_words")]
+    few_shot = opened(tasks="scenes_cap,scenes_words", shots="0,4,4")
+    assert few_shot == [("scenes_cap", 0), ("scenes_cap", 4), ("scenes_words", None)]
 
 
 # --- scoring
@@ -149,31 +142,26 @@ def test_scenes_has_the_tasks_of_always_and_words():
 @pytest.mark.parametrize("name", [*evaluation.SCENE_TASKS, "scenes_bind"])
 def test_an_oracle_is_perfect_and_blind_swaps_the_test_picture_alone(name, monkeypatch):
     """Pictures are looked at only through load_images, answers come only from generate: both are replaced."""
-    task, cfg = evaluation.few_shot_task(name, 8, 2, 0), evaluation.EvalConfig(batch_size=9)
-    vlm, seen, truth = tiny_vlm(), [], {}
+    task, cfg = evaluation.scenes_task(name, 8, 0, 2), evaluation.EvalConfig(batch_size=9)
+    vlm, seen, asked, real = tiny_vlm(), [], [], data.prompt_batch
     by_prompt = {prompt_text(task.prompt(q, TOKENIZER)): q for q in task.questions}
     assert len(by_prompt) == len(task.questions)
-    real = data.prompt_batch
 
     def load_images(images, cfg, name=""):
         seen.append(images)
         return torch.zeros(len(images), 3, 32, 32, dtype=torch.uint8).numpy()
 
     def prompt_batch(samples, mode, cfg):
-        first = len(seen) - len(samples)
-        truth["now"] = [
-            (by_prompt[prompt_text(pieces)], seen[first + i]) for i, (pieces, *_) in enumerate(samples)
-        ]
+        asked[:] = zip([by_prompt[prompt_text(pieces)] for pieces, *_ in samples], seen[-len(samples) :])
         return real(samples, mode, cfg)
 
     def generate(batch, end, most, stops=()):
         """The right answer for the right pictures, then on to a next example, as a base model would."""
-        wrong = {"yes": "no"}
-        said = [
-            q.answers[0] if shown[-1] == q.images[0] else wrong.get(q.answers[0], "yes")
-            for q, shown in truth["now"]
-        ]
-        return [TOKENIZER.encode(text + "\nQuestion: more") for text in said]
+        answers = []
+        for q, shown in asked:
+            false = "no" if q.answers[0] == "yes" else "yes"
+            answers.append(q.answers[0] if shown[-1] == q.images[0] else false)
+        return [TOKENIZER.encode(text + "\nQuestion: more") for text in answers]
 
     monkeypatch.setattr(data, "load_images", load_images)
     monkeypatch.setattr(data, "prompt_batch", prompt_batch)
@@ -197,7 +185,7 @@ def test_an_oracle_is_perfect_and_blind_swaps_the_test_picture_alone(name, monke
 @pytest.mark.parametrize("shots", [None, 2])
 def test_likelihood_is_the_sum_over_the_answers_tokens(mode, shots):
     """One candidate at a time through prompt_batch, log-softmax and gather, against all in one batch."""
-    vlm, task = tiny_vlm(), evaluation.few_shot_task("scenes_vqa", 2, shots, 0)
+    vlm, task = tiny_vlm(), evaluation.scenes_task("scenes_vqa", 2, 0, shots)
     samples, options, expected = [], [], []
     for question in task.questions[:6]:
         shown = [*(demo.image for demo in question.demos), *question.images]
@@ -218,16 +206,15 @@ def test_likelihood_is_the_sum_over_the_answers_tokens(mode, shots):
     said = evaluation.answer_all(vlm, TOKENIZER, task, images, mode, cfg)
     assert all(answer in q.choices for answer, q in zip(said, task.questions))
     question, sample = task.questions[0], samples[0]
-    best = evaluation.answer_likelihoods(
-        vlm, [sample], [[TOKENIZER.encode(c) for c in question.choices]], mode
-    )
-    assert said[0] == question.choices[best[0].argmax()]
+    choices = [TOKENIZER.encode(choice) for choice in question.choices]
+    (best,) = evaluation.answer_likelihoods(vlm, [sample], [choices], mode)
+    assert said[0] == question.choices[best.argmax()]
 
 
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, OTHERS[0]], ids="scenes gpt2".split())
 @pytest.mark.parametrize("shots", [None, 1])
 def test_candidates_have_the_tokens_that_answers_have_in_documents(tokenizer, shots, monkeypatch):
-    task, seen = evaluation.few_shot_task("scenes_pope", 3, shots, 0), []
+    task, seen = evaluation.scenes_task("scenes_pope", 3, 0, shots), []
 
     def answer_likelihoods(vlm, samples, options, mode):
         seen.extend(options)
@@ -242,7 +229,7 @@ def test_candidates_have_the_tokens_that_answers_have_in_documents(tokenizer, sh
 
 def test_choices_hold_every_right_answer(tmp_path):
     for name in ("scenes_vqa", "scenes_pope", "scenes_bind"):
-        for question in evaluation.few_shot_task(name, 40, 0, 0).questions:
+        for question in evaluation.scenes_task(name, 40, 0, 0).questions:
             assert question.answers[0] in question.choices
     data.render(data.make_scene("test", 1), 32).save(tmp_path / "0.png")
     for kind, answer, choices in (("choice", "B", ("A", "B")), ("yesno", "Yes", ("no", "yes"))):
@@ -253,7 +240,7 @@ def test_choices_hold_every_right_answer(tmp_path):
 
 @torch.no_grad()
 def test_generation_ends_behind_a_stop_and_is_cut_in_front_of_it():
-    vlm, task = tiny_vlm(), evaluation.few_shot_task("scenes_vqa", 1, 0, 0)
+    vlm, task = tiny_vlm(), evaluation.scenes_task("scenes_vqa", 1, 0, 0)
     samples = [(task.prompt(q, TOKENIZER), data.load_images(q.images, vlm.cfg)) for q in task.questions]
     batch = data.prompt_batch(samples, "full", vlm.cfg)
     free = vlm.generate(batch, TOKENIZER.vocab_size, 8)  # an end that no arg max takes
@@ -261,10 +248,11 @@ def test_generation_ends_behind_a_stop_and_is_cut_in_front_of_it():
     stop = free[0][2]
     ends = [row[: row.index(stop) + 1] if stop in row else row for row in free]
     assert vlm.generate(batch, never, 8, stops=[stop]) == ends and len(ends[0]) <= 3
-    vqa, caption = (
-        evaluation.stop_marks(evaluation.few_shot_task(n, 1, 0, 0)) for n in ("scenes_vqa", "scenes_cap")
+    vqa, caption, chat = (
+        evaluation.stop_marks(evaluation.Task("t", kind, [], shots=shots))
+        for kind, shots in (("vqa", 0), ("caption", 0), ("vqa", None))
     )
-    assert evaluation.stop_marks(evaluation.few_shot_task("scenes_vqa", 1, None, 0)) == ()
+    assert chat == ()
     for text, short, long in [
         (" red\n", "red", "red"), ("red, blue", "red", "red, blue"), ("red. A", "red", "red. A"),
         ("red Question: x", "red", "red Question: x"), ("\nred", "", ""), ("a b", "a b", "a b"),
@@ -273,7 +261,7 @@ def test_generation_ends_behind_a_stop_and_is_cut_in_front_of_it():
 
 
 def test_boxes_may_hold_commas_and_files_are_told_apart(tmp_path):
-    ref = evaluation.stop_marks(evaluation.few_shot_task("scenes_ref", 1, 0, 0))
+    ref = evaluation.stop_marks(evaluation.scenes_task("scenes_ref", 1, 0, 0))
     assert evaluation.cut_answer(" [12, 34, 56, 78]\n[", ref) == "[12, 34, 56, 78]"
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -296,7 +284,7 @@ def test_a_token_that_ends_an_answer_may_hold_some_of_it(monkeypatch):
     ranks = data.read_ranks(model.ASSETS / "scenes.tiktoken")
     ranks[b".\n"] = len(ranks)
     tokenizer = data.RankTokenizer(ranks, {})
-    vlm, task, seen = tiny_vlm(), evaluation.few_shot_task("scenes_cap", 1, 0, 0), []
+    vlm, task, seen = tiny_vlm(), evaluation.scenes_task("scenes_cap", 1, 0, 0), []
 
     def generate(batch, end, most, stops=()):
         seen.extend(stops)
@@ -304,27 +292,26 @@ def test_a_token_that_ends_an_answer_may_hold_some_of_it(monkeypatch):
 
     monkeypatch.setattr(vlm, "generate", generate)
     images = [q.images for q in task.questions]
-    assert evaluation.answer_all(vlm, tokenizer, task, images, "full", evaluation.EvalConfig()) == [
-        "a red ring."
-    ]
+    answers = evaluation.answer_all(vlm, tokenizer, task, images, "full", evaluation.EvalConfig())
+    assert answers == ["a red ring."]
     assert ranks[b".\n"] in seen and ranks[b"\n"] in seen and ranks[b"."] not in seen
 
 
 def test_prompts_longer_than_the_decoders_context_are_refused():
-    task = evaluation.few_shot_task("scenes_vqa", 1, 8, 0)
+    task = evaluation.scenes_task("scenes_vqa", 1, 0, 8)
     images = [q.images for q in task.questions]
-    for mode, per_image in (("full", 8), ("pruned", 5)):
-        with pytest.raises(
-            UserError, match=rf"scenes_vqa: 9 x {per_image} visual tokens.*trained for 150: use"
-        ):
-            evaluation.answer_all(tiny_vlm(150), TOKENIZER, task, images, mode, evaluation.EvalConfig())
+    for mode in ("full", "pruned"):
+        with pytest.raises(UserError, match=r"scenes_vqa: .*trained for 150: use"):
+            evaluation.answer_all(
+                tiny_vlm(context=150), TOKENIZER, task, images, mode, evaluation.EvalConfig()
+            )
     prompts = {i: task.prompt(q, TOKENIZER) for i, q in enumerate(task.questions)}
     shown = {i: [*(d.image for d in q.demos), *q.images] for i, q in enumerate(task.questions)}
-    longest = max(8 * 9 + len(texts_of(pieces)) for pieces in prompts.values())
-    cfg = tiny_vlm(longest + task.max_new_tokens).cfg
+    longest = task.max_new_tokens + max(8 * 9 + len(token_ids(pieces)) for pieces in prompts.values())
+    cfg = tiny_vlm(context=longest).cfg
     assert max(evaluation.prompt_lengths(task, prompts, shown, cfg, "full").values()) == longest  # just fits
     cfg.decoder.context -= 1
-    with pytest.raises(UserError, match=f"take {longest + task.max_new_tokens} positions"):
+    with pytest.raises(UserError, match=f"take {longest} positions"):
         evaluation.prompt_lengths(task, prompts, shown, cfg, "full")
 
 
@@ -333,7 +320,7 @@ def test_prompts_longer_than_the_decoders_context_are_refused():
 
 @torch.no_grad()
 def test_text_loss_is_cross_entropy_per_token(tmp_path, capsys):
-    vlm, task = tiny_vlm(), evaluation.words_task(7, 0)
+    vlm, task = tiny_vlm(), evaluation.scenes_task("scenes_words", 7, 0)
     rows, shown = evaluation.score_task(vlm, TOKENIZER, task, "full", evaluation.EvalConfig(batch_size=3))
     losses, counts = [], []
     for question in task.questions:
@@ -350,36 +337,31 @@ def test_text_loss_is_cross_entropy_per_token(tmp_path, capsys):
     evaluation.print_table(rows)
     printed = capsys.readouterr().out.splitlines()[-1]
     assert f"{row['score']:.3f}" in printed and printed.count("–") == 2
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": q.text}) + "\n" for q in task.questions))
-    (mine,) = evaluation.open_tasks(
-        evaluation.EvalConfig(tasks=f"text:{tmp_path}/t.jsonl"), evaluation.open_task
-    )
-    assert (
-        evaluation.score_task(vlm, TOKENIZER, mine, "full", evaluation.EvalConfig())[0][0]["score"]
-        == row["score"]
-    )
-    (tmp_path / "t.jsonl").write_text('{"text": 3}\n')
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps({"text": q.text}) + "\n" for q in task.questions))
+    own = evaluation.file_task("text", path, "")
+    rows, _ = evaluation.score_task(vlm, TOKENIZER, own, "full", evaluation.EvalConfig())
+    assert rows[0]["score"] == row["score"]
+    path.write_text('{"text": 3}\n')
     with pytest.raises(UserError, match="t.jsonl line 1"):
-        evaluation.open_tasks(evaluation.EvalConfig(tasks=f"text:{tmp_path}/t.jsonl"), evaluation.open_task)
+        evaluation.file_task("text", path, "")
 
 
 # --- scenes_bind and the documents
 
 
 def test_who_ignores_the_binding_is_at_chance():
-    task = evaluation.few_shot_task("scenes_bind", 800, 4, 0)
+    task = evaluation.scenes_task("scenes_bind", 800, 0, 4)
     kinds = {kind: [q for q in task.questions if q.subsets[0] == kind] for kind in ("name", "yes_no")}
-    assert [len(each) for each in kinds.values()] == [400, 400]
+    assert [*map(len, kinds.values())] == [400, 400]
 
     def score(strategy) -> dict[str, float]:
         return {
-            kind: 100 * sum(strategy(q) == q.answers[0] for q in asked) / len(asked)
-            for kind, asked in kinds.items()
-        }
+            kind: sum(strategy(q) == q.answers[0] for q in kinds[kind]) / 4 for kind in kinds
+        }  # of 400, in %
 
     def thing(q):
-        place = re.search(f"is (?:the )?({'|'.join(data.PLACES)})\\b", q.text)[1]
-        return next(t for t in q.images[0].things if data.PLACES[t.cell] == place)
+        return thing_at(q.images[0], q.text)
 
     def plain(q):  # what it is called
         return thing(q).colour if "colour" in q.text else thing(q).shape
@@ -411,35 +393,36 @@ def test_who_ignores_the_binding_is_at_chance():
 
 def test_demonstrations_of_a_binding_settle_it():
     """Pictures and answers leave one meaning for the word, and with it every answer follows: 100 %."""
-    task, pairings, settled = evaluation.few_shot_task("scenes_bind", 200, 4, 0), set(), 0
+    task, pairings = evaluation.scenes_task("scenes_bind", 200, 0, 4), set()
     for question in task.questions:
-        words = {d.answer for d in question.demos} & {*data.MADE_UP}
-        assert len(words) == 1
-        word = words.pop()
-        meanings = [
-            m for m in (*data.COLOURS, *data.SHAPES) if all(agrees(d, word, m) for d in question.demos)
-        ]
+        (word,) = {d.answer for d in question.demos} & {*data.MADE_UP}
+        meanings = []
+        for meaning in (*data.COLOURS, *data.SHAPES):
+            if all(agrees(demo, word, meaning) for demo in question.demos):
+                meanings.append(meaning)
         assert len(meanings) == 1, question.demos
         asked = data.Example(question.images[0], question.text, question.answers[0])
-        settled += agrees(asked, word, meanings[0])
+        assert agrees(asked, word, meanings[0])
         pairings.add((word, meanings[0]))
-    assert settled == 200
-    assert len(pairings) > 60 and {w for w, _ in pairings} == {
-        *data.MADE_UP
-    }  # of 84; no word has a fixed meaning
+    assert len(pairings) > 60  # of 84: no word has a fixed meaning
+    assert {word for word, _ in pairings} == {*data.MADE_UP}
+
+
+def thing_at(scene: data.Scene, question: str) -> data.Thing:
+    """The thing at the place that a question names."""
+    place = re.search(f"is (?:the )?({'|'.join(data.PLACES)})\\b", question)[1]
+    return next(thing for thing in scene.things if data.PLACES[thing.cell] == place)
 
 
 def agrees(example: data.Example, word: str, meaning: str) -> bool:
     """Whether the answer is right if the word stands for that."""
-    place = re.search(f"is (?:the )?({'|'.join(data.PLACES)})\\b", example.question)[1]
-    thing = next(t for t in example.image.things if data.PLACES[t.cell] == place)
+    thing = thing_at(example.image, example.question)
     fits = meaning in (thing.colour, thing.shape)
     if example.question.startswith("is the"):
         return example.answer == data.YES_NO[fits]
     attribute = "colour" if "colour" in example.question else "shape"
-    if meaning not in (data.COLOURS if attribute == "colour" else data.SHAPES):
-        return False
-    return example.answer == (word if fits else getattr(thing, attribute))
+    known = meaning in (data.COLOURS if attribute == "colour" else data.SHAPES)
+    return known and example.answer == (word if fits else getattr(thing, attribute))
 
 
 def test_documents_have_two_to_nine_pictures_in_three_sorts():
@@ -448,9 +431,8 @@ def test_documents_have_two_to_nine_pictures_in_three_sorts():
         record = data.Scenes("interleaved")[i]
         pictures, texts = record.parts[::2], record.parts[1::2]
         assert pictures == [*range(len(record.images))]
-        assert all(
-            re.fullmatch(r"(A photo of [a-z].*\.|Question: .*\? Short answer: \S+)\n", t) for t in texts
-        )
+        form = r"(A photo of [a-z].*\.|Question: .*\? Short answer: \S+)\n"
+        assert all(re.fullmatch(form, text) for text in texts)
         counts[len(pictures)] += 1
         word = re.findall("|".join(data.MADE_UP), " ".join(texts))
         assert len(set(word)) <= 1
@@ -488,13 +470,10 @@ def test_held_out_pairs_are_in_no_training_document_not_even_hidden():
             for seed in range(40):
                 rng = random.Random(seed)
                 asked = data.draw_bound("dax", meaning, False, False, rng, "train")
-                place = re.search("is the (\\w+) shape", asked.question)[1]
-                thing = next(t for t in asked.image.things if data.PLACES[t.cell] == place)
-                assert (thing.colour, thing.shape) != (colour, shape) and asked.answer == "no"
-                half = "colour" if meaning == colour else "shape"
-                assert (thing.colour if half == "shape" else thing.shape) != (
-                    colour if half == "shape" else shape
-                )
+                thing = thing_at(asked.image, asked.question)
+                assert thing.pair != (colour, shape) and asked.answer == "no"
+                kept = (thing.shape, shape) if meaning == colour else (thing.colour, colour)
+                assert kept[0] != kept[1]
 
 
 def test_main_writes_shots_and_demonstrations(tmp_path):

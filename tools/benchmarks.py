@@ -23,7 +23,6 @@ import collections
 import itertools
 import json
 import math
-import os
 import random
 import re
 import string
@@ -61,22 +60,20 @@ def main(argv: list[str]) -> None:
         return score_kept(cfg)
     evaluation.check_config(cfg)
     tasks = evaluation.open_tasks(cfg, open_task)
-    evaluation.evaluate(tasks, cfg)
-    if int(os.environ.get("RANK", 0)) == 0:
-        write_uploads(tasks, cfg)
+    results, examples = evaluation.evaluate(tasks, cfg)
+    evaluation.write_results(tasks, cfg, results, examples)
+    write_uploads(tasks, cfg)
 
 
 def score_kept(cfg: BenchmarkConfig) -> None:
     """Score the answers in the folder --answers, whoever gave them."""
-    if int(os.environ.get("RANK", 0)):
-        return
     tasks = evaluation.open_tasks(cfg, open_task)
     results, examples = [], []
-    for view in views_of(cfg):
+    for view in evaluation.views_of(cfg):
         for task in tasks:
             if task.kind == "text":
                 raise UserError("--tasks: a loss on text needs --model")
-            file = evaluation.answer_file(task, view, cfg, {})
+            file = evaluation.answer_file(task, view, cfg)
             answers = kept_answers(file.path, task)
             missing = [i for i in range(len(task.questions)) if i not in answers]
             if missing:
@@ -89,12 +86,8 @@ def score_kept(cfg: BenchmarkConfig) -> None:
                 rows, task_examples = evaluation.score_rows(task, answers, blind_answers, view, cfg.seed)
                 results += rows
                 examples += task_examples
-    evaluation.write_results(tasks, cfg, "", results, examples)
+    evaluation.write_results(tasks, cfg, results, examples)
     write_uploads(tasks, cfg)
-
-
-def views_of(cfg: BenchmarkConfig) -> tuple[str, ...]:
-    return ("full", "pruned") if cfg.tokens == "both" else (cfg.tokens,)
 
 
 def kept_answers(path: Path, task: evaluation.Task) -> dict[int, str]:
@@ -126,7 +119,7 @@ def kept_answers(path: Path, task: evaluation.Task) -> dict[int, str]:
 
 def kept_blind_answers(task: evaluation.Task, view: str, cfg: BenchmarkConfig, answers: list) -> list | None:
     """Answers about swapped pictures, those to questions without a picture as they are; None if not kept."""
-    path = evaluation.answer_file(task, view, cfg, {}, blind=True).path
+    path = evaluation.answer_file(task, view, cfg, blind=True).path
     if not path.is_file():
         return None
     blind_answers = list(answers)
@@ -137,10 +130,12 @@ def kept_blind_answers(task: evaluation.Task, view: str, cfg: BenchmarkConfig, a
 
 def write_uploads(tasks: list[evaluation.Task], cfg: BenchmarkConfig) -> None:
     """For benchmarks whose right answers only a server knows: their answers in its form."""
-    for view in views_of(cfg):
+    if not evaluation.IS_FIRST_RANK:
+        return
+    for view in evaluation.views_of(cfg):
         for task in tasks:
             row = BENCHMARKS.get(getattr(task, "benchmark", ""))
-            file = evaluation.answer_file(task, view, cfg, {})
+            file = evaluation.answer_file(task, view, cfg)
             if row and row.upload and file and not any(question.answers for question in task.questions):
                 write_upload(task, kept_answers(file.path, task), file.path.with_suffix(".upload.json"))
 
@@ -288,9 +283,7 @@ def open_task(name: str, shots: int | None, cfg: BenchmarkConfig) -> evaluation.
     limit_questions(task, cfg.limit, cfg.seed)
     if shots is None or task.kind in evaluation.TEXT_KINDS:
         return task
-    if shots and not cfg.demos:
-        raise UserError(f"--shots {shots}: {name} needs --demos FILE, with questions of its train split")
-    pool = read(kind, Path(cfg.demos), cfg.images).questions if shots else []
+    pool = read(kind, Path(cfg.demos), cfg.images).questions if shots and cfg.demos else []
     return evaluation.add_demos(task, pool, shots, cfg.seed)
 
 
@@ -1285,7 +1278,8 @@ def bleu4(candidates: list[str], references: list[list[str]]) -> float:
     captions of three words (no 4-gram) only 0.03. Unequal lengths, an item without references: ValueError.
     """
     hits, tries, reference_length = Counter(), Counter(), 0
-    for counts, group in evaluation.caption_counts(candidates, references):
+    for candidate, texts in zip(candidates, references, strict=True):
+        counts, group = evaluation.ngram_counts(candidate), [*map(evaluation.ngram_counts, texts)]
         most = Counter()
         for reference in group:
             most |= reference

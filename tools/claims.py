@@ -327,13 +327,14 @@ def examine_shots(run: Path, cfg: ClaimsConfig) -> dict[str, np.ndarray]:
     for key in SHOTS[:-1]:
         name, shots = key.split()
         name, n = {"caption": "cap"}.get(name, name), cfg.shots_n * (5 if name == "bind" else 1)
-        task = evaluation.few_shot_task(f"scenes_{name}", n, int(shots), 0)
+        task = evaluation.scenes_task(f"scenes_{name}", n, 0, int(shots))
         images = [question.images for question in task.questions]
         answers[key] = greedy_scores(vlm, tokenizer, task, images)
         if key == "vqa 8":
             answers["right"], answers["picture"] = answers[key], np.arange(len(images))
             answers["blind"] = greedy_scores(vlm, tokenizer, task, evaluation.derange(images, 0))
-    words = evaluation.score_text(vlm, tokenizer, evaluation.words_task(500, 0), evaluation.EvalConfig())
+    task = evaluation.scenes_task("scenes_words", 500, 0)
+    words = evaluation.score_text(vlm, tokenizer, task, evaluation.EvalConfig())
     return answers | {"text nll": np.array([words["score"] / 100])}
 
 

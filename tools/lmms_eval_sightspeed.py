@@ -53,7 +53,7 @@ class Sightspeed(lmms):
             model=pretrained, batch_size=int(batch_size), tokens=tokens, device=device, dtype=dtype
         )
         evaluation.check_config(self.cfg)
-        self.vlm, self.tokenizer, _ = evaluation.load_model(self.cfg)
+        self.vlm, self.tokenizer = evaluation.load_model(self.cfg)
 
     def question(self, request):
         """A request as a Question, its second argument (how to answer, or the continuation), its document."""

@@ -55,29 +55,31 @@ def put(folder: Path, name: str, content) -> Path:
     return path
 
 
-def put_coco(folder: Path, question_file: str, label_file: str) -> None:
-    questions, labels = [], []
-    for n in range(4):
-        put(folder, f"val2014/COCO_val2014_{n:012d}.jpg", png(n))
-        questions.append({"image_id": n, "question": f"what is {n}?", "question_id": 10 * n + 1})
-        answers = [{"answer": COLOURS[n], "answer_id": 1}] * 10
-        labels.append({"question_id": 10 * n + 1, "image_id": n, "answers": answers})
-    put(folder, question_file, {"info": {}, "questions": questions})
-    put(folder, label_file, {"annotations": labels[::-1]})
+def put_pictures(folder: Path, pattern: str, n: int = 4) -> None:
+    for k in range(n):
+        put(folder, pattern.format(k), png(k))
 
 
-def put_vqav2(folder: Path) -> None:
-    put_coco(folder, "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json")
+def coco(question_file: str, label_file: str):
+    """A function that lays out COCO's questions and, in another order, their labels."""
 
+    def put_coco(folder: Path) -> None:
+        questions, labels = [], []
+        put_pictures(folder, "val2014/COCO_val2014_{:012d}.jpg")
+        for n in range(4):
+            questions.append({"image_id": n, "question": f"what is {n}?", "question_id": 10 * n + 1})
+            answers = [{"answer": COLOURS[n], "answer_id": 1}] * 10
+            labels.append({"question_id": 10 * n + 1, "image_id": n, "answers": answers})
+        put(folder, question_file, {"info": {}, "questions": questions})
+        put(folder, label_file, {"annotations": labels[::-1]})
 
-def put_okvqa(folder: Path) -> None:
-    put_coco(folder, "OpenEnded_mscoco_val2014_questions.json", "mscoco_val2014_annotations.json")
+    return put_coco
 
 
 def put_textvqa(folder: Path) -> None:
     questions, labels = [], []
+    put_pictures(folder, "train_images/p{}.jpg", 2)
     for n in range(4):
-        put(folder, f"train_images/p{n // 2}.jpg", png(n // 2))
         text, name = f"What is {n}?\nReference OCR token: A{n}, b{SHORT}", f"p{n // 2}"
         questions.append({"question_id": name, "image": f"{name}.jpg", "text": text, "category": "default"})
         row = {"image_id": name, "question_id": n, "question": f"what is {n}?"}
@@ -87,18 +89,16 @@ def put_textvqa(folder: Path) -> None:
 
 
 def put_vizwiz(folder: Path) -> None:
-    rows = []
-    for n in range(4):
-        put(folder, f"val/V{n}.jpg", png(n))
-        answers = [{"answer": COLOURS[n], "answer_confidence": "yes"}] * 10
-        rows.append({"image": f"V{n}.jpg", "question": "what colour?", "answers": answers, "answerable": 1})
-    put(folder, "val.json", rows)
+    put_pictures(folder, "val/V{}.jpg")
+    answers = [[{"answer": colour, "answer_confidence": "yes"}] * 10 for colour in COLOURS[:4]]
+    images = [f"V{n}.jpg" for n in range(4)]
+    put(folder, "val.json", four(image=images, question="what colour?", answers=answers, answerable=1))
 
 
 def put_gqa(folder: Path) -> None:
     questions, labels = [], {}
+    put_pictures(folder, "data/images/n{}.jpg")
     for n in range(4):
-        put(folder, f"data/images/n{n}.jpg", png(n))
         questions.append({"question_id": f"0{n}", "image": f"n{n}.jpg", "text": "What colour?" + SHORT})
         labels[f"0{n}"] = {"question": "What colour?", "imageId": f"n{n}", "answer": COLOURS[n]}
     put(folder, "llava_gqa_testdev_balanced.jsonl", questions[::-1])
@@ -107,33 +107,24 @@ def put_gqa(folder: Path) -> None:
 
 def put_scienceqa(folder: Path) -> None:
     questions, labels = [], {}
+    put_pictures(folder, "images/test/{}/image.png", 3)
     for n in range(4):
         text = f"Context: c{n}\nWhich?\nA. red\nB. blue\nC. green"
-        row = {
-            "id": f"{n}",
-            "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "?"}],
-        }
-        if n < 3:
-            put(folder, f"images/test/{n}/image.png", png(n))
-            row["image"], row["conversations"][0]["value"] = f"{n}/image.png", "<image>\n" + text
-        questions.append(row)
-        labels[f"{n}"] = {
-            "question": "Which?",
-            "choices": COLOURS[:3],
-            "answer": n % 3,
-            "split": "test",
-            "image": None,
-        }
+        row = {"id": f"{n}", "image": f"{n}/image.png"} if n < 3 else {"id": f"{n}"}
+        asked = {"from": "human", "value": "<image>\n" + text if n < 3 else text}
+        questions.append({**row, "conversations": [asked, {"from": "gpt", "value": "?"}]})
+        label = {"question": "Which?", "choices": COLOURS[:3], "answer": n % 3, "split": "test"}
+        labels[f"{n}"] = {**label, "image": None}
     put(folder, "llava_test_CQM-A.json", questions)
     put(folder, "problems.json", {**labels, "9": {**labels["0"], "split": "train"}})
 
 
 def put_pope(folder: Path) -> None:
     questions = []
+    put_pictures(folder, "val2014/C{}.jpg")
     for number, category in enumerate(("random", "popular", "adversarial")):
         labels = []
         for n in range(4):
-            put(folder, f"val2014/C{n}.jpg", png(n))
             row = {"image": f"C{n}.jpg", "text": f"Is there a {COLOURS[n]} ring?"}
             labels.append({**row, "question_id": n + 1, "label": ("yes", "no")[n % 2]})
             text = row["text"] + SHORT
@@ -147,14 +138,13 @@ def put_mme(folder: Path) -> None:
     for category, deep in (("color", ""), ("artwork", "deep"), ("code_reasoning", "")):
         for n in range(2):
             pairs = [(f"Is it {COLOURS[n]}?", "Yes"), (f"Is it {COLOURS[n + 2]}?", "No")]
-            where = f"{release}/{category}/{'images/' if deep else ''}000{n}.png"
-            put(folder, where, png(n + len(category) % 3))
+            name = f"{category}/{'images/' if deep else ''}000{n}.png"
+            put(folder, f"{release}/{name}", png(n + len(category) % 3))
             lines = "".join(f"{q} Please answer yes or no.\t{a}\n" for q, a in pairs)
             put(folder, f"{release}/{category}/{'questions_answers_YN/' if deep else ''}000{n}.txt", lines)
-            for q, _ in pairs:
-                name = f"{category}/{'images/' if deep else ''}000{n}.png"
+            for question, _ in pairs:
                 row = {"question_id": name, "image": name, "category": category}
-                questions.append({**row, "text": q + SHORT})
+                questions.append({**row, "text": question + SHORT})
     put(folder, "llava_mme.jsonl", questions)
 
 
@@ -163,25 +153,15 @@ def mmbench_rows() -> list[dict]:
     for n in range(3):
         for turn in range(3):
             options = [COLOURS[(k + turn) % 3] for k in range(3)] + [""]
-            image = coded(n) if not turn else str(n)
             row = {
                 "index": n + 1_000_000 * turn,
                 "question": f"Which is {n}?",
                 "hint": "Look." if n else "nan",
             }
             row |= {**dict(zip("ABCD", options)), "answer": "ABC"[options.index(COLOURS[n])]}
-            rows.append(
-                {**row, "category": f"c{n}", "image": image, "l2-category": f"l{n % 2}", "split": "dev"}
-            )
+            row |= {"category": f"c{n}", "image": str(n) if turn else coded(n), "l2-category": f"l{n % 2}"}
+            rows.append({**row, "split": "dev"})
     return rows
-
-
-def put_mmbench(folder: Path) -> None:
-    put(folder, "mmbench_dev_20230712.tsv", mmbench_rows())
-
-
-def put_mmbench_cn(folder: Path) -> None:
-    put(folder, "mmbench_dev_cn_20231003.tsv", mmbench_rows())
 
 
 def put_seed(folder: Path) -> None:
@@ -189,8 +169,7 @@ def put_seed(folder: Path) -> None:
     for n in range(4):
         kind = ("image", "video")[n // 3]
         put(folder, f"SEED-Bench-{kind}/p_{n}", png(n))
-        lines = "".join(f"\n{c}. {o}" for c, o in zip("ABCD", COLOURS))
-        text = f"Which?{lines}{LETTER}"
+        text = "Which?\nA. red\nB. blue\nC. green\nD. orange" + LETTER
         questions.append({"question_id": f"{n}_0", "image": f"SEED-Bench-{kind}/p_{n}", "text": text})
         row = {**{f"choice_{c}": o for c, o in zip("abcd", COLOURS)}, "answer": "ABCD"[n], "data_type": kind}
         labels.append({**row, "question": "Which?", "question_id": f"{n}_0", "question_type_id": 1 + n // 2})
@@ -201,8 +180,8 @@ def put_seed(folder: Path) -> None:
 
 def put_docvqa(folder: Path) -> None:
     rows = []
+    put_pictures(folder, "documents/d{}.png")
     for n in range(4):
-        put(folder, f"documents/d{n}.png", png(n))
         row = {"questionId": n, "question": "What does it say?", "image": f"documents/d{n}.png"}
         rows.append({**row, "answers": [f"ITC {n} Limited", f"itc {n}"], "data_split": "val"})
     put(folder, "val_v1.0_withQT.json", {"dataset_name": "docvqa", "data": rows})
@@ -217,30 +196,27 @@ def put_chartqa(folder: Path) -> None:
         put(folder, f"test/test_{kind}.json", rows)
 
 
-def karpathy(names: list[str], **more) -> dict:
-    rows = []
-    for n, name in enumerate(names):
-        sentences = [{"raw": CAPTIONS[n], "tokens": []}] * 5
-        rows.append({"filename": name, "imgid": n, "sentences": sentences, "split": "test", **more})
-    return {"images": [*rows, {**rows[0], "imgid": 99, "split": "train", "filename": "gone.jpg"}]}
+def karpathy(file: str, folder_of_pictures: str, name: str, **more):
+    """A function that lays out captions and pictures as Karpathy's splits have them."""
 
+    def put_karpathy(folder: Path) -> None:
+        put_pictures(folder, f"{folder_of_pictures}/{name}")
+        rows = []
+        for n in range(4):
+            sentences = [{"raw": CAPTIONS[n], "tokens": []}] * 5
+            rows.append(
+                {"filename": name.format(n), "imgid": n, "sentences": sentences, "split": "test", **more}
+            )
+        train = {**rows[0], "imgid": 99, "split": "train", "filename": "gone.jpg"}
+        put(folder, file, {"images": [*rows, train]})
 
-def put_coco_cap(folder: Path) -> None:
-    for n in range(4):
-        put(folder, f"val2014/C{n}.jpg", png(n))
-    put(folder, "dataset_coco.json", karpathy([f"C{n}.jpg" for n in range(4)], filepath="val2014"))
-
-
-def put_flickr30k(folder: Path) -> None:
-    for n in range(4):
-        put(folder, f"flickr30k-images/{n}.jpg", png(n))
-    put(folder, "dataset_flickr30k.json", karpathy([f"{n}.jpg" for n in range(4)]))
+    return put_karpathy
 
 
 def put_nocaps(folder: Path) -> None:
     images, labels = [], []
+    put_pictures(folder, "images/{}.jpg")
     for n in range(4):
-        put(folder, f"images/{n}.jpg", png(n))
         images.append({"id": n, "file_name": f"{n}.jpg", "domain": ("in-domain", "out-domain")[n % 2]})
         labels += [{"image_id": n, "id": 10 * n + k, "caption": CAPTIONS[n]} for k in range(3)]
     put(folder, "nocaps_val_4500_captions.json", {"images": images, "annotations": labels[::-1]})
@@ -248,24 +224,19 @@ def put_nocaps(folder: Path) -> None:
 
 def put_textcaps(folder: Path) -> None:
     rows = []
+    put_pictures(folder, "train_images/t{}.jpg")
     for n in range(4):
-        put(folder, f"train_images/t{n}.jpg", png(n))
         row = {"image_id": f"t{n}", "caption_str": CAPTIONS[n], "reference_strs": [CAPTIONS[n]] * 2}
         rows += [{**row, "caption_id": 2 * n + k} for k in range(2)]
     put(folder, "TextCaps_0.1_val.json", {"data": rows})
 
 
 def put_refcoco(folder: Path, name: str = "refcoco") -> None:
+    put_pictures(folder, "coco/{}.png", 2)
     for split in ("val", "testA"):
         rows = []
         for n in range(2):
-            put(folder, f"coco/{n}.png", png(n))
-            row = {
-                "image": f"coco/{n}.png",
-                "sent": f"the {COLOURS[n]} one, {split}",
-                "width": 20,
-                "height": 10,
-            }
+            row = {"image": f"coco/{n}.png", "sent": f"the {COLOURS[n]} one, {split}", "width": 20}
             rows.append({**row, "height": 10, "bbox": [2 * n, n, 10 + 8 * n, 5 + n]})
         put(folder, f"{name}_{split}.jsonl", rows)
 
@@ -275,15 +246,17 @@ def put_arc(folder: Path, name: str) -> None:
     for n in range(4):
         labels = "ABCD" if n % 2 else "1234"
         choices = [{"text": colour, "label": label} for colour, label in zip(COLOURS, labels)]
-        rows.append(
-            {"id": f"M{n}", "question": {"stem": f"Which {n}?", "choices": choices}, "answerKey": labels[n]}
-        )
+        question = {"stem": f"Which {n}?", "choices": choices}
+        rows.append({"id": f"M{n}", "question": question, "answerKey": labels[n]})
     put(folder, name, rows)
 
 
 def put_piqa(folder: Path) -> None:
-    rows = [{"goal": f"Do {n}.", "sol1": "Push it.", "sol2": "Pull it slowly."} for n in range(4)]
-    put(folder, "valid.jsonl", rows)
+    put(
+        folder,
+        "valid.jsonl",
+        four(goal=[f"Do {n}." for n in range(4)], sol1="Push it.", sol2="Pull it slowly."),
+    )
     put(folder, "valid-labels.lst", "0\n1\n1\n0\n")
 
 
@@ -298,23 +271,24 @@ def put_hellaswag(folder: Path) -> None:
 def mmmu_rows() -> list[dict]:
     rows = []
     for n in range(4):
-        options = str(COLOURS[:3]) if n < 3 else "[]"
-        row = {
-            "id": f"validation_Art_Theory_{n}",
-            "question": "<image 2> or <image 1>: which?",
-            "options": options,
-        }
+        row = {"id": f"validation_Art_Theory_{n}", "question": "<image 2> or <image 1>: which?"}
         row |= {"image_1": png(n), "image_2": png(n + 1), "answer": "ABC"[n] if n < 3 else "['24', '24.0']"}
+        row |= {"options": str(COLOURS[:3]) if n < 3 else "[]"}
         rows.append({**row, "question_type": "multiple-choice" if n < 3 else "open"})
     return rows
 
 
 LLAVA = {
-    "vqav2": put_vqav2, "okvqa": put_okvqa, "textvqa": put_textvqa, "textvqa_ocr": put_textvqa,
-    "vizwiz": put_vizwiz, "gqa": put_gqa, "scienceqa": put_scienceqa, "pope": put_pope, "mme": put_mme,
-    "mmbench": put_mmbench, "mmbench_cn": put_mmbench_cn, "seed": put_seed, "docvqa": put_docvqa,
-    "chartqa": put_chartqa, "coco_cap": put_coco_cap, "flickr30k": put_flickr30k, "nocaps": put_nocaps,
-    "textcaps": put_textcaps, "refcoco": put_refcoco,
+    "vqav2": coco("v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"),
+    "okvqa": coco("OpenEnded_mscoco_val2014_questions.json", "mscoco_val2014_annotations.json"),
+    "textvqa": put_textvqa, "textvqa_ocr": put_textvqa, "vizwiz": put_vizwiz, "gqa": put_gqa,
+    "scienceqa": put_scienceqa, "pope": put_pope, "mme": put_mme,
+    "mmbench": lambda folder: put(folder, "mmbench_dev_20230712.tsv", mmbench_rows()),
+    "mmbench_cn": lambda folder: put(folder, "mmbench_dev_cn_20231003.tsv", mmbench_rows()),
+    "seed": put_seed, "docvqa": put_docvqa, "chartqa": put_chartqa,
+    "coco_cap": karpathy("dataset_coco.json", "val2014", "C{}.jpg", filepath="val2014"),
+    "flickr30k": karpathy("dataset_flickr30k.json", "flickr30k-images", "{}.jpg"),
+    "nocaps": put_nocaps, "textcaps": put_textcaps, "refcoco": put_refcoco,
     "refcoco+": lambda folder: put_refcoco(folder, "refcoco+"),
     "refcocog": lambda folder: put_refcoco(folder, "refcocog"),
     "arc_easy": lambda folder: put_arc(folder, "ARC-Easy-Test.jsonl"),
@@ -408,19 +382,16 @@ def open_one(name: str, path: Path | str, **flags) -> evaluation.Task:
     return task
 
 
-def right_answer(question: evaluation.Question, kind: str) -> str:
-    if kind == "likelihood":
-        return json.dumps(
-            [-1.0 if str(k) == question.answers[0] else -200.0 for k in range(len(question.choices))]
-        )
-    return question.answers[0]
+def right_answer(question: evaluation.Question, kind: str, right: float = -1.0, wrong: float = -200.0) -> str:
+    if kind != "likelihood":
+        return question.answers[0]
+    numbers = map(str, range(len(question.choices)))
+    return json.dumps([right if number == question.answers[0] else wrong for number in numbers])
 
 
 def wrong_answer(question: evaluation.Question, kind: str) -> str:
     if kind == "likelihood":
-        return json.dumps(
-            [-200.0 if str(k) == question.answers[0] else -1.0 for k in range(len(question.choices))]
-        )
+        return right_answer(question, kind, -200.0, -1.0)
     return {"yes": "No", "no": "Yes"}.get(question.answers[0].lower(), "nothing of that")
 
 
@@ -428,20 +399,18 @@ def score(task: evaluation.Task, answer, monkeypatch, blind=wrong_answer) -> dic
     """Rows by name, where the model answers so, and so behind other pictures."""
 
     def answer_all(vlm, tokenizer, task, images, view, cfg, kept):
-        true = [q.images for q in task.questions]
-        swapped = images != true
-        assert not swapped or all(a != b for a, b in zip(images, true))
-        return [(blind if swapped else answer)(q, task.kind) for q in task.questions]
+        answers = []
+        for question, pictures in zip(task.questions, images):
+            assert pictures == question.images or not {*pictures} & {*question.images}
+            answers.append((answer if pictures == question.images else blind)(question, task.kind))
+        return answers
 
     monkeypatch.setattr(evaluation, "answer_all", answer_all)
     rows, examples = evaluation.score_task(None, None, task, "full", evaluation.EvalConfig())
-    pictures = {question.picture for question in task.questions}
-    assert all(example["picture"] in pictures for example in examples)
+    assert {example["picture"] for example in examples} <= {question.picture for question in task.questions}
     assert all(bool(question.picture) == bool(question.images) for question in task.questions)
-    assert all(
-        {"task", "metric", "score", "stderr", "n", "shots", "tokens", "blind_score", "chance"} <= r.keys()
-        for r in rows
-    )
+    keys = {"task", "metric", "score", "stderr", "n", "shots", "tokens", "blind_score", "chance"}
+    assert all(keys <= row.keys() for row in rows)
     evaluation.print_table(rows)
     return {row["task"]: row for row in rows}
 
@@ -483,11 +452,8 @@ def test_parquet_of_the_hub(name, tmp_path, monkeypatch):
     task = open_one(name, tmp_path)
     check_oracle(task, monkeypatch)
     if name == "refcoco":  # COCO's x, y, width, height in a picture of 20 x 10
-        assert [q.answers for q in task.questions[:3]] == [
-            ["100 0 500 400"],
-            ["100 0 500 400"],
-            ["100 100 500 500"],
-        ]
+        boxes = [q.answers[0] for q in task.questions[:3]]
+        assert boxes == ["100 0 500 400", "100 0 500 400", "100 100 500 500"]
 
 
 def test_gqa_of_the_hub_has_its_pictures_in_files_of_their_own(tmp_path, monkeypatch):
@@ -594,13 +560,9 @@ def test_pope_has_f1_per_category_and_its_mean(tmp_path, monkeypatch):
     put_pope(tmp_path)
     task = open_one("pope", tmp_path)
     rows = score(task, lambda q, kind: "Yes", monkeypatch)
-    assert (
-        rows["pope"]["score"] == rows["pope/random"]["score"] == 50 == rows["pope/random precision"]["score"]
-    )
-    assert (
-        rows["pope/mean f1"]["score"] == pytest.approx(66.67)
-        and rows["pope/popular yes_ratio"]["score"] == 100
-    )
+    assert [rows[name]["score"] for name in ("pope", "pope/random", "pope/random precision")] == [50] * 3
+    assert rows["pope/mean f1"]["score"] == pytest.approx(66.67)
+    assert rows["pope/popular yes_ratio"]["score"] == 100
     first = next(q for q in task.questions if q.subsets == ("random",) and q.answers == ["yes"])
     one_wrong = score(task, lambda q, kind: "No" if q is first else right_answer(q, kind), monkeypatch)
     f1 = [one_wrong[f"pope/{part} f1"]["score"] for part in ("random", "popular", "adversarial")]
@@ -632,7 +594,7 @@ def test_mme_counts_pairs(tmp_path, monkeypatch):
 
 
 def test_mmbench_is_circular(tmp_path, monkeypatch):
-    put_mmbench(tmp_path)
+    LLAVA["mmbench"](tmp_path)
     task = open_one("mmbench", tmp_path)
     first, second, _, other = (q.images[0] for q in task.questions[:4])
     assert first is second and first != other
@@ -688,9 +650,8 @@ def test_a_task_of_questions_without_labels_is_answered_but_not_scored(saved, tm
     for n in range(3):
         put(tmp_path, f"vqav2/test2015/{n}.jpg", png(n))
         put(tmp_path, f"vizwiz/test/V{n}.jpg", png(n))
-        rows.append(
-            {"question_id": 7 + n, "image": f"{n}.jpg", "text": "What?" + SHORT, "category": "default"}
-        )
+        row = {"question_id": 7 + n, "image": f"{n}.jpg", "text": "What?" + SHORT}
+        rows.append({**row, "category": "default"})
     put(tmp_path, "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", rows[:2])
     put(tmp_path, "vqav2/llava_vqav2_mscoco_test2015.jsonl", rows)
     put(tmp_path, "vizwiz/llava_test.jsonl", [{**r, "image": f"V{n}.jpg"} for n, r in enumerate(rows)])
@@ -700,19 +661,13 @@ def test_a_task_of_questions_without_labels_is_answered_but_not_scored(saved, tm
     assert json.loads(out.read_text())["results"] == []
     assert "vqav2: no right answers" in capsys.readouterr().out
     folder = tmp_path / "eval_answers"
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "vizwiz.jsonl", "vizwiz.upload.json", "vqav2.jsonl", "vqav2.upload.json"
-    ]  # fmt: skip
+    names = "vizwiz.jsonl vizwiz.upload.json vqav2.jsonl vqav2.upload.json"
+    assert sorted(p.name for p in folder.iterdir()) == names.split()
     said = [json.loads(line) for line in (folder / "vqav2.jsonl").read_text().splitlines()]
-    upload = {
-        row["question_id"]: row["answer"] for row in json.loads((folder / "vqav2.upload.json").read_text())
-    }
+    upload = {row["question_id"]: row["answer"] for row in model.read_json(folder / "vqav2.upload.json")}
     assert upload == {**{r["question_id"]: evaluation.vqa_normalise(r["text"]) for r in said}, 9: ""}
-    assert {row["image"] for row in json.loads((folder / "vizwiz.upload.json").read_text())} == {
-        "V0.jpg",
-        "V1.jpg",
-        "V2.jpg",
-    }
+    rows = model.read_json(folder / "vizwiz.upload.json")
+    assert {row["image"] for row in rows} == {"V0.jpg", "V1.jpg", "V2.jpg"}
 
 
 # --- What is wrong with files
@@ -738,7 +693,7 @@ MMBENCH = "mmbench_dev_20230712.tsv"
         ("docvqa", "val_v1.0_withQT.json",
          {"data": [{**DOC, "questionId": n, "answers": ["x"] * n} for n in range(2)]},
          "question 0 has no answer, while others have"),
-        ("mme", *YES_TO_MAYBE, "has the answer 'Maybe', which is neither yes nor no"),
+        ("mme", *YES_TO_MAYBE, "has the answer 'Maybe', which is not yes or no"),
         ("mmbench", MMBENCH, [{**mmbench_rows()[0], "image": "77"}], "line 2: .*77, which no row has"),
         ("mmbench", MMBENCH, [{**mmbench_rows()[0], "answer": "E"}], "answer E is none of"),
     ],
@@ -765,9 +720,8 @@ def test_addresses_that_are_wrong_say_so(tmp_path):
         with pytest.raises(UserError, match=words):
             open_all(tasks=tasks, root=str(tmp_path))
     bare = [{k: v for k, v in row.items() if k != "image"} for row in TSV["mmstar"]]
-    with pytest.raises(
-        UserError, match="line 2: not a question of mmstar .*'image'.*its columns are index, question"
-    ):
+    words = "line 2: not a question of mmstar .*'image'.*its columns are index, question"
+    with pytest.raises(UserError, match=words):
         open_one("mmstar", put(tmp_path, "bare.tsv", bare))
     put_gqa(tmp_path)
     with pytest.raises(UserError, match="two tasks of one name"):
@@ -780,17 +734,9 @@ def test_labels_come_by_their_question_and_not_by_the_order_of_files(tmp_path):
         assert q.answers == [COLOURS[int(re.search(r"\d", q.text)[0])]] * 10
     lines = (tmp_path / "llava_textvqa_val_v051_ocr.jsonl").read_text()
     again = put(tmp_path, "twice.jsonl", lines + lines.splitlines()[0] + "\n")
-    names = [
-        q.name
-        for q in open_one("textvqa", again.rename(tmp_path / "llava_textvqa_val_v051_ocr.jsonl")).questions
-    ]
-    assert names == [
-        "p0",
-        "p0",
-        "p1",
-        "p1",
-        "p0#4",
-    ]  # ids are the pictures', the same question stands there twice
+    again.rename(tmp_path / "llava_textvqa_val_v051_ocr.jsonl")
+    names = [question.name for question in open_one("textvqa", tmp_path).questions]
+    assert names == ["p0", "p0", "p1", "p1", "p0#4"]  # ids are the pictures', one question stands there twice
     put(tmp_path, "llava_textvqa_val_v051_ocr.jsonl", [json.loads(line) for line in lines.splitlines()])
     one = open_one("textvqa", tmp_path / "llava_textvqa_val_v051_ocr.jsonl")
     assert one.questions == open_one("textvqa", tmp_path).questions  # a question file instead of its folder
@@ -831,46 +777,38 @@ def test_a_killed_run_goes_on_where_it_stopped(saved, tmp_path, monkeypatch, cap
     base = ["--model", str(saved), "--tasks", "pope", "--root", str(tmp_path), "--device", "cpu"]
     flags = [*base, "--out", str(out), "--batch_size", "3"]
     benchmarks.main(flags)
-    whole = {path.name: path.read_bytes() for path in answers.iterdir()}
-    first = results(out)
+    lines = (answers / "pope.jsonl").read_bytes().splitlines(keepends=True)
+    whole, first = kept_lines(answers), results(out)
     assert sorted(whole) == ["pope.blind.jsonl", "pope.jsonl"]
-    row = json.loads(whole["pope.jsonl"].splitlines()[0])
-    assert {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"} == row.keys()
-    assert row["question_id"] == 203 and row["model_id"] == str(
-        saved
-    )  # as the question file has it, in its order
+    rows = [json.loads(line) for line in lines]
+    assert {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"} == rows[0].keys()
+    assert rows[0]["model_id"] == str(saved) and {203, 0} <= {row["question_id"] for row in rows}
 
-    batches = []
-    real = model.VLM.generate
-    monkeypatch.setattr(
-        model.VLM,
-        "generate",
-        lambda self, batch, *a, **k: batches.append(batch.samples) or real(self, batch, *a, **k),
-    )
-    benchmarks.main(flags)
-    assert not batches and {p.name: p.read_bytes() for p in answers.iterdir()} == whole
+    batches, real, deadly = [], model.VLM.generate, []
 
-    lines = whole["pope.jsonl"].splitlines(keepends=True)
-    (answers / "pope.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:20])  # killed while it wrote
-    (answers / "pope.rank1.jsonl").write_bytes(lines[9])  # by one of several ranks, before
-    benchmarks.main(flags)
-    assert sum(batches) == 6 and {p.name: p.read_bytes() for p in answers.iterdir()} == whole
-    assert results(out) == first
-
-    def generate(self, batch, *a, **k):  # killed once more, in its second batch
-        if len(batches) == 1:
+    def generate(self, batch, *a, **k):
+        if len(batches) in deadly:
             raise KeyboardInterrupt
         return batches.append(batch.samples) or real(self, batch, *a, **k)
 
+    monkeypatch.setattr(model.VLM, "generate", generate)
+    benchmarks.main(flags)
+    assert not batches and kept_lines(answers) == whole
+
+    (answers / "pope.jsonl").write_bytes(b"".join(lines[:6]) + lines[6][:20])  # killed while it wrote
+    benchmarks.main(flags)
+    assert sum(batches) == 6 and kept_lines(answers) == whole and results(out) == first
+
     batches.clear()
+    deadly.append(1)  # killed once more, in its second batch
     (answers / "pope.jsonl").write_bytes(b"".join(lines[:5]) + lines[5][:20])
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(model.VLM, "generate", generate)
+    with pytest.raises(KeyboardInterrupt):
         benchmarks.main(flags)
     there = (answers / "pope.jsonl").read_bytes().splitlines(keepends=True)
-    assert there[:5] == lines[:5] and len({*there} & {*lines}) == 8
+    assert there[:5] == lines[:5] and len(there) == len({*there} & {*lines}) == 8
+    deadly.clear()
     benchmarks.main(flags)
-    assert {p.name: p.read_bytes() for p in answers.iterdir()} == whole
+    assert kept_lines(answers) == whole
 
     (answers / "pope.blind.jsonl").unlink()
     again = tmp_path / "again.json"
@@ -883,39 +821,36 @@ def test_a_killed_run_goes_on_where_it_stopped(saved, tmp_path, monkeypatch, cap
         benchmarks.main(base[2:])
 
 
+def kept_lines(folder: Path) -> dict[str, list[bytes]]:
+    """The answers of each file, which stand there in the order in which they were given."""
+    return {path.name: sorted(path.read_bytes().splitlines()) for path in folder.iterdir()}
+
+
 @pytest.mark.slow
 def test_two_ranks_give_the_answers_of_one_process(saved, tmp_path):
-    """Answers of a killed run of other ranks, lying beside, are taken over."""
+    """Answers of a killed run of one process are taken over."""
     put_pope(tmp_path / "pope")
     put_piqa(tmp_path / "piqa")
     tasks = ["--tasks", "pope,piqa,scenes_pope", "--root", str(tmp_path), "--batch_size", "5"]
     flags = ["tools/benchmarks.py", "--model", str(saved), "--device", "cpu", *tasks]
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    one_answers, two_answers = tmp_path / "one_answers", tmp_path / "two_answers"
     for name, launch in (("one", [sys.executable]), ("two", two), ("two", two)):
-        subprocess.run(
-            [*launch, *flags, "--out", str(tmp_path / f"{name}.json")], cwd=ROOT, check=True, timeout=300
-        )
-        if (tmp_path / "two_answers").is_dir() and not (tmp_path / "killed").exists():
-            (tmp_path / "killed").touch()
-            file = tmp_path / "two_answers" / "pope.jsonl"
-            lines = file.read_text().splitlines(keepends=True)
-            file.write_text("".join(lines[:4]))
-            file.with_name("pope.rank3.jsonl").write_text("".join(lines[4:7]) + lines[7][:30])
-    assert results(tmp_path / "one.json") == results(tmp_path / "two.json")
-    one, other = (
-        {p.name: p.read_bytes() for p in (tmp_path / f"{n}_answers").iterdir()} for n in ("one", "two")
-    )
-    assert one == other and len(one) == 3
+        command = [*launch, *flags, "--out", str(tmp_path / f"{name}.json")]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+        assert results(tmp_path / "one.json") == results(tmp_path / f"{name}.json")
+        assert kept_lines(one_answers) == kept_lines(tmp_path / f"{name}_answers")
+        if name == "two":
+            lines = (two_answers / "pope.jsonl").read_text().splitlines(keepends=True)
+            (two_answers / "pope.jsonl").write_text("".join(lines[:4]) + lines[4][:30])
 
 
 def test_benchmarks_have_shots_from_a_train_split(tmp_path):
     put_gqa(tmp_path / "test")
-    rows = [
-        {"question_id": n, "question": "What shape?", "answer": c, "image": f"t{n}.png"}
-        for n, c in enumerate(COLOURS)
-    ]
-    for n in range(6):
+    rows = []
+    for n, colour in enumerate(COLOURS):
         put(tmp_path, f"train/t{n}.png", png(n))
+        rows.append({"question_id": n, "question": "What shape?", "answer": colour, "image": f"t{n}.png"})
     put(tmp_path, "train/train.jsonl", rows)
     demos = str(tmp_path / "train" / "train.jsonl")
     task = open_one("gqa", tmp_path / "test", shots="2", demos=demos)
@@ -927,17 +862,13 @@ def test_benchmarks_have_shots_from_a_train_split(tmp_path):
         open_one("scienceqa", tmp_path / "sqa", shots="0")
 
 
-# --- The adapter for lmms-eval that README shows
-
-
 # --- Tables, options and label files as they are found
 
 
 def own_set(folder: Path, *rows: dict, name: str = "q.jsonl") -> Path:
     put(folder, "a.png", png(1))
-    return put(
-        folder, name, [{"question_id": n, "image": "a.png", "text": "What?", **r} for n, r in enumerate(rows)]
-    )
+    facts = {"image": "a.png", "text": "What?"}
+    return put(folder, name, [{"question_id": n, **facts, **row} for n, row in enumerate(rows)])
 
 
 def test_files_that_are_not_ours_stay_as_they_are(saved, tmp_path):
@@ -948,30 +879,23 @@ def test_files_that_are_not_ours_stay_as_they_are(saved, tmp_path):
         benchmarks.main(["--model", str(saved), "--tasks", f"vqa:{path}", "--answers", str(tmp_path)])
     assert path.read_bytes() == before
     said = [{"question_id": n, "prompt": f"<image>\n{n + 1}?", "text": "a", "metadata": {}} for n in range(2)]
-    theirs = put(
-        tmp_path, "their/q.jsonl", "\n\n".join(json.dumps(each) for each in said)
-    )  # no newline at the end
-    before = theirs.read_bytes()
-    benchmarks.main(
-        ["--tasks", f"vqa:{path}", "--answers", str(theirs.parent), "--out", str(tmp_path / "e.json")]
-    )
+    theirs = put(tmp_path, "their/q.jsonl", "\n\n".join(map(json.dumps, said)))  # no newline at the end
+    before, flags = theirs.read_bytes(), ["--tasks", f"vqa:{path}", "--answers", str(theirs.parent)]
+    benchmarks.main([*flags, "--out", str(tmp_path / "e.json")])
     assert results(tmp_path / "e.json")[0]["score"] == 50 and theirs.read_bytes() == before
     theirs.write_text(json.dumps({**said[0], "text": None}) + "\n")
     with pytest.raises(UserError, match="line 1: expected an answer"):
-        benchmarks.main(["--tasks", f"vqa:{path}", "--answers", str(theirs.parent)])
+        benchmarks.main(flags)
 
 
 def test_sets_of_questions_are_not_mixed(tmp_path):
-    pa = pytest.importorskip("pyarrow")
-    import pyarrow.parquet as pq
-
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     row = {"questionId": "1", "question": "What?", "answers": ["a"], "image": {"bytes": png(1), "path": ""}}
     for folder in ("DocVQA", "InfographicVQA"):
         (tmp_path / folder).mkdir()
-        pq.write_table(pa.Table.from_pylist([row]), tmp_path / folder / "validation-00000-of-00001.parquet")
-    with pytest.raises(
-        UserError, match="several sets of questions, name one of them: .*DocVQA, .*Infographic"
-    ):
+        file = tmp_path / folder / "validation-00000-of-00001.parquet"
+        parquet.write_table(arrow.Table.from_pylist([row]), file)
+    with pytest.raises(UserError, match="several sets of questions, name one of them: .*DocVQA, .*Infograph"):
         open_one("docvqa", tmp_path)
     assert len(open_one("docvqa", tmp_path / "DocVQA").questions) == 1
 
@@ -998,9 +922,8 @@ def test_tables_of_vlmevalkit_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("kind", ["choice", "mmbench", "mmmu"])
 def test_options_are_those_of_the_question_and_not_lines_that_look_like_them(kind):
-    question = evaluation.Question(
-        (), "I. one\nV. two\nA. x", ["B"], (), ("A", "B"), options=("both", "none")
-    )
+    text, options = "I. one\nV. two\nA. x", ("both", "none")
+    question = evaluation.Question((), text, ["B"], (), ("A", "B"), options=options)
     task = benchmarks.BenchmarkTask("t", kind, [question])
     assert task.score("B", question) == 1 and task.score("A", question) == 0
 

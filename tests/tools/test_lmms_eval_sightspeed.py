@@ -29,13 +29,8 @@ def fake_lmms_eval(monkeypatch) -> dict:
     def register_model(*names):
         return lambda cls: [registry.setdefault(name, cls) for name in names][0]
 
-    parts = {
-        "": {},
-        ".api": {},
-        ".api.model": {"lmms": lmms},
-        ".api.registry": {"register_model": register_model},
-    }
-    parts[".api.instance"] = {"Instance": types.SimpleNamespace}
+    parts = {"": {}, ".api": {}, ".api.model": {"lmms": lmms}}
+    parts |= {".api.registry": {"register_model": register_model}}
     for name, content in parts.items():
         module = types.ModuleType("lmms_eval" + name)
         module.__dict__.update(content)
@@ -61,9 +56,8 @@ def test_answers_and_likelihoods_are_those_of_eval(tmp_path, monkeypatch):
     vlm = model.VLM.from_pretrained(run).eval()
     questions = [evaluation.Question((*d["image"],), t, ["x"]) for d, t in zip(documents, texts)]
     task = benchmarks.BenchmarkTask("t", "vqa", questions, 6)
-    right = evaluation.answer_all(
-        vlm, TOKENIZER, task, [q.images for q in questions], "full", evaluation.EvalConfig()
-    )
+    images = [question.images for question in questions]
+    right = evaluation.answer_all(vlm, TOKENIZER, task, images, "full", evaluation.EvalConfig())
     assert said == [right[i].partition("\n\n")[0].strip() for i in (2, 0, 1)]
     scored = adapter.loglikelihood([ask(0, "red"), ask(0, lambda doc: "blue")])
     q, cfg = questions[0], evaluation.EvalConfig()

@@ -29,9 +29,7 @@ def own_set(tmp_path_factory):
         picture = [picture, picture.convert("RGB"), picture.convert("P")][n % 3]
         picture.save(folder / "images" / f"{n}.png")
         options = "\n".join(f"{letter}. {name}" for letter, name in zip("ABCD", COLOURS))
-        ask = (
-            f"What colour is it?\n{options}\nAnswer with the option's letter from the given choices directly."
-        )
+        ask = f"What colour is it?\n{options}{benchmarks.LETTER}"
         talk = [
             {"from": "human", "value": f"<image>\n{ask}"},
             {"from": "gpt", "value": "ABCD"[n % 4]},

@@ -19,21 +19,6 @@ def samples(kind: str, n: int) -> list:
     return samples_of([data.Scenes(kind)[i] for i in range(n)], CFG)
 
 
-def test_tokenizer_round_trip_and_control_tokens_in_text_stay_text():
-    for text in (
-        "red ring northwest.",
-        "Grüße <|end|> \U0001f600\n\n  x",
-        "KTZ 12 345",
-        "<|user|>",
-        "",
-        " led",
-    ):
-        ids = TOKENIZER.encode(text)
-        assert TOKENIZER.decode(ids) == text
-        assert all(i < TOKENIZER.end for i in ids)
-    assert TOKENIZER.control("<|user|>") == [TOKENIZER.end + 1]
-
-
 @pytest.mark.parametrize("mode", ["full", "pruned", "slow"])
 def test_supervised_tokens_decode_to_exactly_the_answers(mode):
     for record in (data.Scenes("chat")[i] for i in range(20)):
@@ -71,14 +56,6 @@ def test_rows_hold_every_sample_once_and_slots_point_at_their_own_image():
     assert teacher.slot_mask.sum() == 2 * pruned
 
 
-def test_a_sample_whose_picture_is_cut_off_has_no_tokens_in_the_bank():
-    far = [([5] * 20, True), 0, ([6], True)]
-    pixels = np.zeros((1, 3, 64, 64), np.uint8)
-    batch = data.make_batch([(far, pixels), ([0, ([7], True)], pixels)], ["slow", "full"], CFG, 64, 40)
-    assert batch.full_tiles.tolist() == [1] and batch.pruned_tiles.tolist() == [] and batch.teacher is None
-    assert batch.student.visual_index.tolist() == list(range(CFG.visual_tokens("full")))
-
-
 def test_newlines_are_the_last_row_of_the_bank_and_numbers_are_final():
     cfg = model.ModelConfig(vit=model.ViTConfig(image_size=64), connector=model.ConnectorConfig("mlp"))
     cfg.image.cut = "unpad"
@@ -100,9 +77,25 @@ def test_an_image_is_never_cut():
     assert data.split(pieces, lengths, 41) == [[([5] * 10, True)], [0, ([6] * 9, True)], [([6], True)]]
     once = [pieces + [([5] * 10, True)], [0, ([6] * 10, True)]]
     assert data.split(pieces * 2, lengths, 999, [1], 1) == once
+    # a picture of a document stays with its text
+    text, lengths = ([5] * 10, True), [8] * 3
+    pieces = [0, text, 1, text, 2, text]
+    assert data.split(pieces, lengths, 30, together=True) == [pieces[:2], pieces[2:4], pieces[4:]]
+    assert data.split(pieces, lengths, 30)[0] == [0, text, 1, ([5] * 4, True)]
+    long = [0, ([5] * 40, True)]  # fits nowhere: it begins where it is
+    assert data.split(long, lengths, 30, together=True) == [[0, ([5] * 22, True)], [([5] * 18, True)]]
+    # a sample whose picture is cut off has no tokens in the bank
+    far, pixels = [([5] * 20, True), 0, ([6], True)], np.zeros((1, 3, 64, 64), np.uint8)
+    batch = data.make_batch([(far, pixels), ([0, ([7], True)], pixels)], ["slow", "full"], CFG, 64, 40)
+    assert batch.full_tiles.tolist() == [1] and batch.pruned_tiles.tolist() == [] and batch.teacher is None
+    assert batch.student.visual_index.tolist() == list(range(CFG.visual_tokens("full")))
 
 
-def test_best_fit_never_overfills_and_wastes_little():
+def test_best_fit_takes_the_fullest_row_of_equals_the_oldest():
+    assert data.best_fit([6, 6, 4, 4, 2], 10) == [[0, 2], [1, 3], [4]]
+    assert data.best_fit([5, 4, 3, 1], 8) == [[0, 2], [1, 3]]
+    assert data.best_fit([3, 3, 3], 9, [2, 2, 2], 4) == [[0, 1], [2]]
+    assert data.best_fit([1] * 5, 9, most=2) == [[0, 1], [2, 3], [4]]
     rng = random.Random(0)
     lengths = [rng.randint(20, 200) for _ in range(300)]
     rows = data.best_fit(lengths, 256)
@@ -134,13 +127,6 @@ def test_order_is_a_permutation_an_epoch_and_follows_the_weights():
     assert fresh[17_000] == picks[17_000]  # a pure function of n: nothing needs to have come before
     other = data.SampleOrder([50, 1000], [0.3, 0.7], 4)
     assert [other[n] for n in range(500)] != picks[:500]
-
-
-def test_best_fit_takes_the_fullest_row_of_equals_the_oldest():
-    assert data.best_fit([6, 6, 4, 4, 2], 10) == [[0, 2], [1, 3], [4]]
-    assert data.best_fit([5, 4, 3, 1], 8) == [[0, 2], [1, 3]]
-    assert data.best_fit([3, 3, 3], 9, [2, 2, 2], 4) == [[0, 1], [2]]
-    assert data.best_fit([1] * 5, 9, most=2) == [[0, 1], [2, 3], [4]]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

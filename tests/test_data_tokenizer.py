@@ -15,12 +15,13 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-import regex
 import tokenizers
 from helpers_tokenizers import (
     BYTE_LEVEL,
     BYTES,
+    LLAMA3,
     MISSING,
+    QWEN,
     SENTENCEPIECE,
     TEXT,
     cut,
@@ -200,14 +201,6 @@ def test_rank_files_know_their_family_by_size(tmp_path):
     assert qwen.encode("e\u0301") == qwen.encode("é") and llama.encode("e\u0301") != llama.encode("é")
 
 
-@pytest.mark.parametrize("ranks, kind", [("128000", "llama3"), ("151643", "qwen")])
-def test_rank_files_cut_texts_as_the_familys_tokenizer_json_does(ranks, kind):
-    """Possessive forms, which do not overflow, in place of the original regexes."""
-    pattern = data.RANK_FILES[ranks]["pattern"].replace("$", r"\Z")  # as Rust means it
-    for text in [*hostile(8000, 4), TEXT]:
-        assert regex.findall(pattern, text) == cut(text, kind), text
-
-
 def test_that_of_scenes_keeps_its_ids():
     tokenizer, ranks = named("scenes"), len(SCENES.read_text().splitlines())
     assert tokenizer.control("<|end|><|user|><|assistant|>") == [ranks, ranks + 1, ranks + 2]
@@ -285,9 +278,7 @@ def test_a_chat_of_vicuna_has_the_ids_of_its_text_as_a_whole(kind):
     turns = [("user", ["hello there"]), ("assistant", [answers[0]]), ("user", [" is there any ring?"])]
     turns += [("assistant", [answers[1]]), ("user", ["x</s>"]), ("assistant", [answers[2]])]
     text = f"{VICUNA} USER: hello there ASSISTANT: {answers[0]}</s>USER: "
-    text += (
-        " is" if kind == "llama2" else "is"
-    )  # Metaspace adds none to a space
+    text += " is" if kind == "llama2" else "is"  # Metaspace adds none to a space
     text += f" there any ring? ASSISTANT: {answers[1]}</s>"
     assert labels(turns[:4], tokenizer)[0] == tokenizer.start + in_one(text)
     ids, kept = labels(turns, tokenizer)
@@ -354,9 +345,7 @@ def test_what_does_not_work_is_refused_in_one_sentence(tmp_path, what):
 
 
 SENTENCEPIECE_MODEL = b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02\n\x08\xe2\x96\x81the"
-CONVERT = (
-    r"pip install transformers sentencepiece protobuf.*AutoTokenizer.from_pretrained\('.*'\).save_pre"
-)
+CONVERT = r"pip install transformers sentencepiece protobuf.*AutoTokenizer.from_pretrained\('.*'\).save_pre"
 BROKEN = {
     "nothing": ({}, "no tokenizer.json.* and 0 rank files"),
     "two": ({"a.tiktoken": b"YQ== 0\n", "b.tiktoken": b"YQ== 0\n"}, "and 2 rank files"),
@@ -450,8 +439,34 @@ def test_golden_ids_and_chats_of_the_real_vocabularies(kind):
 def test_llama3_special_tokens_are_those_of_its_own_code():
     tree = ast.parse(packaged("llama-models", "llama_models/llama3/tokenizer.py").read_text())
     assigned = [node.value for node in ast.walk(tree) if isinstance(node, ast.Assign)]
-    lists = [ast.literal_eval(value) for value in assigned if isinstance(value, ast.List)]
-    (names,) = [names for names in lists if "<|begin_of_text|>" in names]
+    lists = [value for value in assigned if isinstance(value, ast.List)]
+    names = next(names for names in map(ast.literal_eval, lists) if "<|begin_of_text|>" in names)
     others = [f"<|reserved_special_token_{2 + n}|>" for n in range(256 - len(names))]
     tokenizer = data.Tokenizer.from_pretrained(packaged(*RANKS["llama3"]))
     assert tokenizer.control("".join(names + others)) == list(range(128_000, 128_256))
+
+
+def spelled(token: bytes) -> str:
+    return "".join(BYTES[b] for b in token)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama3", "qwen2"])
+def test_the_real_vocabularies_give_the_ids_of_hugging_face(kind):
+    """Our regexes are possessive, so that they do not overflow; its merges are all pairs that make a token."""
+    ranks, merges = data.read_ranks(packaged(*RANKS[kind])), []
+    for token in sorted(ranks, key=ranks.get):
+        pairs = [(token[:n], token[n:]) for n in range(1, len(token))]
+        pairs = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
+        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [(spelled(first), spelled(second)) for first, second in pairs]
+    vocab = {spelled(token): rank for token, rank in ranks.items()}
+    bpe = tokenizers.models.BPE(vocab, merges, ignore_merges=kind == "llama3")
+    theirs, pre = tokenizers.Tokenizer(bpe), tokenizers.pre_tokenizers
+    split = pre.Split(tokenizers.Regex(LLAMA3 if kind == "llama3" else QWEN), "isolated")
+    theirs.pre_tokenizer = pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+    if kind == "qwen2":
+        theirs.normalizer = tokenizers.normalizers.NFC()
+    tokenizer = data.Tokenizer.from_pretrained(packaged(*RANKS[kind]))
+    for text in hostile(4000, 4) + [case["text"] for case in VECTORS["strings"][kind]]:
+        assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text

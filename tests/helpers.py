@@ -31,19 +31,23 @@ def small_config(**changes) -> model.ModelConfig:
     return model.dataclasses.replace(cfg, **changes)
 
 
+def enlarge(vlm: model.VLM) -> model.VLM:
+    """With matrices so large that outputs vary."""
+    for p in vlm.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    return vlm
+
+
 def tiny_vlm(tied: bool = False, seed: int = 0, context: int = 2048) -> model.VLM:
-    """4x4 patches, 4 + 4 visual tokens of which the fast mode keeps 3; weights so large that outputs vary."""
+    """4x4 patches, 4 + 4 visual tokens of which the fast mode keeps 3."""
     torch.manual_seed(seed)
-    vlm = model.VLM(model.ModelConfig(
+    return enlarge(model.VLM(model.ModelConfig(
         vit=model.ViTConfig(image_size=32, patch_size=8, width=16, layers=2, heads=2, mlp_width=32),
         connector=model.ConnectorConfig("chain", [1, 2], 16, 2, windows=[4, 2], queries=[4, 1]),
         decoder=model.DecoderConfig(TOKENIZER.vocab_size, 32, 2, 4, 2, 8, 48, tied=tied, context=context),
         prune=model.PruneConfig(keep=3, isolator=2),
-    ))  # fmt: skip
-    for p in vlm.parameters():
-        if p.ndim > 1:
-            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
-    return vlm.eval()
+    ))).eval()  # fmt: skip
 
 
 def samples_of(records: list[data.Record], cfg: model.ModelConfig) -> list[tuple]:

@@ -1,10 +1,8 @@
 """Broken records and pictures: skipped, counted, the same for any workers and ranks; runs go on."""
 
-import io
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -20,7 +18,6 @@ from helpers import (
     turns,
     write,
 )
-from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
@@ -169,43 +166,10 @@ def test_validation_and_answers_on_broken_data(tmp_path, small_halves, capsys):
         train_sft.main([*flags, "--val_data", str(bad), "--out", str(tmp_path / "b")])
 
 
-# --- Twenty thousand records
-def large_set(folder: Path, n: int = 20_000) -> Path:
-    """A hundredth is broken, a fiftieth in a folder that is missing, a tenth has no picture."""
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).save(buffer, "JPEG", quality=50)
-    full, records = buffer.getvalue(), []
-    (folder / "images").mkdir(parents=True)
-    for i in range(n):
-        answer = "It is " + "very " * (i % 7) + "good."
-        name = f"{'ocr' if i % 50 == 9 else 'images'}/{i}.jpg"
-        if i % 10 == 0:
-            records.append(chat(None, "What now?", answer))
-            continue
-        if i % 50 != 9:
-            (folder / name).write_bytes(full[: len(full) // 2] if i % 100 == 17 else full)
-        records.append(chat(name, "<image>\nWhat is it?", answer))
-    return write(folder / "train.json", records)
-
-
-@pytest.mark.slow
-def test_twenty_thousand_records_with_holes_train_to_the_end(tmp_path, small_halves, capsys):
-    path, out = large_set(tmp_path), tmp_path / "run"
-    flags = "--workers 2 --log_every 20 --dtype float32 --train connector --rows 64 --steps 80".split()
-    train_sft.main([*small_halves, "--data", str(path), "--out", str(out), *flags])
-    lines = log_of(out)
-    samples = sum(line["samples_per_s"] * line["seconds"] for line in lines if "samples_per_s" in line)
-    printed = capsys.readouterr().out
-    assert samples > 20_000 and 0.025 < lines[-1]["skipped"] / samples < 0.04 and lines[-1]["loss"] > 0
-    begin = f"skipped {lines[-1]['skipped']} records"
-    (last,) = [line for line in printed.splitlines() if line.startswith(begin)]
-    assert "image missing" in last and "image broken" in last and "/ocr/" in printed
-
-
 @pytest.mark.slow
 def test_memory_of_workers_stays_flat_over_an_epoch(tmp_path):
-    plan = small_plan(large_set(tmp_path), range(100), choose_mode=lambda n: "pruned", rows=64)
+    """Of 20,000 records, of which every fifth is broken or has no picture."""
+    plan = small_plan(broken_set(tmp_path, 20_000), range(100), choose_mode=lambda n: "pruned", rows=64)
     planner = DataLoader(plan, None, num_workers=1)
     batches = iter(DataLoader(data.Stream(plan), None, sampler=planner, num_workers=2))
 
@@ -221,5 +185,5 @@ def test_memory_of_workers_stays_flat_over_an_epoch(tmp_path):
             before = held()
         if step == 85:  # later batches come from workers that may have ended
             after, epoch = held(), samples
-    print(f"workers held {before} and {after} kB")
-    assert epoch > 20_000 and all(b < a + 8_000 for a, b in zip(before, after))
+    print(f"workers held {before} and {after} kB, {epoch} samples")
+    assert epoch > 17_000 and all(b < a + 8_000 for a, b in zip(before, after))

@@ -1,7 +1,6 @@
 """The two backbones: against numbers of transformers, loading, saving, positions, documents, the cache."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -156,24 +155,22 @@ def keys_left_out(config, weights):
 
 
 @pytest.mark.parametrize(
-    "name, change",
+    "change, names",
     [
-        *[(name, with_prefix) for name in VITS if name != "clip-full"],
-        ("siglip-vision", with_text_half),
-        ("siglip-vision", without_head),
-        ("aimv2-vision", without_head),
-        ("aimv2-vision", as_apple_has_it),
-        ("dinov2-vision", without_head),
-        *[(name, older_rope) for name in DECODERS],
-        ("llama3-rope", newer_key_in_older_rope),
-        *[(name, rope_buffers) for name in DECODERS],
-        ("llama3-rope", tied_with_a_head),
-        ("qwen2", tied_with_a_head),
-        *[(name, keys_left_out) for name in [*VITS, *DECODERS]],
+        (with_prefix, [name for name in VITS if name != "clip-full"]),
+        (with_text_half, ["siglip-vision"]),
+        (without_head, ["siglip-vision", "aimv2-vision", "dinov2-vision"]),
+        (as_apple_has_it, ["aimv2-vision"]),
+        (older_rope, DECODERS),
+        (newer_key_in_older_rope, ["llama3-rope"]),
+        (rope_buffers, DECODERS),
+        (tied_with_a_head, ["llama3-rope", "qwen2"]),
+        (keys_left_out, [*VITS, *DECODERS]),
     ],
 )
-def test_other_layouts(name, change, tmp_path):
-    check_half(rewritten(tmp_path, name, change), name)
+def test_other_layouts(change, names, tmp_path):
+    for name in names:
+        check_half(rewritten(tmp_path, name, change), name)
 
 
 LEFT_OUT = {  # transformers' defaults
@@ -266,27 +263,23 @@ def test_broken_checkpoints_are_named(name, tensor, tmp_path):
             load_half(tmp_path, name)
 
 
-@pytest.mark.parametrize(
-    "name, change, word",
-    [
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0}}, "'yarn'"),
-        ("qwen2", {"rope_parameters": {"type": "linear", "factor": 2.0}}, "'linear'"),  # the older key
-        ("qwen2", {"use_sliding_window": True}, "sliding window"),
-        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
-        ("llama", {"mlp_bias": True}, "mlp_bias"),
-        ("llama", {"hidden_act": "gelu"}, "gate"),
-        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
-        ("llama", {"partial_rotary_factor": 0.5}, "partial rotation"),
-        ("llama", {"hidden_size": None}, "'hidden_size' is missing"),
-        ("llama", {"attention_bias": True}, "q_proj.bias' is missing"),  # says so, and has none
-        ("clip-vision", {"hidden_act": "relu"}, "'relu'"),
-        ("aimv2-vision", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),  # its gate is silu, whatever is said
-        ("aimv2-vision", {"is_native": True}, "is_native"),
-        ("dinov2-vision", {"use_swiglu_ffn": True}, "use_swiglu_ffn"),
-        ("siglip-vision", {"model_type": "siglip2_vision_model"}, "take a fixed-resolution SigLIP2"),
-        ("siglip-vision", {"model_type": "siglip2"}, "take a fixed-resolution SigLIP2"),
-    ],
-)
+@pytest.mark.parametrize("name, change, word", [
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0}}, "'yarn'"),
+    ("qwen2", {"rope_parameters": {"type": "linear", "factor": 2.0}}, "'linear'"),  # the older key
+    ("qwen2", {"use_sliding_window": True}, "sliding window"),
+    ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
+    ("llama", {"mlp_bias": True}, "mlp_bias"), ("llama", {"hidden_act": "gelu"}, "gate"),
+    ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial rotation"),
+    ("llama", {"hidden_size": None}, "'hidden_size' is missing"),
+    ("llama", {"attention_bias": True}, "q_proj.bias' is missing"),  # says so, and has none
+    ("clip-vision", {"hidden_act": "relu"}, "'relu'"),
+    ("aimv2-vision", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),  # its gate is silu, whatever is said
+    ("aimv2-vision", {"is_native": True}, "is_native"),
+    ("dinov2-vision", {"use_swiglu_ffn": True}, "use_swiglu_ffn"),
+    ("siglip-vision", {"model_type": "siglip2_vision_model"}, "take a fixed-resolution SigLIP2"),
+    ("siglip-vision", {"model_type": "siglip2"}, "take a fixed-resolution SigLIP2"),
+])  # fmt: skip
 def test_what_we_do_not_have_is_named(name, change, word, tmp_path):
     with pytest.raises(UserError, match=word) as error:
         load_half(rewritten(tmp_path, name, lambda config, weights: config.update(change)), name)
@@ -294,45 +287,7 @@ def test_what_we_do_not_have_is_named(name, change, word, tmp_path):
 
 
 # --- Llama 3's rope
-def llama3_frequencies(cfg: DecoderConfig) -> list[float]:
-    """The piecewise rule over wavelengths, as Llama 3's release has it; ours is one line over turns."""
-    out = []
-    for i in range(cfg.head_dim // 2):
-        f = cfg.rope_theta ** (-2 * i / cfg.head_dim)
-        wave = 2 * math.pi / f
-        if wave < cfg.rope_length / cfg.rope_high:
-            out.append(f)
-        elif wave > cfg.rope_length / cfg.rope_low:
-            out.append(f / cfg.rope_factor)
-        else:
-            s = (cfg.rope_length / wave - cfg.rope_low) / (cfg.rope_high - cfg.rope_low)
-            out.append((1 - s) * f / cfg.rope_factor + s * f)
-    return out
-
-
 LLAMA_3_2_1B = DecoderConfig(head_dim=64, rope_theta=5e5, rope_factor=32.0, rope_length=8192)
-
-
-@pytest.mark.parametrize(
-    "cfg, kept, divided",
-    [
-        (LLAMA_3_2_1B, 15, 14),  # and 3 between
-        (DecoderConfig(head_dim=128, rope_theta=5e5, rope_factor=8.0), 29, 29),  # Llama-3.1-8B
-        (DecoderConfig(head_dim=8, rope_theta=5e5, rope_factor=8.0, rope_length=32), 1, 3),  # the fixture
-        (DecoderConfig(head_dim=64, rope_theta=1e4), 32, 0),  # without stretching
-    ],
-)
-def test_llama3_rope_is_the_piecewise_rule(cfg, kept, divided):
-    cos, sin = model.rope_tables(torch.tensor([[1]]), cfg)  # at position 1 the angle is the frequency
-    frequency = torch.atan2(sin, cos)[0, 0, 0]
-    expected, n = torch.tensor(llama3_frequencies(cfg), dtype=torch.float64), cfg.head_dim // 2
-    assert_close(frequency[:n].double(), expected, rtol=2e-6, atol=0)
-    assert torch.equal(frequency[:n], frequency[n:])
-    plain = cfg.rope_theta ** (-2 * torch.arange(n, dtype=torch.float64) / cfg.head_dim)
-    ratio = expected / plain
-    assert [(ratio > 1 - 1e-9).sum(), (ratio < (1 + 1e-9) / cfg.rope_factor).sum() * (divided > 0)] == [
-        kept, divided,
-    ]  # fmt: skip
 
 
 def test_llama3_rope_reference_numbers():
@@ -360,7 +315,7 @@ def bicubic(old: int, new: int, align_corners: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", VITS)
 @pytest.mark.parametrize("align_corners", [False, True])
-@pytest.mark.parametrize("side", [3, 6, 8, 24, 27, 32, 40, 48])  # the last: 336, 378, 448, 560, 672 px / 14
+@pytest.mark.parametrize("side", [3, 8, 24, 27])  # the last: 336, 378 px / 14
 def test_positions_are_resized_bicubically(side, align_corners, name):
     vit = ViT.from_pretrained(HF / name)
     vit.cfg.align_corners = align_corners

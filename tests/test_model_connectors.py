@@ -137,17 +137,6 @@ def test_c_abstractor_has_honeybees_parameters(
     assert (c.positions.numel(), count(c)) == (positions, total)
 
 
-@pytest.mark.parametrize(
-    "width, inner, n", [(1024, 1024, 2_638_080), (1280, 1024, 4_344_128), (1280, 1280, None)]
-)
-def test_one_block_has_honeybees_parameters(width, inner, n):
-    with torch.device("meta"):
-        block = model.ConvBlock(width, inner)
-    i, o, r = width, inner, round(width / 4)
-    formula = (i * o + 2 * o) + (9 * o + 2 * o) + (2 * o * r + r + o) + (o * o + 2 * o)
-    assert count(block) == formula + (i != o) * (i * o + 2 * o) and n in (None, count(block))
-
-
 def block_by_the_text(p: dict[str, Tensor], x: Tensor) -> Tensor:
     """RegNet's bottleneck from its description: no convolution, norm or activation of torch's is used."""
 

@@ -1,28 +1,24 @@
 """LoRA: counts, step 0, gradients, merging, saving, and runs that train adapters."""
 
+import helpers
 import pytest
 import torch
+from helpers import TOKENIZER, small_batch, weights_of
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-import data
 import model
 import train_pretrain
 import train_sft
 from model import Decoder, DecoderConfig, LoraConfig, UserError
 from tools import export
 
-TOKENIZER = data.Tokenizer.from_pretrained(model.ASSETS / "scenes.tiktoken")
-SMALL = "--batch_size 8 --row_length 128 --workers 0 --dtype float32 --device cpu --muon_lr 0".split()
+SMALL = [*helpers.SMALL, "--muon_lr", "0"]
 
 
 def small_config(rank: int = 4) -> model.ModelConfig:
-    return model.ModelConfig(
-        vit=model.ViTConfig(image_size=32, width=32, layers=2, heads=2, mlp_width=64),
-        connector=model.ConnectorConfig(levels=[1, 2], width=32, heads=2, windows=[4, 2], queries=[4, 1]),
-        decoder=DecoderConfig(TOKENIZER.vocab_size, 32, 2, 2, 1, 16, 64, qkv_bias=True),
-        lora=LoraConfig(rank, 8.0),
-    )
+    decoder = DecoderConfig(TOKENIZER.vocab_size, 32, 2, 2, 1, 16, 64, qkv_bias=True)
+    return helpers.small_config(decoder=decoder, lora=LoraConfig(rank, 8.0))
 
 
 def small_vlm(rank: int = 4, trained: bool = False) -> model.VLM:
@@ -34,12 +30,6 @@ def small_vlm(rank: int = 4, trained: bool = False) -> model.VLM:
             if trained and ".lora_" in name:
                 p.copy_(torch.randn_like(p) * 0.3)
     return vlm
-
-
-def small_batch(vlm: model.VLM) -> data.Batch:
-    records = [data.Scenes("chat")[i] for i in range(2)]
-    samples = [(data.pieces_of(r, TOKENIZER), data.load_images(r.images, vlm.cfg)) for r in records]
-    return data.make_batch(samples, ["full", "full"], vlm.cfg, 128, 512)
 
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -81,15 +71,11 @@ def test_adapters_stand_beside_the_seven_matrices_of_every_block():
 
 # --- Values
 @torch.no_grad()
-def test_step_0_is_the_base_model():
+def test_step_0_is_the_base_model_and_an_adapter_adds_alpha_over_rank_times_b_a():
     with_adapters, base = small_vlm(), small_vlm(0)
     base.load_state_dict({k: v for k, v in with_adapters.state_dict().items() if ".lora_" not in k})
     assert torch.equal(with_adapters.decoder(IDS), base.decoder(IDS))
     assert all(p.any() for name, p in with_adapters.named_parameters() if name.endswith("lora_a"))
-
-
-@torch.no_grad()
-def test_an_adapter_adds_alpha_over_rank_times_b_a():
     base = torch.nn.Linear(6, 5)
     lora = model.LoraLinear(base, LoraConfig(4, 8.0))
     lora.lora_b.normal_()
@@ -101,7 +87,7 @@ def test_an_adapter_adds_alpha_over_rank_times_b_a():
 def test_only_what_is_named_has_gradients():
     vlm = small_vlm(trained=True)
     vlm.set_trainable(["connector", "lora"], isolator=False)
-    logits, _, _ = vlm(small_batch(vlm))
+    logits, _, _ = vlm(small_batch([("chat", "full")] * 2, vlm.cfg))
     (logits * torch.randn_like(logits)).sum().backward()
     for name, p in vlm.named_parameters():
         trains = name.startswith("connector.") or ".lora_" in name
@@ -114,7 +100,7 @@ def test_only_what_is_named_has_gradients():
 
 
 @torch.no_grad()
-def test_merged_weights_are_the_same_model(tmp_path):
+def test_adapters_are_saved_and_merged_weights_are_the_same_model(tmp_path):
     vlm = small_vlm(trained=True)
     base = Decoder(vlm.cfg.decoder)
     weights = model.merged(vlm.decoder)
@@ -129,13 +115,8 @@ def test_merged_weights_are_the_same_model(tmp_path):
     export.save_decoder(vlm.decoder, tmp_path)  # what leaves for Hugging Face is merged
     assert not any("lora" in name for name in load_file(tmp_path / "model.safetensors"))
     assert_close(Decoder.from_pretrained(tmp_path)(IDS), expected, rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-def test_adapters_are_saved_and_loaded(tmp_path):
-    vlm = small_vlm(trained=True)
-    vlm.save_pretrained(tmp_path)
-    again = model.VLM.from_pretrained(tmp_path)
+    vlm.save_pretrained(tmp_path / "run")
+    again = model.VLM.from_pretrained(tmp_path / "run")
     assert again.cfg == vlm.cfg and again.state_dict().keys() == vlm.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), vlm.parameters()))
     assert torch.equal(again.decoder(IDS), vlm.decoder(IDS))
@@ -167,10 +148,6 @@ def test_training_adapters_that_are_not_there_is_refused(tmp_path, small_halves)
 
 
 # --- Runs
-def weights_of(run) -> dict[str, torch.Tensor]:
-    return load_file(model.find_step(run) / "model.safetensors")
-
-
 def changed(before: dict, after: dict) -> set[str]:
     return {name for name in before if not torch.equal(before[name], after[name])}
 

@@ -37,21 +37,13 @@ def vit_size(c: ViTConfig) -> int:
 
 
 BUILDS = {  # weights of the encoder and the decoder; of MM1's decoders those outside the embeddings
-    "clip-smollm2-360m": (303_179_776, 361_821_120),
-    "siglip2-qwen2.5-0.5b": (85_843_200, 494_032_768),
-    "siglip2-qwen2.5-1.5b": (85_843_200, 1_543_714_304),
-    "llava-1.5": (303_507_456, 7_615_616_512),
-    "llava-next": (303_507_456, 8_030_261_248),
-    "llava-1.5-vicuna": (303_507_456, 6_738_415_616),
-    "cos-7b": (303_179_776, 6_738_415_616),
-    "cos-8b": (303_179_776, 8_030_261_248),
-    "1.2b": (303_507_456, 1.233e9),
-    "3b": (631_371_520, 2.855e9),
-    "7b": (631_371_520, 6.476e9),
-    "30b": (631_371_520, 29.7e9),
-    "3b-moe": (631_371_520, 63.1e9),
-    "7b-moe": (631_371_520, 40.0e9),
-}
+    "clip-smollm2-360m": (303_179_776, 361_821_120), "siglip2-qwen2.5-0.5b": (85_843_200, 494_032_768),
+    "siglip2-qwen2.5-1.5b": (85_843_200, 1_543_714_304), "llava-1.5": (303_507_456, 7_615_616_512),
+    "llava-next": (303_507_456, 8_030_261_248), "llava-1.5-vicuna": (303_507_456, 6_738_415_616),
+    "cos-7b": (303_179_776, 6_738_415_616), "cos-8b": (303_179_776, 8_030_261_248),
+    "1.2b": (303_507_456, 1.233e9), "3b": (631_371_520, 2.855e9), "7b": (631_371_520, 6.476e9),
+    "30b": (631_371_520, 29.7e9), "3b-moe": (631_371_520, 63.1e9), "7b-moe": (631_371_520, 40.0e9),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -125,7 +117,7 @@ def test_a_preset_has_the_shapes_of_the_checkpoints_it_names(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_recipes_are_flags_of_their_stage(name):
+def test_recipes_are_flags_of_their_stage_and_complete(name):
     preset = model.preset(name)
     assert preset["source"] and preset["ours"]
     stages = {"pretrain": PretrainConfig, "pretrain_b": PretrainConfig, "sft": SftConfig}
@@ -144,10 +136,6 @@ def test_recipes_are_flags_of_their_stage(name):
         vlm.set_trainable(model.trainable_parts(cfg.train), isolator=True)
         later_cfg = model.at_resolution(vlm.cfg, cfg.resolution).check()
         assert data.square_tokens(later_cfg) < cfg.row_limit
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_scaling_steps_of_presets_work(name):
     preset = model.preset(name)
     if "scale" in preset:
         cfg = model.scaled_config(preset["model"], preset["scale"])
@@ -157,6 +145,16 @@ def test_scaling_steps_of_presets_work(name):
         assert cfg.visual_tokens() < row_limit
     else:
         assert preset["model"].connector.kind != "chain" and "pretrain_b" not in preset
+    # Every field of the model is written out, and nothing else: defaults may change, presets do not.
+    values = model.read_json(model.PRESETS / f"{name}.json")
+    cfg = dataclasses.asdict(model.from_dict(model.ModelConfig, values["model"]))
+    assert cfg == values["model"]
+    keys = {"summary", "source", "ours", "reported", "scale", "model", "pretrain", "pretrain_b", "sft"}
+    assert {"summary", "source", "ours", "model", "pretrain", "sft"} <= values.keys() <= keys
+    for recipe in (model.preset(name).get(stage) for stage in ("pretrain", "pretrain_b", "sft")):
+        if recipe:
+            each = recipe.get("batch_size") or recipe.get("rows", train_pretrain.RunConfig.rows)
+            assert each % recipe.get("micro_steps", 1) == 0 and each % 8 == 0
 
 
 def test_presets_are_read_anew_and_their_folders_are_the_repositorys(monkeypatch, tmp_path):
@@ -168,24 +166,6 @@ def test_presets_are_read_anew_and_their_folders_are_the_repositorys(monkeypatch
     assert Path(tiny.decoder_from) == model.ASSETS / "tiny_lm"
     with pytest.raises(UserError, match="--preset 'cos-9b' is unknown: use one of .*tiny"):
         model.preset("cos-9b")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_preset_is_complete(name):
-    """Every field of the model is written out, and nothing else: defaults may change, presets do not."""
-    values = model.read_json(model.PRESETS / f"{name}.json")
-    cfg = dataclasses.asdict(model.from_dict(model.ModelConfig, values["model"]))
-    assert cfg == values["model"]
-    keys = {"summary", "source", "ours", "reported", "scale", "model", "pretrain", "pretrain_b", "sft"}
-    assert {"summary", "source", "ours", "model", "pretrain", "sft"} <= values.keys() <= keys
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_steps_of_every_recipe_divide_over_one_gpu_and_eight(name):
-    for recipe in (model.preset(name).get(stage) for stage in ("pretrain", "pretrain_b", "sft")):
-        if recipe:
-            each = recipe.get("batch_size") or recipe.get("rows", train_pretrain.RunConfig.rows)
-            assert each % recipe.get("micro_steps", 1) == 0 and each % 8 == 0
 
 
 MM1 = {"1.2b": 1.2e9, "3b": 2.9e9, "7b": 6.4e9, "30b": 30e9}  # weights without embeddings

@@ -93,12 +93,3 @@ def test_packing_and_mode_do_not_change_a_samples_logits():
     fast = vlm(data.make_batch(samples[:1], ["pruned"], vlm.cfg, 64, 250))[0]
     assert_close(teacher, fast, rtol=0, atol=1e-4)
     assert (order[packed.distill] == 0).all() and not torch.allclose(teacher, alone[0], atol=1e-2)
-
-
-@pytest.mark.parametrize("text", ["<|end|>", "a <image> of <|user|> and <|assistant|>"])
-def test_control_words_in_text_are_ordinary_text(text):
-    ids = TOKENIZER.encode(text)
-    assert max(ids) < TOKENIZER.end and TOKENIZER.decode(ids) == text
-    pieces = data.prompt_pieces(text, 1, TOKENIZER)
-    assert [piece for piece in pieces if isinstance(piece, int)] == [0]  # the picture, not the word
-    assert TOKENIZER.control("<|end|>") == [TOKENIZER.end]

@@ -30,29 +30,23 @@ def test_divprune_equals_dualspeeds(kind, keep):
     assert [prune.select("divprune", image[None], keep)[0].tolist() for image in batch] == expected
 
 
-def test_divprune_ignores_the_length_of_features():
+def test_divprune_looks_at_directions_in_fp32():
     x = features()
     kept = prune.select("divprune", x, 7)
     assert torch.equal(kept, prune.select("divprune", 4.0 * x, 7))
     assert not torch.equal(kept, prune.select("divprune", x.flip(0), 7))  # but not their direction
-
-
-def test_divprune_computes_in_fp32():
     low = features(3, 144, 24).bfloat16()
     assert torch.equal(prune.select("divprune", low, 14), prune.select("divprune", low.float(), 14))
+    # Three directions, each four times: the first of each kind, then the lowest of what is left.
+    x = torch.eye(4)[[2, 0, 2, 1, 0, 1, 2, 0, 1, 2, 0, 1]][None]  # (1, 12, 4)
+    assert prune.select("divprune", x, 3).tolist() == [[0, 1, 3]]
+    assert prune.select("divprune", x, 5).tolist() == [[0, 1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])  # exact in fp32 at a width of 16: all distances are equal
 def test_ties_go_to_the_lowest_index(value):
     kept = prune.select("divprune", torch.full((2, 20, 16), value), 7)
     assert kept.tolist() == [list(range(7))] * 2
-
-
-def test_ties_among_twins_go_to_the_first():
-    """Three directions, each four times: the first of each kind, then the lowest of what is left."""
-    x = torch.eye(4)[[2, 0, 2, 1, 0, 1, 2, 0, 1, 2, 0, 1]][None]  # (1, 12, 4)
-    assert prune.select("divprune", x, 3).tolist() == [[0, 1, 3]]
-    assert prune.select("divprune", x, 5).tolist() == [[0, 1, 2, 3, 4]]
 
 
 def test_grid_takes_the_centres_of_cells():
@@ -134,13 +128,10 @@ def test_distillation_gradient(temperature, chunk):
     assert teacher.grad is None  # the teacher does not learn
 
 
-def test_distillation_in_bf16_is_computed_in_fp32():
+def test_distillation_in_bf16_is_computed_in_fp32_and_equal_logits_cost_nothing():
     student, teacher = (VECTORS[f"s1.kd.{who}_logits"].bfloat16() for who in ("student", "teacher"))
     expected = kl_fp64(student, teacher, 1).item()
     assert prune.distillation_loss(student, teacher).item() == pytest.approx(expected, abs=1e-5)
-
-
-def test_equal_logits_cost_nothing():
     logits = VECTORS["s0.kd.teacher_logits"]
     assert abs(prune.distillation_loss(logits, logits, 2.0).item()) < 1e-6
     shifted = logits + F.one_hot(torch.tensor([3]), 37)

@@ -9,7 +9,6 @@ import data
 import model
 import train_pretrain
 import train_sft
-from model import UserError
 from train_pretrain import RunConfig
 
 SMALL = "--batch_size 8 --row_length 128 --workers 0 --log_every 1 --device cpu --compile false".split()
@@ -63,6 +62,20 @@ def test_frozen_matrices_are_halved_and_nothing_else():
     for name, p in vlm.named_parameters():
         vector = p.ndim == 1 or "position" in name
         assert p.dtype == (FULL if vector or p.requires_grad else HALF), name
+    assert {p.dtype for p in small_vlm(frozen="float32").parameters()} == {FULL}
+    assert {p.dtype for p in small_vlm(pure_bf16=True).parameters()} == {HALF}
+    vlm = small_vlm(frozen="bfloat16")
+    train_pretrain.freeze(vlm, RunConfig(frozen="float32"))  # and back
+    assert {p.dtype for p in vlm.parameters()} == {FULL}
+    vlm = small_vlm("connector,lora", rank=4, frozen="bfloat16")
+    part = vlm.decoder.layers[0].self_attn.q_proj
+    assert (part.weight.dtype, part.bias.dtype) == (HALF, FULL)
+    assert (part.lora_a.dtype, part.lora_b.dtype) == (FULL, FULL)
+    loss_of(vlm).backward()
+    assert part.lora_b.grad.dtype == FULL and part.lora_b.grad.any()
+    vlm = small_vlm("vit,connector,decoder", pure_bf16=True)
+    loss_of(vlm).backward()
+    assert {p.grad.dtype for p in vlm.parameters() if p.grad is not None} == {HALF}
 
 
 @pytest.mark.parametrize("kind", ["chain", "cabstractor"])
@@ -71,23 +84,6 @@ def test_positions_of_a_frozen_connector_stay_whole(kind):
     for name, p in vlm.connector.named_parameters():
         assert p.dtype == (FULL if p.ndim == 1 or "position" in name else HALF), name
     assert {p.dtype for p in vlm.decoder.parameters()} == {FULL}
-
-
-def test_adapters_are_whole_beside_halved_matrices():
-    vlm = small_vlm("connector,lora", rank=4, frozen="bfloat16")
-    part = vlm.decoder.layers[0].self_attn.q_proj
-    assert (part.weight.dtype, part.bias.dtype) == (HALF, FULL)
-    assert (part.lora_a.dtype, part.lora_b.dtype) == (FULL, FULL)
-    loss_of(vlm).backward()
-    assert part.lora_b.grad.dtype == FULL and part.lora_b.grad.any()
-
-
-def test_everything_is_whole_without_the_flag_and_half_with_pure_bf16():
-    assert {p.dtype for p in small_vlm(frozen="float32").parameters()} == {FULL}
-    assert {p.dtype for p in small_vlm(pure_bf16=True).parameters()} == {HALF}
-    vlm = small_vlm(frozen="bfloat16")
-    train_pretrain.freeze(vlm, RunConfig(frozen="float32"))  # and back
-    assert {p.dtype for p in vlm.parameters()} == {FULL}
 
 
 def test_the_residual_streams_stay_whole():
@@ -119,22 +115,7 @@ def test_a_step_with_halved_matrices_is_close_to_one_without():
     assert F.cosine_similarity(*gradients, dim=0) > 0.98
 
 
-def test_pure_bf16_halves_gradients():
-    vlm = small_vlm("vit,connector,decoder", pure_bf16=True)
-    loss_of(vlm).backward()
-    assert {p.grad.dtype for p in vlm.parameters() if p.grad is not None} == {HALF}
-
-
 # --- Runs
-def test_pure_bf16_needs_autocast(tmp_path, small_halves):
-    with pytest.raises(UserError, match="--pure_bf16 true needs --dtype bfloat16"):
-        flags = [*SMALL, *small_halves, *"--pure_bf16 true --dtype float32".split()]
-        train_pretrain.main([*flags, "--out", str(tmp_path / "a")])
-    with pytest.raises(UserError, match="--frozen 'half' is unknown"):
-        train_pretrain.main([*SMALL, *small_halves, "--frozen", "half", "--out", str(tmp_path / "a")])
-    assert not (tmp_path / "a").exists()
-
-
 def test_a_run_in_pure_bf16(tmp_path, small_halves):
     flags = [*SMALL, *small_halves, *"--pure_bf16 true --dtype bfloat16 --lr 3e-3".split()]
     train_pretrain.main([*flags, "--steps", "30", "--out", str(tmp_path / "a")])

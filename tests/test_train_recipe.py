@@ -7,7 +7,6 @@ import pytest
 import torch
 from helpers import SMALL, small_batch, small_config, small_run
 
-import data
 import model
 import train_pretrain
 from train_pretrain import mm1_rate
@@ -100,15 +99,6 @@ def test_z_loss_is_the_mean_squared_log_of_the_denominator():
     ce = torch.nn.functional.cross_entropy(logits, batch.student.targets)
     assert stats["z"].item() == pytest.approx(z.item(), rel=1e-5)
     assert stats["loss"].item() == pytest.approx((ce + 0.5 * z).item(), rel=1e-5)
-
-
-def test_sizes_of_a_batch():
-    """512 rows of 4096: 2,097,152 positions, at most 2,304 of 4,096 for images."""
-    preset = model.preset("3b")
-    recipe = preset["pretrain"]
-    most = train_pretrain.RunConfig.row_images * preset["model"].visual_tokens()
-    assert recipe["rows"] * recipe["row_length"] == 2_097_152 and most == 2304
-    assert recipe["rows"] * most == 1_179_648 and data.Plan.POOL >= 512
 
 
 SHAPES = [(16, 16), (8, 24), (8, 24), (24, 8), (16, 16)]

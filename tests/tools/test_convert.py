@@ -68,12 +68,7 @@ def test_broken_rows_of_a_table_are_named(tmp_path):
     rows = ["4\tx", "6\t7\tNo?\tA", "7\t6\tNo?\tA", "8\t99\tNo?\tA"]
     path = write(tmp_path / "x.tsv", "\n".join(["index\timage\tquestion\tanswer", *rows]))
     table = convert.open_table(path)
-    messages = [
-        "line 2: 2 cells, but the header names 4",
-        "refers back",
-        "refers back",
-        "index 99, which no row has",
-    ]
+    messages = ["line 2: 2 cells, but the header names 4", *["refers back"] * 2, "index 99, which no row has"]
     for i, words in enumerate(messages):
         with pytest.raises(data.BadRecord, match=f"x.tsv line .: .*{words}|{words}"):
             table.raw(i)
@@ -87,7 +82,7 @@ def test_quotes_of_a_table_are_read_as_the_csv_module_reads_them(tmp_path):
     table = convert.open_table(write(tmp_path / "x.tsv", "\n".join(rows)))
     assert [table.raw(i)[0]["question"] for i in range(4)] == ['A 5" pipe?', "B?", "C\nD?", "E?"]
     rng = random.Random(0)
-    for n in range(200):
+    for n in range(100):
         cells = [["".join(rng.choices('ab"\n,', k=rng.randrange(6))) for _ in "xyz"] for _ in range(9)]
         buffer = io.StringIO(newline="")
         csv.writer(buffer, delimiter="\t", lineterminator="\n").writerows([["x", "y", "z"], *cells])
@@ -103,23 +98,19 @@ def test_parquet_of_the_hub(tmp_path, capsys):
         return {"bytes": picture(colour), "path": "x.png"}
 
     pair = {"user": " Which colour? ", "assistant": "Red.", "source": "s"}
+    rows = [{"id": f"{n}", "image": image("red"), **chat(None, "<image>\nQ?", f"{n}.")} for n in range(5)]
     tables = {
-        "next": [
-            {"id": str(n), "image": image("red"), **chat(None, "<image>\nQ?", f"{n}.")} for n in range(5)
-        ],
+        "next": rows,
         "cauldron": [{"images": [image("red"), image("blue")], "texts": [pair, pair | {"user": "And?"}]}] * 3,
         "obelics": [{"images": [None, "http://x.org/p/a.png"], "texts": ["One.", None], "metadata": "[]"}],
         "caption": [{"image": image("green"), "caption": "green"}],
     }
     tables["next"][4] = {"id": "4", "image": None, **chat(None, "Q?", "4.")}
     answer = ("assistant", ["Red."])
+    both = [("user", [0, 1, "Which colour?"]), answer, ("user", ["And?"]), answer]
     expected = {
         "next": ("chat", [("user", [0, "Q?"]), ("assistant", ["0."])], ["red"]),
-        "cauldron": (
-            "chat",
-            [("user", [0, 1, "Which colour?"]), answer, ("user", ["And?"]), answer],
-            ["red", "blue"],
-        ),
+        "cauldron": ("chat", both, ["red", "blue"]),
         "obelics": ("interleaved", ["One.", 0], ["blue"]),
         "caption": ("caption", [0, "green"], ["green"]),
     }

@@ -27,13 +27,11 @@ SENTENCEPIECE = ("llama2", "metaspace", "gemma", "phi3")
 CONTROL = {
     "llama3": "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split(),
     "qwen": "<|endoftext|> <|im_start|> <|im_end|>".split(),
-    "smollm2": "<|endoftext|> <|im_start|> <|im_end|>".split(),
-    "gpt2": ["<|endoftext|>"],
-    "llama2": ["<unk>", "<s>", "</s>"],
-    "metaspace": ["<unk>", "<s>", "</s>"],
+    "smollm2": "<|endoftext|> <|im_start|> <|im_end|>".split(), "gpt2": ["<|endoftext|>"],
+    "llama2": ["<unk>", "<s>", "</s>"], "metaspace": ["<unk>", "<s>", "</s>"],
     "gemma": "<pad> <eos> <bos> <unk> <start_of_turn> <end_of_turn>".split(),
     "phi3": "<unk> <s> </s> <|endoftext|> <|assistant|> <|system|> <|end|> <|user|>".split(),
-}
+}  # fmt: skip
 
 TEXT = (
     "the hello there, hello we'll see 12 1234 red rings; it's the cat's   café é 日本 日本 hello\n\n  x\r\n"

@@ -68,7 +68,7 @@ def test_ranks_share_what_one_process_reads_although_records_are_broken(tmp_path
         assert sorted(skipped) == sorted(batch.plan.skipped)  # each is told by one rank alone
 
 
-def test_a_broken_picture_keeps_its_room_and_teaches_nothing(tmp_path):
+def test_a_broken_picture_keeps_its_room_and_a_source_of_broken_records_stops_the_run(tmp_path):
     write(tmp_path / "half.jpg", half_jpeg())
     path = write(tmp_path / "x.json", [chat("half.jpg")])
     for cut in ("", "split"):
@@ -81,9 +81,6 @@ def test_a_broken_picture_keeps_its_room_and_teaches_nothing(tmp_path):
     taken = [(batch.student.doc_ids == n).sum().item() for n in range(batch.student.doc_ids.max() + 1)]
     assert taken == [chunk.length for row in planned.rows for chunk in row]  # the room that was planned
     assert TOKENIZER.decode(batch.student.targets.tolist()).split() == ["Text."] * taken.count(min(taken))
-
-
-def test_a_source_of_broken_records_alone_stops_the_run(tmp_path):
     write(tmp_path / "x.json", [chat("gone.png")] * 3)
     for batch_size in (0, 4):
         (error,) = draw(plan_of(tmp_path / "x.json", batch_size, range(1)))

@@ -1,6 +1,5 @@
 """Packed rows: full, static, without leaks, the same for every number of workers and ranks, and resumable."""
 
-import hashlib
 from collections import Counter
 
 import numpy as np
@@ -184,20 +183,6 @@ def test_rows_hold_one_kind_and_no_more_images_than_allowed(recwarn):
     assert not [w for w in recwarn if "divide" in str(w.message)]
 
 
-def test_kinds_are_drawn_by_weight_and_always_in_the_same_order():
-    """MM1's 45 / 45 / 10 over 100,000 rows, within three standard deviations."""
-
-    def drawn(seed: int) -> bytes:
-        order = data.SampleOrder([1, 1, 1], [0.45, 0.45, 0.1], seed)
-        return bytes(order.source(n) for n in range(100_000))
-
-    kinds = drawn(0)
-    for kind, share in enumerate((0.45, 0.45, 0.1)):
-        assert abs(kinds.count(kind) / 1e5 - share) < 3 * (share * (1 - share) / 1e5) ** 0.5
-    assert hashlib.sha256(kinds).hexdigest() == hashlib.sha256(drawn(0)).hexdigest() and drawn(1) != kinds
-    assert kinds[:9].hex() == "010000000102010101"  # of NumPy's generator: the same on every machine
-
-
 def test_long_documents_go_on_in_the_next_part_and_lose_nothing():
     def text(pieces: list) -> list[int]:
         return [i for ids, _ in data.texts_of(pieces) for i in ids]
@@ -358,19 +343,7 @@ def test_the_document_kernel_agrees_with_the_mask():
         torch.testing.assert_close(kernel.float(), masked.float(), rtol=2e-2, atol=2e-2)
 
 
-def test_a_sample_without_room_for_its_answer_is_left_out_and_counted():
-    plan = mm1_plan(range(1), kinds=[("chat", 1.0)], row_length=15, rows=2)
-    planned = next(iter(plan))
-    places = [plan.place(0, n) for n in range(plan.POOL)]
-    assert 0 < sum(not plan.read(place)[1] for place in places) <= len(planned.skipped)
-    assert {why for why, _ in planned.skipped} == {"no answer within the limit"}
-    assert "no answer is left within 15 positions" in planned.skipped[0][1]
-    assert all(plan.usable(place, []) for place in places)  # another record takes the place
-    with pytest.raises(model.UserError, match="raise --row_limit"):
-        mm1_plan(row_length=8)
-
-
-def test_pictures_must_fit_into_a_row(tmp_path, small_halves):
+def test_samples_pictures_and_teachers_must_fit_into_a_row(tmp_path, small_halves):
     cfg = small_config()
     cfg.image.cut = "split"  # five tiles of 8 tokens
     with pytest.raises(model.UserError, match="raise --row_images"):
@@ -381,10 +354,16 @@ def test_pictures_must_fit_into_a_row(tmp_path, small_halves):
     with pytest.raises(model.UserError, match="5 tiles, a row takes 4"):
         train_pretrain.main([*flags, "--out", str(tmp_path / "a")])
     assert not (tmp_path / "a").exists()
-
-
-def test_teachers_longer_than_their_students_fit_too():
-    """Keeping all tokens behind an isolator takes more positions than not pruning at all."""
+    plan = mm1_plan(range(1), kinds=[("chat", 1.0)], row_length=15, rows=2)
+    planned = next(iter(plan))
+    places = [plan.place(0, n) for n in range(plan.POOL)]
+    assert 0 < sum(not plan.read(place)[1] for place in places) <= len(planned.skipped)
+    assert {why for why, _ in planned.skipped} == {"no answer within the limit"}
+    assert "no answer is left within 15 positions" in planned.skipped[0][1]
+    assert all(plan.usable(place, []) for place in places)  # another record takes the place
+    with pytest.raises(model.UserError, match="raise --row_limit"):
+        mm1_plan(row_length=8)
+    # Keeping all tokens behind an isolator takes more positions than not pruning at all.
     cfg = small_config(prune=model.PruneConfig(keep=1.0, isolator=2))
     fields = {"kinds": [("chat", 1.0)], "choose_mode": lambda n: "slow", "rows": 4, "row_length": 96}
     for batch in draw(mm1_plan(range(8), cfg=cfg, **fields)):

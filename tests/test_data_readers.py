@@ -61,7 +61,7 @@ def test_every_form_becomes_its_kind_of_record(tmp_path, suffix):
     assert caption[0].images == [tmp_path / "pictures" / "a.png"]
 
 
-def test_turns_images_and_labels_of_llava(tmp_path):
+def test_turns_documents_and_texts_of_files(tmp_path):
     turn = {"from": "system", "value": "Be brief."}
     records = [
         {"id": 1, "image": "a.png", "conversations": turns("What?\n<image>", "Red.", "Sure?", "Yes.")},
@@ -79,18 +79,12 @@ def test_turns_images_and_labels_of_llava(tmp_path):
     laid = data.lay_out(data.pieces_of(source[1], TOKENIZER), [])
     assert TOKENIZER.decode(laid.targets[laid.targets >= 0].tolist()) == "<image>"
     assert (laid.bank_rows == data.TEXT).all()
-
-
-def test_all_text_of_a_document_is_supervised_and_images_stand_at_their_place(tmp_path):
-    source = open_one(tmp_path / "x.jsonl", [DOCUMENT])
+    source = open_one(tmp_path / "d.jsonl", [DOCUMENT])
     laid = data.lay_out(data.pieces_of(source[0], TOKENIZER), [np.arange(4)] * 9)
     ids = laid.targets[laid.targets >= 0].tolist()
     assert TOKENIZER.decode(ids) == "One.\n\nTwo." and ids[-1] == TOKENIZER.end
     text = len(TOKENIZER.encode("One.\n\nTwo."))
     assert (laid.bank_rows != data.TEXT).tolist() == [True] * 4 + [False] * text + [True] * 8 + [False]
-
-
-def test_documents_of_plain_text_are_separated_by_blank_lines(tmp_path):
     content = "\ufeffEins\r\nzwei  \r\n \t\r\n\r\n\r\nDrei\r\n\r\nvier: \u2028\u00fc"
     source = open_one(tmp_path / "book.txt", content, "sft")
     assert source.kind == "text" and source.name == "book"
@@ -221,7 +215,7 @@ def test_the_index_of_a_tar_is_written_once_and_anew_if_the_tar_changes(tmp_path
     assert len(data.Table(path)) == 1 and len(scanned) == 2
 
 
-def test_tars_hold_chats_documents_and_text_too(tmp_path):
+def test_tars_hold_chats_documents_and_text_and_damaged_ones_are_named(tmp_path):
     def open_tar(name: str, members: dict) -> data.FileSource:
         return data.FileSource(write_tar(tmp_path / name, members))
 
@@ -239,9 +233,6 @@ def test_tars_hold_chats_documents_and_text_too(tmp_path):
         open_tar("fewer.tar", members)[0]
     source = open_tar("text.tar", {"0.txt": b"words", "1.txt": b"more"})
     assert source.kind == "text" and source[1].parts == ["more"]
-
-
-def test_a_compressed_or_damaged_tar_is_named_and_not_cut_short(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w:gz"):
         pass
     with pytest.raises(UserError, match="x.tar is damaged or no plain tar .*unpack a compressed one"):
@@ -373,20 +364,6 @@ def test_weights_are_kept_names_and_scenes(tmp_path):
     assert counts == pytest.approx(np.array([3, 1.5, 0, 7]) / 11.5, abs=0.015)
 
 
-def test_sources_of_any_kind_make_batches(tmp_path):
-    """Files of all four kinds through the stream that training reads."""
-    for name in ("a.png", "b/c.png", "d.png"):
-        write(tmp_path / name, picture())
-    sources = mixture(tmp_path, *({"kind": kind, "path": f"{kind}.jsonl"} for kind in EXAMPLE))
-    cfg = model.ModelConfig(vit=model.ViTConfig(image_size=64))
-    for source, _ in sources:
-        record = source[0]
-        sample = (data.pieces_of(record, TOKENIZER), data.load_images(record.images, cfg, record.name))
-        batch = data.make_batch([sample], ["full"], cfg, 512, 999)
-        slots = cfg.visual_tokens() * {"caption": 1, "interleaved": 3}.get(source.kind, 0)
-        assert int(batch.student.slot_mask.sum()) == slots and len(batch.student.targets) > 1
-
-
 TEXT = {"kind": "text", "path": "t.jsonl"}
 
 
@@ -423,16 +400,13 @@ def test_a_kind_must_fit_the_layout(tmp_path, kind, layout):
         mixture(tmp_path, entry)
 
 
-def test_files_that_are_missing_are_named_all_at_once(tmp_path):
+def test_missing_files_and_what_stage_2_takes(tmp_path):
     write(tmp_path / "t.jsonl", [{"text": "a"}])
     gone = [{"kind": "text", "path": name} for name in ("a/b.jsonl", "c.jsonl", "c.jsonl")]
     with pytest.raises(UserError) as error:
         mixture(tmp_path, gone[0], TEXT, {"kind": "text", "path": "scenes"}, *gone[1:], files=False)
     words = f"these files are missing in {tmp_path}: a/b.jsonl, c.jsonl; put them there"
     assert str(error.value) == f"{tmp_path / 'mix.json'}: {words}"
-
-
-def test_stage_2_takes_all_but_interleaved_documents(tmp_path):
     for kind, example in EXAMPLE.items():
         spec = str(write(tmp_path / f"{kind}.jsonl", [example]))
         assert data.open_sources(spec, "pretrain")
@@ -451,11 +425,9 @@ def test_stage_2_takes_all_but_interleaved_documents(tmp_path):
 # --- The shipped mixtures
 MM1 = {"interleaved": 0.45, "caption": 0.45, "text": 0.10}  # section 3 of the paper
 SHIPPED = {
-    "mm1_pretrain": ("pretrain", MM1),
-    "scenes_mm1": ("pretrain", MM1),
-    "mm1_sft": ("sft", {"chat": 1}),
+    "mm1_pretrain": ("pretrain", MM1), "scenes_mm1": ("pretrain", MM1), "mm1_sft": ("sft", {"chat": 1}),
     "llava_1.5_sft": ("sft", {"chat": 1}),
-}
+}  # fmt: skip
 
 
 def shipped(folder: Path, name: str) -> list:

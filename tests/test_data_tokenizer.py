@@ -453,7 +453,7 @@ def spelled(token: bytes) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama3", "qwen2"])
 def test_the_real_vocabularies_give_the_ids_of_hugging_face(kind):
-    """Our regexes are possessive, so that they do not overflow; its merges are all pairs that make a token."""
+    """Our regexes are possessive, so that they do not overflow."""
     ranks, merges = data.read_ranks(packaged(*RANKS[kind])), []
     for token in sorted(ranks, key=ranks.get):
         pairs = [(token[:n], token[n:]) for n in range(1, len(token))]

@@ -184,19 +184,6 @@ def test_attention_shown_is_the_softmax_of_the_last_block(window, key_positions)
 
 
 # --- Locality and symmetry (items 4 to 6)
-@pytest.mark.parametrize("row, column", [(0, 0), (6, 13), (15, 4)])
-def test_a_patch_changes_only_its_window(row, column):
-    connector = shaken(ChainOfSight(narrow()))
-    levels = levels_of(16, images=1)
-    for changed in (0, 1):  # either level alone
-        other = [x.clone() for x in levels]
-        other[changed][0, 16 * row + column] = torch.randn(8)
-        moved = (connector(other) - connector(levels)).abs().amax(-1)[0] > 1e-9  # (80,)
-        assert moved[:16].all()  # the global window sees every patch
-        window = 4 * (row // 4) + column // 4
-        assert moved[16:].nonzero()[:, 0].tolist() == list(range(4 * window, 4 * window + 4))
-
-
 @pytest.mark.parametrize("key_positions", [False, True])
 def test_order_inside_a_window(key_positions):
     connector = shaken(ChainOfSight(narrow(key_positions=key_positions)))
@@ -209,18 +196,11 @@ def test_order_inside_a_window(key_positions):
 
 
 # --- Inflation (items 7 to 12)
-@pytest.mark.parametrize("step", ["80to80", "80to1296", "80to336"])
-def test_resolution_alone_changes_nothing_on_upsampled_features(step):
-    old, new, _ = scaled(step)
-    levels = levels_of(16)
-    before, after = old(levels), new(upsampled(levels, 2))
-    kept = 80 if step == "80to80" else 16  # with new windows, the global scale that was kept
-    assert_close(after[:, :kept], before[:, :kept], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("step", ["80to1296", "80to336", "32to528", "80to1104"])
+@pytest.mark.parametrize("step", ["80to80", "80to1296", "80to336", "80to272w", "32to528", "80to1104"])
 def test_inflated_scales_repeat_their_source_on_constant_windows(step):
-    """Only there: on general features a new window sees fewer patches than its source (item 9)."""
+    """Else only scales that keep their windows do: a smaller one sees fewer patches than its source (item 9).
+    A larger resolution alone (80to80) changes nothing on upsampled features.
+    """
     old, new, _ = scaled(step)
     for scale, (source, factor) in zip(new.scales, model.SCALINGS[step][3]):
         source = old.scales[source]
@@ -249,26 +229,11 @@ def test_new_scales_own_their_weights():
     assert all(torch.equal(a, b) for a, b in zip(before, old.scales[0].parameters()))
 
 
-@pytest.mark.parametrize("key_positions", [False, True])
-def test_scaled_model_survives_a_round_trip(key_positions, tmp_path):
-    _, new, vlm = scaled("80to1296", key_positions=key_positions)
-    vlm.save_pretrained(tmp_path)
-    again = model.VLM.from_pretrained(tmp_path, dtype=None)
-    assert again.cfg == vlm.cfg and again.vit.cfg == vlm.vit.cfg == vlm.cfg.vit
-    assert again.state_dict().keys() == vlm.state_dict().keys()
-    pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
-    assert torch.equal(again.encode(pixels), vlm.encode(pixels))
-    levels = levels_of(32)
-    assert torch.equal(again.connector(levels), new(levels))
-
-
 # --- Plans by name, steps spelled out, and the switches that the paper does not have
 PLANS = {
-    "32": ([16, 4], [16, 16]),
-    "48": ([16, 4], [16, 32]),
-    "80": ([16, 4], [16, 64]),
+    "32": ([16, 4], [16, 16]), "48": ([16, 4], [16, 32]), "80": ([16, 4], [16, 64]),
     "336": ([16, 8, 2], [16, 64, 256]),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -320,9 +285,7 @@ def test_reversed_order_puts_the_fine_tokens_first():
     other = ChainOfSight(cfg)
     other.load_state_dict(connector.state_dict())
     assert torch.equal(other(levels), torch.cat([tokens[:, 16:], tokens[:, :16]], 1))
-    assert torch.equal(
-        other(levels, n_scales=1), connector(levels, n_scales=1)
-    )  # the coarse one
+    assert torch.equal(other(levels, n_scales=1), connector(levels, n_scales=1))  # the coarse one
 
 
 @pytest.mark.parametrize("init", model.SCALE_INITS)

@@ -134,7 +134,7 @@ def sparse_config(**changes) -> model.ModelConfig:
     return cfg
 
 
-def test_an_upcycled_decoder_gives_the_dense_logits():
+def test_an_upcycled_decoder_gives_the_dense_logits_and_its_backbone_is_the_dense_one():
     torch.manual_seed(0)
     dense = model.Decoder(small_config().decoder)
     ids = torch.randint(0, dense.cfg.vocab_size, (2, 40))
@@ -147,9 +147,6 @@ def test_an_upcycled_decoder_gives_the_dense_logits():
     _, losses = dense.hidden(dense.embed(ids), torch.arange(40).expand(2, -1), model.document_mask(ids * 0))
     balance, z = losses.tolist()
     assert 0.9 < balance < 1.2 and z == pytest.approx(math.log(4) ** 2, rel=0.1)
-
-
-def test_which_layers_are_sparse_and_what_the_backbone_is():
     cfg = dataclasses.replace(CFG, layers=7, expert_every=3)
     assert [i + 1 for i in range(7) if cfg.sparse(i)] == [3, 6]
     decoder = model.Decoder(cfg)

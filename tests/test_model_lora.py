@@ -57,7 +57,7 @@ def test_the_final_model_of_chain_of_sight_trains_532_million():
     assert round(trainable(vlm) / 1e6, 2) == 532.37
 
 
-def test_adapters_stand_beside_the_seven_matrices_of_every_block():
+def test_adapters_stand_beside_seven_matrices_and_only_what_is_named_has_gradients():
     vlm = small_vlm()
     names = {name for name, part in vlm.decoder.named_modules() if isinstance(part, model.LoraLinear)}
     attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -67,6 +67,18 @@ def test_adapters_stand_beside_the_seven_matrices_of_every_block():
     }
     names_before = {name for name, _ in small_vlm(0).named_parameters()}
     assert names_before == {name for name, _ in vlm.named_parameters() if ".lora_" not in name}
+    vlm = small_vlm(trained=True)
+    vlm.set_trainable(["connector", "lora"], isolator=False)
+    logits, _, _ = vlm(small_batch([("chat", "full")] * 2, vlm.cfg))
+    (logits * torch.randn_like(logits)).sum().backward()
+    for name, p in vlm.named_parameters():
+        trains = name.startswith("connector.") or ".lora_" in name
+        assert p.requires_grad == trains and (p.grad is not None) == trains, name
+        assert not trains or p.grad.abs().max() > 0, name
+    vlm.set_trainable(["decoder"], isolator=False)
+    assert {name for name, p in vlm.named_parameters() if p.requires_grad} == {
+        name for name, p in vlm.named_parameters() if name.startswith("decoder.")
+    }
 
 
 # --- Values
@@ -82,21 +94,6 @@ def test_step_0_is_the_base_model_and_an_adapter_adds_alpha_over_rank_times_b_a(
     x = torch.randn(3, 6)
     by_hand = x @ (base.weight + 8 / 4 * lora.lora_b @ lora.lora_a).T + base.bias
     assert_close(lora(x), by_hand, rtol=0, atol=1e-5)
-
-
-def test_only_what_is_named_has_gradients():
-    vlm = small_vlm(trained=True)
-    vlm.set_trainable(["connector", "lora"], isolator=False)
-    logits, _, _ = vlm(small_batch([("chat", "full")] * 2, vlm.cfg))
-    (logits * torch.randn_like(logits)).sum().backward()
-    for name, p in vlm.named_parameters():
-        trains = name.startswith("connector.") or ".lora_" in name
-        assert p.requires_grad == trains and (p.grad is not None) == trains, name
-        assert not trains or p.grad.abs().max() > 0, name
-    vlm.set_trainable(["decoder"], isolator=False)
-    assert {name for name, p in vlm.named_parameters() if p.requires_grad} == {
-        name for name, p in vlm.named_parameters() if name.startswith("decoder.")
-    }
 
 
 @torch.no_grad()

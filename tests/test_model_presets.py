@@ -202,13 +202,9 @@ def test_flags_over_recipe_over_defaults_and_the_recipe_goes_on(tmp_path, small_
     assert (recipe_of(b)["lr"], recipe_of(b)["preset"]) == (4e-3, "mine")
     train_sft.main(["--init", str(b), *FEW, "--preset", "mine", "--out", str(c)])
     assert recipe_of(c)["lr"] == 5e-3
+    with pytest.raises(model.UserError, match="--preset cannot change"):
+        train_sft.main(["--init", str(a), "--preset", "7b", *FEW, "--out", str(tmp_path / "no")])
     file.unlink()  # to go on it is not needed
     train_sft.main(["--init", str(b), *FEW, "--steps", "2", "--resume", "auto", "--out", str(c)])
     with pytest.raises(model.UserError, match="--preset 'mine' is unknown"):
         train_sft.main(["--init", str(b), *FEW, "--out", str(tmp_path / "3")])
-
-
-def test_a_run_keeps_its_preset(tmp_path, small_halves):
-    train_pretrain.main([*small_halves, *FEW, "--out", str(tmp_path / "1")])
-    with pytest.raises(model.UserError, match="--preset cannot change"):
-        train_sft.main(["--init", str(tmp_path / "1"), "--preset", "7b", *FEW, "--out", str(tmp_path / "2")])

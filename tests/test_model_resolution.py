@@ -140,7 +140,7 @@ def test_tiles_run_from_top_left_to_bottom_right_after_the_whole(cut, side):
     assert (centres[:2, :2] == COLOURS).all()
 
 
-def test_split_ignores_the_aspect_and_anyres_keeps_it_on_black():
+def test_pictures_are_split_stretched_or_padded():
     picture, cfg = quadrants(64, 48), config("split", 32)
     cfg.image.resample = Image.Resampling.NEAREST  # no overshoot at the borders
     split = data.cut_picture(picture, cfg)
@@ -153,6 +153,17 @@ def test_split_ignores_the_aspect_and_anyres_keeps_it_on_black():
     wide = data.cut_picture(quadrants(96, 32), config("anyres", 32))  # three columns, one row: no padding
     assert len(wide) == 4 and (wide[1, :, :16] == COLOURS[0, 0][:, None, None]).all()
     assert (wide[3, :, 16:] == COLOURS[1, 1][:, None, None]).all()
+    cfg = ModelConfig(vit=ViTConfig(64, 8, 32, 4, 2, 64))
+    cfg.image.cut, cfg.image.mean = "pad", [0.48145466, 0.4578275, 0.40821073]  # CLIP's: (122, 116, 104)
+    side = cfg.vit.image_size
+    for size in ((side, side // 2), (side // 2 + 1, side)):
+        picture = Image.new("RGB", size, "red")
+        views = data.cut_picture(picture, cfg)
+        expected = np.full((side, side, 3), (122, 116, 104), np.uint8)
+        left, top = (side - size[0]) // 2, (side - size[1]) // 2
+        expected[top : top + size[1], left : left + size[0]] = (255, 0, 0)
+        assert np.array_equal(views, expected.transpose(2, 0, 1)[None])
+    assert len(data.picture_slots(cfg, "full", (300, 200))) == cfg.visual_tokens()
 
 
 def test_the_size_of_a_photograph_comes_without_decoding_and_errors_name_the_file(tmp_path):
@@ -312,14 +323,6 @@ def test_every_other_connector_runs_at_another_side(kind):
     assert full.shape == (2, 36 if kind in ("linear", "mlp") else tokens, 32)
 
 
-def test_the_encoders_preprocessing_keeps_the_cut(small_halves):
-    cfg = config("split", 64, 8)
-    cfg.encoder_from = small_halves[1]
-    cfg.connector.levels = [1, 2]
-    vlm = model.VLM.build(cfg)
-    assert vlm.cfg.image == ImageConfig([0.5] * 3, [0.25] * 3, 3, "split")
-
-
 # --- Runs
 def test_a_run_is_cut_by_one_flag_and_stays_so(tmp_path, small_halves, capsys):
     """Chain-of-Sight: --resolution 64+split for stage 2 alone, then go on, evaluate, chat, all without it."""
@@ -333,6 +336,12 @@ def test_a_run_is_cut_by_one_flag_and_stays_so(tmp_path, small_halves, capsys):
         with pytest.raises(UserError, match=words):
             train_sft.main([*flags, "--resolution", wrong])
     assert not b.exists()
+    scaled = [*flags[:-1], str(tmp_path / "c"), "--scale", "32to144"]  # to 128 px, which is cut after that
+    with pytest.raises(UserError, match="this chain connector sees 128 px"):
+        train_sft.main(scaled)
+    train_sft.main([*scaled, "--resolution", "128+anyres"])
+    cfg = model.VLM.from_pretrained(tmp_path / "c").cfg
+    assert (cfg.vit.image_size, cfg.visual_tokens(), cfg.image.cut) == (128, 144, "anyres")
     train_sft.main(flags)
     vlm = model.VLM.from_pretrained(b)
     assert vlm.cfg.image.cut == "split" and vlm.newline is None
@@ -350,18 +359,6 @@ def test_a_run_is_cut_by_one_flag_and_stays_so(tmp_path, small_halves, capsys):
     evaluation.main(["--model", str(b), *tasks])
     report.main([str(b / "e"), "--out", str(tmp_path / "report.html")])
     assert "160 full" in (tmp_path / "report.html").read_text()
-
-
-def test_scaled_and_cut_at_once(tmp_path, small_halves):
-    """--scale takes the chain to 128 px, --resolution cuts after that."""
-    a, b = tmp_path / "a", tmp_path / "b"
-    train_pretrain.main([*SMALL, *small_halves, "--steps", "1", "--out", str(a)])
-    flags = [*SMALL, "--init", str(a), "--scale", "32to144", "--steps", "1", "--out", str(b)]
-    with pytest.raises(UserError, match="this chain connector sees 128 px"):
-        train_sft.main([*flags, "--resolution", "64+split"])
-    train_sft.main([*flags, "--resolution", "128+anyres"])
-    cfg = model.VLM.from_pretrained(b).cfg
-    assert (cfg.vit.image_size, cfg.visual_tokens(), cfg.image.cut) == (128, 144, "anyres")
 
 
 def test_unpad_trains_its_newline_from_pictures_of_all_shapes(tmp_path, small_halves, monkeypatch, capsys):
@@ -399,17 +396,3 @@ def test_a_new_model_starts_at_the_resolution_and_recipes_carry_it(tmp_path, sma
     assert model.VLM.from_pretrained(tmp_path / "b").cfg.image.cut == "anyres"
     train_sft.main([*one, "--init", str(tmp_path / "b"), "--resolution", "48", "--out", str(tmp_path / "c")])
     assert model.VLM.from_pretrained(tmp_path / "c").cfg.image.cut == ""  # the flag wins over the recipe
-
-
-def test_a_padded_picture_lies_in_the_middle_of_the_mean_colour():
-    cfg = ModelConfig(vit=ViTConfig(64, 8, 32, 4, 2, 64))
-    cfg.image.cut, cfg.image.mean = "pad", [0.48145466, 0.4578275, 0.40821073]  # CLIP's: (122, 116, 104)
-    side = cfg.vit.image_size
-    for size in ((side, side // 2), (side // 2 + 1, side)):
-        picture = Image.new("RGB", size, "red")
-        views = data.cut_picture(picture, cfg)
-        expected = np.full((side, side, 3), (122, 116, 104), np.uint8)
-        left, top = (side - size[0]) // 2, (side - size[1]) // 2
-        expected[top : top + size[1], left : left + size[0]] = (255, 0, 0)
-        assert np.array_equal(views, expected.transpose(2, 0, 1)[None])
-    assert len(data.picture_slots(cfg, "full", (300, 200))) == cfg.visual_tokens()

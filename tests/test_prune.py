@@ -55,10 +55,9 @@ def test_grid_takes_the_centres_of_cells():
     assert strided.tolist() == [[4, 12, 20, 28]]
 
 
-@pytest.mark.parametrize(
-    "tokens, keep, expected",
-    [(576, 0.1, 58), (576, 57, 57), (576, 1.0, 576), (80, 0.25, 20), (10, 0.01, 1), (16, 40, 16), (16, 2, 2)],
-)
+@pytest.mark.parametrize("tokens, keep, expected", [
+    (576, 0.1, 58), (576, 57, 57), (576, 1.0, 576), (80, 0.25, 20), (10, 0.01, 1), (16, 40, 16), (16, 2, 2),
+])  # fmt: skip
 def test_kept_tokens(tokens, keep, expected):
     assert prune.kept_tokens("divprune", keep, tokens) == expected
 

@@ -21,13 +21,12 @@ def inputs(images: int = 3, grid: int = 6, width: int = 16, seed: int = 0) -> tu
     g = torch.Generator().manual_seed(seed)
     tokens = grid * grid
     needs = {
-        "seeds": torch.arange(images) + 1000 * seed,
-        "grid": grid,
+        "seeds": torch.arange(images) + 1000 * seed, "grid": grid,
         "cls": torch.randn(images, 1, width, generator=g),
         "cls_attention": torch.randn(images, tokens, generator=g).softmax(1),
         "keys": torch.randn(images, 2, tokens, 4, generator=g),
         "text": torch.randn(images, 5, width, generator=g) * torch.tensor([1.0, 1, 1, 0, 0])[:, None],
-    }
+    }  # fmt: skip
     return torch.randn(images, tokens, width, generator=g), needs
 
 

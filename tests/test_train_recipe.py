@@ -17,13 +17,22 @@ LAW = {  # weights without embeddings -> peak rate
 }  # fmt: skip
 
 
-def test_the_law():
+def test_the_law_and_the_schedule():
     """Its values, and that it is a line in logarithms."""
     assert mm1_rate(1) == pytest.approx(0.57493, rel=1e-5)
     assert {size: mm1_rate(size) for size in LAW} == pytest.approx(LAW, rel=1e-4)
     for a, b in zip(LAW, [*LAW][1:]):
         slope = math.log(mm1_rate(b) / mm1_rate(a)) / math.log(b / a)
         assert slope == pytest.approx(-0.4214, rel=1e-9)
+    # MM1 at 1.2B: 200k steps, 2,000 of warm-up, cosine to a tenth.
+    cfg = train_pretrain.RunConfig(steps=200_000, warmup=0.01, final_lr=0.1)
+    peak = mm1_rate(1.2e9)
+    spots = {
+        1000: 4.2916e-5, 2000: 8.5832e-5, 51_500: 7.4519e-5, 101_000: 4.7208e-5, 150_500: 1.9896e-5,
+        200_000: 8.5832e-6,
+    }  # fmt: skip
+    for step, rate in spots.items():  # the first step is number 0 here
+        assert peak * train_pretrain.schedule(step - 1, cfg) == pytest.approx(rate, rel=1e-4)
 
 
 def test_the_law_sets_the_rate_unless_a_flag_does(tmp_path, small_halves):
@@ -33,18 +42,6 @@ def test_the_law_sets_the_rate_unless_a_flag_does(tmp_path, small_halves):
         saved = json.loads((tmp_path / out / "config.json").read_text())["train"]["lr"]
         weights = 2 * (32 * 32 * 2 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 32  # two blocks and the last norm
         assert saved == (rate or mm1_rate(weights))
-
-
-def test_the_schedule():
-    """MM1 at 1.2B: 200k steps, 2,000 of warm-up, cosine to a tenth."""
-    cfg = train_pretrain.RunConfig(steps=200_000, warmup=0.01, final_lr=0.1)
-    peak = mm1_rate(1.2e9)
-    spots = {
-        1000: 4.2916e-5, 2000: 8.5832e-5, 51_500: 7.4519e-5, 101_000: 4.7208e-5, 150_500: 1.9896e-5,
-        200_000: 8.5832e-6,
-    }  # fmt: skip
-    for step, rate in spots.items():  # the first step is number 0 here
-        assert peak * train_pretrain.schedule(step - 1, cfg) == pytest.approx(rate, rel=1e-4)
 
 
 def step_without_gradient(done: int, **flags) -> tuple[dict, dict]:
@@ -122,6 +119,8 @@ def test_muon_equals_torchs_in_its_precision():
     torch.testing.assert_close(stacked, expected, rtol=1e-2, atol=1e-3)
     exact = muon_steps(lambda groups: train_pretrain.Muon(groups, torch.float32))
     torch.testing.assert_close(exact, expected, rtol=0.05, atol=5e-3)
+    assert model.fast_dtype(torch.device("cuda")) == torch.bfloat16
+    assert model.fast_dtype(torch.device("cpu")) in (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize("shape", SHAPES[:1] + SHAPES[2:4])
@@ -133,8 +132,3 @@ def test_orthogonalised_matrices_keep_their_directions(shape):
     values = singular.diagonal(dim1=1, dim2=2)
     torch.testing.assert_close(singular, torch.diag_embed(values), rtol=0, atol=1e-9)
     assert 0.65 < values.min() and values.max() < 1.25
-
-
-def test_fast_dtype_is_measured():
-    assert model.fast_dtype(torch.device("cuda")) == torch.bfloat16
-    assert model.fast_dtype(torch.device("cpu")) in (torch.float32, torch.bfloat16)

@@ -32,11 +32,10 @@ def test_errors_and_paired_differences_are_those_of_the_formula():
 
 FIRST, SECOND = claims.FEW, claims.GROW
 CELLS = [
-    claims.Cell("a.one", FIRST, SECOND, (1, 1)),
-    claims.Cell("a.two", FIRST, claims.FULL, (1, 1)),
+    claims.Cell("a.one", FIRST, SECOND, (1, 1)), claims.Cell("a.two", FIRST, claims.FULL, (1, 1)),
     claims.Cell("a.direct", None, SECOND, (1, 1)),
     claims.Cell("b.other", f"{FIRST} --connector.reverse true", SECOND, (1, 1)),
-]
+]  # fmt: skip
 
 
 @pytest.fixture

@@ -235,13 +235,18 @@ def large_file(method: str, path: str) -> bool:
     return method == "GET" and "/cdn/" in path and path.endswith("00002-of-00002.safetensors")
 
 
-def test_a_cut_connection_is_continued_where_it_broke(hub, tmp_path):
+def test_a_download_that_was_cut_is_continued_and_one_that_failed_is_finished_by_the_next(hub, tmp_path):
     troubles = ["cut"]
     hub.behave = lambda *request: troubles.pop() if troubles and large_file(*request) else None
     assert fetch(hub.url, tmp_path / "h", "lab/half") == [str(tmp_path / "h")]
     ranges = [asked for method, path, asked in hub.requests if large_file(method, path)]
     assert ranges == [None, f"bytes={10 * 2**20}-"]  # from the last whole piece
     assert_complete(tmp_path / "h")
+    troubles = ["cut", 503]
+    hub.behave = lambda *request: troubles.pop(0) if troubles and large_file(*request) else None
+    (message,) = fetch(hub.url, tmp_path / "f", "lab/half")
+    assert message.startswith("refused: lab/half was not downloaded") and "503" in message and troubles == []
+    assert_next_call_finishes(hub, tmp_path / "f")
 
 
 def assert_next_call_finishes(hub: Server, folder: Path) -> None:
@@ -253,14 +258,6 @@ def assert_next_call_finishes(hub: Server, folder: Path) -> None:
     assert fetch(hub.url, folder, "lab/half") == [str(folder)]
     assert len(done) == len(WANTED) - 1 and set(fetched(hub)) == set(WANTED) - done
     assert_complete(folder)
-
-
-def test_a_download_that_failed_is_finished_by_the_next(hub, tmp_path):
-    troubles = ["cut", 503]
-    hub.behave = lambda *request: troubles.pop(0) if troubles and large_file(*request) else None
-    (message,) = fetch(hub.url, tmp_path / "h", "lab/half")
-    assert message.startswith("refused: lab/half was not downloaded") and "503" in message and troubles == []
-    assert_next_call_finishes(hub, tmp_path / "h")
 
 
 def test_a_killed_download_is_finished_by_the_next(hub, tmp_path):
@@ -296,14 +293,13 @@ def test_what_the_client_leaves_out_without_an_error_is_noticed(asked, there, hu
 
 def test_each_refusal_is_one_sentence_with_the_reason(hub, tmp_path):
     reasons = {
-        "half": "'half' is no repository: write owner/name",
-        "a/b/c": "'a/b/c' is no repository",
+        "half": "'half' is no repository: write owner/name", "a/b/c": "'a/b/c' is no repository",
         "lab/no--name": "lab/no--name was not downloaded",
         "lab/none": "no such repository: check the name, or set HF_TOKEN if it is not public",
         "lab/half@v9": "lab/half@v9 was not downloaded (it has no such revision)",
         "lab/gated": "it is gated: accept its licence on its page, then set HF_TOKEN",
         "lab/gguf": "lab/gguf has neither model.safetensors nor pytorch_model.bin",
-    }
+    }  # fmt: skip
     for env in ({}, {"HF_TOKEN": "hf_x"}):  # 401 and 403, 401 and 404
         for message, reason in zip(fetch(hub.url, tmp_path / "h", *reasons, **env), reasons.values()):
             assert message.startswith("refused: ") and reason in message, message
@@ -339,18 +335,12 @@ def test_find_half_takes_a_folder_or_a_finished_download(tmp_path, monkeypatch):
     for name in ("lab/half", "weights/lab/half"):
         with pytest.raises(UserError, match="weights/lab/half is an unfinished download: repeat"):
             model.find_half(name)
-
-
-@pytest.mark.parametrize("name", ["lab/other", "nowhere", "/nowhere/at/all", "../../mine"])
-def test_find_half_says_how_to_get_what_is_missing(name, tmp_path, monkeypatch):
-    (tmp_path / "here" / "weights").mkdir(parents=True)
-    (tmp_path / "here" / "mine").mkdir()  # weights/../mine, which no repository is called
-    monkeypatch.chdir(tmp_path / "here")
-    message = f"{name} is neither a folder in Hugging Face layout nor a repository"
-    if name == "lab/other":
-        message = f"{name} is no folder and not downloaded: fetch it with python "
-    with pytest.raises(UserError, match=message):
-        model.find_half(name)
+    for name in ("lab/other", "nowhere", "/nowhere/at/all", "../mine"):
+        message = f"{name} is neither a folder in Hugging Face layout nor a repository"
+        if name == "lab/other":
+            message = "lab/other is no folder and not downloaded: fetch it with python "
+        with pytest.raises(UserError, match=message):
+            model.find_half(name)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -644,20 +634,18 @@ def test_too_little_disk_is_said_before_anything_is_fetched(site, tmp_path, monk
 
 
 def test_where_addresses_lead(monkeypatch):
-    coco, hub_path = (
-        download.DATA_SETS["llava-sft"][1].url,
-        PRETRAIN_ZIP.removeprefix("https://huggingface.co/"),
-    )
+    coco = download.DATA_SETS["llava-sft"][1].url
     for variable in ("SIGHTSPEED_MIRROR", "HF_ENDPOINT"):
         monkeypatch.delenv(variable, raising=False)
     assert download.mirrored(PRETRAIN_ZIP) == PRETRAIN_ZIP and download.mirrored(coco) == coco
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.example/")
-    assert hub_path == "datasets/liuhaotian/LLaVA-Pretrain/resolve/main/images.zip"
-    assert download.mirrored(PRETRAIN_ZIP) == f"https://hub.example/{hub_path}"
-    assert download.mirrored(coco) == coco
+    path = "datasets/liuhaotian/LLaVA-Pretrain/resolve/main/images.zip"
+    assert (
+        download.mirrored(PRETRAIN_ZIP) == f"https://hub.example/{path}" and download.mirrored(coco) == coco
+    )
     monkeypatch.setenv("SIGHTSPEED_MIRROR", "http://m/p")  # before HF_ENDPOINT
     assert download.mirrored(coco) == "http://m/p/s3.amazonaws.com/images.cocodataset.org/zips/train2017.zip"
-    assert download.mirrored(SFT_JSON).startswith("http://m/p/huggingface.co/datasets/liuhaotian/")
+    assert download.mirrored(PRETRAIN_ZIP) == f"http://m/p/huggingface.co/{path}"
 
 
 def test_the_command_tells_repositories_from_data_sets(tmp_path, monkeypatch, capsys):

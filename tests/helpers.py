@@ -216,11 +216,15 @@ def run_rank(rank: int, function, folder: str, arguments: tuple) -> None:
     torch.distributed.destroy_process_group()
 
 
-def step_of_rank(rank: int, ranks: tuple[list, list], cfg: model.ModelConfig) -> tuple[dict, dict]:
-    """one_step of a rank, which holds the samples ranks[rank]; numbers go on from rank to rank."""
-    return one_step(rank, 2, [small_batch(ranks[rank], cfg, rank * len(ranks[0]))], cfg)
+def steps_of_rank(
+    rank: int, cases: list[tuple[list, list]], cfg: model.ModelConfig
+) -> list[tuple[dict, dict]]:
+    """one_step of a rank, which holds the samples case[rank]; numbers go on from rank to rank."""
+    starts = [rank * len(case[0]) for case in cases]
+    batches = [small_batch(case[rank], cfg, start) for case, start in zip(cases, starts)]
+    return [one_step(rank, 2, [batch], cfg) for batch in batches]
 
 
-def assert_ranks_equal_one_process(ranks: tuple[list, list], cfg: model.ModelConfig, folder: Path) -> None:
-    together = small_batch([*ranks[0], *ranks[1]], cfg)
-    assert_same_step(one_step(0, 1, [together], cfg), on_two_ranks(step_of_rank, folder, ranks, cfg)[0])
+def assert_ranks_equal_one_process(cases: list[tuple[list, list]], cfg, folder: Path) -> None:
+    for case, two in zip(cases, on_two_ranks(steps_of_rank, folder, cases, cfg)[0]):
+        assert_same_step(one_step(0, 1, [small_batch([*case[0], *case[1]], cfg)], cfg), two)

@@ -3,21 +3,10 @@
 import json
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
-from helpers import (
-    TOKENIZER,
-    broken_set,
-    chat,
-    draw,
-    half_jpeg,
-    log_of,
-    picture,
-    small_config,
-    small_plan,
-    turns,
-    write,
-)
+from helpers import TOKENIZER, broken_set, chat, draw, half_jpeg, log_of, picture, small_plan, turns, write
 from torch.utils.data import DataLoader
 
 import data
@@ -28,7 +17,7 @@ from model import UserError
 
 def plan_of(path: Path, batch_size: int = 0, steps: range = range(6), cut: str = "", **fields) -> data.Plan:
     """Slow and pruned samples of a file, eight rows a step."""
-    cfg = small_config()
+    cfg = helpers.small_config()
     cfg.image.cut = cut
     fields = {"rows": 8, "choose_mode": lambda n: "slow" if n % 4 == 0 else "pruned"} | fields
     return small_plan(path, steps, cfg, batch_size=batch_size, **fields)

@@ -14,30 +14,17 @@ import sys
 import unicodedata
 from pathlib import Path
 
+import helpers_tokenizers
 import pytest
 import tokenizers
-from helpers_tokenizers import (
-    BYTE_LEVEL,
-    BYTES,
-    LLAMA3,
-    MISSING,
-    QWEN,
-    SENTENCEPIECE,
-    TEXT,
-    cut,
-    hostile,
-    small,
-    small_tokenizer,
-    tokenizer_json,
-    write_tokenizer,
-)
+from helpers_tokenizers import BYTE_LEVEL, BYTES, TEXT, cut, hostile, small, small_tokenizer, tokenizer_json
 
 import data
 import model
 
 VECTORS = json.loads((Path(__file__).parent / "fixtures" / "tokenizer_vectors.json").read_text())
 SCENES = model.ASSETS / "scenes.tiktoken"
-KINDS = (*BYTE_LEVEL, *SENTENCEPIECE)
+KINDS = (*BYTE_LEVEL, *helpers_tokenizers.SENTENCEPIECE)
 
 
 def named(kind: str) -> data.Tokenizer:
@@ -73,7 +60,7 @@ def round_trip(text: str, kind: str) -> str:
     if kind == "qwen":
         return unicodedata.normalize("NFC", text)
     if kind == "smollm2":
-        return bytes(b for b in text.encode() if b not in MISSING).decode(errors="replace")
+        return bytes(b for b in text.encode() if b not in helpers_tokenizers.MISSING).decode(errors="replace")
     return text.removeprefix(" ") if kind == "metaspace" else text
 
 
@@ -138,7 +125,7 @@ def test_no_text_becomes_a_control_token(kind):
 
 def changed(folder: Path, kind: str, change) -> data.Tokenizer:
     """A small tokenizer whose file `change(spec)` edits in place."""
-    spec = write_tokenizer(folder, kind)
+    spec = helpers_tokenizers.write_tokenizer(folder, kind)
     change(spec)
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     return data.Tokenizer.from_pretrained(folder)
@@ -303,7 +290,7 @@ def test_save_copies_the_files_and_the_copy_is_the_same(tmp_path, layout):
     source, target = tmp_path / "source", tmp_path / "step" / "tokenizer"
     (source / "original").mkdir(parents=True)
     if layout == "qwen":
-        write_tokenizer(source, layout)
+        helpers_tokenizers.write_tokenizer(source, layout)
         (source / "tokenizer_config.json").write_text('{"chat_template" :  "…"}', encoding="utf-8")
         (source / "merges.txt").write_text("#version: 0.2\n")  # beside it, not read
     elif layout == "original":
@@ -392,7 +379,7 @@ def test_very_long_runs_do_not_panic(kind):
 
 
 def test_it_works_in_forked_processes_without_a_word(tmp_path):
-    write_tokenizer(tmp_path, "llama2")
+    helpers_tokenizers.write_tokenizer(tmp_path, "llama2")
     code = (
         "import multiprocessing, sys, data\n"
         "tokenizer = data.Tokenizer.from_pretrained(sys.argv[1])\n"
@@ -463,7 +450,8 @@ def test_the_real_vocabularies_give_the_ids_of_hugging_face(kind):
     vocab = {spelled(token): rank for token, rank in ranks.items()}
     bpe = tokenizers.models.BPE(vocab, merges, ignore_merges=kind == "llama3")
     theirs, pre = tokenizers.Tokenizer(bpe), tokenizers.pre_tokenizers
-    split = pre.Split(tokenizers.Regex(LLAMA3 if kind == "llama3" else QWEN), "isolated")
+    cuts = helpers_tokenizers.LLAMA3 if kind == "llama3" else helpers_tokenizers.QWEN
+    split = pre.Split(tokenizers.Regex(cuts), "isolated")
     theirs.pre_tokenizer = pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
     if kind == "qwen2":
         theirs.normalizer = tokenizers.normalizers.NFC()

@@ -10,30 +10,11 @@ import data
 import model
 import train_pretrain
 import train_sft
-from model import DecoderConfig, UserError, ViTConfig
+from model import UserError
 from train_pretrain import PretrainConfig
 from train_sft import SftConfig
 
 NAMES = model.preset_names()
-
-
-def decoder_size(c: DecoderConfig, embeddings: bool = True) -> int:
-    """Weights of a Llama, Qwen2 (with q, k, v biases) or Qwen3 (with norms on q and k), by the formula."""
-    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    block = 2 * c.width * q + 2 * c.width * kv + 3 * c.width * c.mlp_width + 2 * c.width
-    block += c.qkv_bias * (q + 2 * kv) + c.qk_norm * 2 * c.head_dim
-    extra = (c.experts - 1) * 3 * c.width * c.mlp_width + c.experts * c.width  # experts and router
-    sparse = c.layers // c.expert_every * extra if c.experts else 0
-    return c.layers * block + sparse + c.width + embeddings * (2 - c.tied) * c.vocab_size * c.width
-
-
-def vit_size(c: ViTConfig) -> int:
-    """Weights of CLIP's and SigLIP's towers, without what comes behind the last norm."""
-    block = 4 * (c.width + 1) * c.width + 2 * c.width * c.mlp_width + c.mlp_width + c.width + 4 * c.width
-    patches = (3 * c.patch_size**2 + c.patch_bias) * c.width
-    positions = ((c.image_size // c.patch_size) ** 2 + c.cls_token) * c.width
-    norms = (2 + 2 * bool(c.pre_norm)) * c.width
-    return c.layers * block + patches + positions + c.cls_token * c.width + norms
 
 
 BUILDS = {  # weights of the encoder and the decoder; of MM1's decoders those outside the embeddings
@@ -46,23 +27,25 @@ BUILDS = {  # weights of the encoder and the decoder; of MM1's decoders those ou
 }  # fmt: skip
 
 
+def count(*modules: torch.nn.Module) -> int:
+    """Weights without adapters."""
+    return sum(p.numel() for m in modules for name, p in m.named_parameters() if ".lora_" not in name)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_preset_is_the_model_of_its_name(name):
     cfg = model.copy_config(model.preset(name)["model"])
-    with torch.device("meta"):
-        vlm = model.VLM(cfg)
-    base = [p.numel() for key, p in vlm.decoder.named_parameters() if ".lora_" not in key]
-    sizes = sum(p.numel() for p in vlm.vit.parameters()), sum(base)
-    assert sizes == (vit_size(cfg.vit), decoder_size(cfg.decoder))
     if name.startswith("tiny"):  # takes the shapes of the shipped halves when it is built
         assert cfg.vit == model.read_vit_config(model.ASSETS / "tiny_vit" / "config.json")
         return
+    with torch.device("meta"):
+        vlm = model.VLM(cfg)
     vit, decoder = BUILDS[name]
-    assert sizes[0] == vit
+    assert count(vlm.vit) == vit
     if isinstance(decoder, float):
-        assert decoder_size(cfg.decoder, embeddings=False) == pytest.approx(decoder, rel=2e-3)
+        assert count(vlm.decoder.layers, vlm.decoder.norm) == pytest.approx(decoder, rel=2e-3)
     else:
-        assert sizes[1] == decoder
+        assert count(vlm.decoder) == decoder
 
 
 # config.json of the checkpoints that the presets name, as on the hub
@@ -168,15 +151,11 @@ def test_presets_are_read_anew_and_their_folders_are_the_repositorys(monkeypatch
         model.preset("cos-9b")
 
 
-MM1 = {"1.2b": 1.2e9, "3b": 2.9e9, "7b": 6.4e9, "30b": 30e9}  # weights without embeddings
-
-
-@pytest.mark.parametrize("name", MM1)
+@pytest.mark.parametrize("name", ["1.2b", "3b", "7b", "30b"])
 def test_mm1s_recipes(name):
     preset = model.preset(name)
     recipe, cfg = preset["pretrain"], preset["model"]
     assert recipe["lr"] == -1 and recipe["vit_lr"] == 5e-5  # by its law; the encoder's is fixed
-    assert decoder_size(cfg.decoder, embeddings=False) == pytest.approx(MM1[name], rel=0.03)
     assert recipe["weight_decay"] == recipe["final_lr"] == 0.1  # torch's decay is a share of the rate
     assert recipe["rows"] * recipe["row_length"] == 2_097_152 and cfg.visual_tokens() * 16 == 2304
     assert recipe["rows"] * recipe["row_length"] * recipe["steps"] == 419_430_400_000

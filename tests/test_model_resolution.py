@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SMALL, TOKENIZER, chat, log_of, write
+from helpers import SMALL, TOKENIZER, log_of, write
 from PIL import Image
 from torch.testing import assert_close
 
@@ -359,30 +359,6 @@ def test_a_run_is_cut_by_one_flag_and_stays_so(tmp_path, small_halves, capsys):
     evaluation.main(["--model", str(b), *tasks])
     report.main([str(b / "e"), "--out", str(tmp_path / "report.html")])
     assert "160 full" in (tmp_path / "report.html").read_text()
-
-
-def test_unpad_trains_its_newline_from_pictures_of_all_shapes(tmp_path, small_halves, monkeypatch, capsys):
-    """A C-Abstractor at 64 px, fine-tuned at 96 + unpad on files, evaluated and asked about one."""
-    records = []
-    for n, size in enumerate([(192, 192), (300, 90), (80, 200), (60, 40)]):
-        noise(*size, seed=n).save(tmp_path / f"{n}.png")
-        records.append(chat(f"{n}.png"))
-    records_flags = ["--data", str(write(tmp_path / "train.json", records))]
-    a, b = tmp_path / "a", tmp_path / "b"
-    kind = ["--connector.kind", "cabstractor", "--connector.tokens", "16"]
-    train_pretrain.main([*SMALL, *records_flags, *small_halves, *kind, "--out", str(a)])
-    flags = [*SMALL, *records_flags, "--init", str(a), "--resolution", "96+unpad", "--slow_share", "0.5"]
-    train_sft.main([*flags, "--eval_every", "3", "--out", str(b)])
-    vlm = model.VLM.from_pretrained(b)
-    assert (vlm.cfg.vit.image_size, vlm.cfg.image.cut) == (96, "unpad")
-    assert vlm.connector.positions.shape == (1, 144, 32)
-    start = tmp_path / "start"  # the same without a step that counts: where the newline came from
-    train_sft.main([*flags, "--lr", "0", "--muon_lr", "0", "--weight_decay", "0", "--out", str(start)])
-    assert not torch.equal(vlm.newline, model.VLM.from_pretrained(start).newline)
-    lines = iter(["What?", ""])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    evaluation.main(["--model", str(b), "--chat", str(tmp_path / "0.png")])
-    assert f"{16 + 8 * 9} visual tokens" in capsys.readouterr().out
 
 
 def test_a_new_model_starts_at_the_resolution_and_recipes_carry_it(tmp_path, small_halves, add_preset):

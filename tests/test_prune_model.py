@@ -258,4 +258,4 @@ def test_stage_1_on_pruned_tokens_is_validated_on_them(monkeypatch, tmp_path, sm
 
 def test_scales_that_no_rank_computes_do_not_stop_ddp(tmp_path):
     ranks = ([("chat", "pruned")], [("text", "pruned"), ("chat", "pruned")])
-    assert_ranks_equal_one_process(ranks, config("chain", "coarse"), tmp_path)
+    assert_ranks_equal_one_process([ranks], config("chain", "coarse"), tmp_path)

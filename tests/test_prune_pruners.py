@@ -280,23 +280,22 @@ def test_cuda_chooses_what_the_cpu_does(name):
 
 def test_errors_name_what_is_wrong():
     x, needs = inputs()
+
+    def refused(words: str, call, *arguments, **options):
+        with pytest.raises(ValueError, match=words.replace("+", r"\+")):
+            call(*arguments, **options)
+
     for call in (prune.select, prune.reduce):
-        with pytest.raises(ValueError, match="'magic' is unknown.*random, grid, divprune.*, coarse"):
-            call("magic", x, 3)
-        with pytest.raises(ValueError, match="cannot keep 37 of 36"):
-            call("grid", x, 37, grid=6)
+        refused("'magic' is unknown.*random, grid, divprune.*, coarse", call, "magic", x, 3)
+        refused("cannot keep 37 of 36", call, "grid", x, 37, grid=6)
     for name in MERGING:
-        with pytest.raises(ValueError, match="merges.*use reduce"):
-            prune.select(name, x, 3, **needs)
+        refused("merges.*use reduce", prune.select, name, x, 3, **needs)
     for name, pruner in prune.PRUNERS.items():
-        for need in pruner.needs:
-            if need != "cls":
-                with pytest.raises(ValueError, match=f"'{name}'.* needs {need}".replace("+", r"\+")):
-                    prune.reduce(name, x, 3, **{**needs, need: None})
+        for need in {*pruner.needs} - {"cls"}:
+            refused(f"'{name}'.* needs {need}", prune.reduce, name, x, 3, **{**needs, need: None})
     assert prune.reduce("visionzip", x, 3, **{**needs, "cls": None}).shape == (3, 3, 16)
     for grid in (0, 5):
-        with pytest.raises(ValueError, match="'pool' needs a square grid"):
-            prune.reduce("pool", x, 3, grid=grid)
+        refused("'pool' needs a square grid", prune.reduce, "pool", x, 3, grid=grid)
 
 
 @pytest.mark.parametrize("keep, expected", [(16, 16), (0.2, 16), (79, 16), (80, 80), (335, 80), (3, 16)])

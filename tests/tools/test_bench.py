@@ -117,32 +117,18 @@ def test_the_script_writes_every_row(tmp_path, monkeypatch, capsys):
     assert all(list(row) == KEYS and row["value"] > 0 and row["floor"] > 0 for row in rows.values())
     flops = report["geometry"]["flop_shares"]
     assert flops["dualspeed.next.slow"]["teacher"] > 0 and "teacher" not in flops["dualspeed.next.pruned"]
-    names = [f"cos.stage1.budget.{name}" for name in ("32", "48", "80", "linear256")]
-    dual = [
-        f"dualspeed.{kind}.{x}"
-        for kind in ("llava15", "next")
-        for x in ("slow.t200", "speedup", "r05.speedup")
-    ]
-    coarse, others = "dualspeed.coarse.t300.speedup", ["connector.share.tiny", "packing.speedup"]
-    assert {
-        *names,
-        *dual,
-        *others,
-        coarse,
-        "dualspeed.select.share.next",
-        "reading.640x480.images_per_s",
-    } <= {*rows}
-    assert len(rows) == 38
+    budgets = [f"cos.stage1.budget.{name}" for name in ("32", "48", "80", "linear256")]
+    assert len(rows) == 35 and {*budgets, "connector.share.tiny", "packing.speedup"} <= {*rows}
+    assert {"dualspeed.coarse.t300.speedup", "reading.640x480.images_per_s"} <= {*rows}
     papers = {name: row["published"] for name, row in rows.items() if "dual" in name and row["published"]}
     assert papers == {"dualspeed.llava15.speedup": 2.1, "dualspeed.next.speedup": 4.0}
     assert rows["dualspeed.llava15.speedup"]["floor"] == rows["dualspeed.llava15.mixed.speedup"]["floor"]
     for name, row in [item for item in rows.items() if "dual" in item[0]]:
         assert (row["at_7b"] is None) == (row["efficiency"] is None) == ("select" in name)
-    assert [rows[name]["published"] for name in names] == [0.27, 0.35, 0.42, 0.82]
+    assert [rows[name]["published"] for name in budgets] == [0.27, 0.35, 0.42, 0.82]
     assert rows["connector.share.7b"]["value"] < 0.05
     printed = capsys.readouterr().out
     assert all(name in printed for name in rows)
-
     for begin, names in (("cos.stage1.budget.8", ["cos.stage1.budget.80"]), ("packing", ["packing.speedup"])):
         bench.main(["--rounds", "1", "--only", begin, "--out", str(out)])
         assert [row["name"] for row in json.loads(out.read_text())["rows"]] == names

@@ -146,17 +146,18 @@ def test_parquet_without_pyarrow_is_one_sentence(tmp_path, monkeypatch):
 def test_what_training_reads_survives_conversion(tmp_path):
     write(tmp_path / "a.gif", picture("red", "GIF"))
     write(tmp_path / "b.bmp", picture("blue", "BMP"))
-    record = json.dumps(chat("any.png")).encode()
+    members = {"0.json": json.dumps(chat("any.png")).encode(), "0.png": picture("green")}
     contents = {
         "llava.jsonl": [chat(["a.gif", "b.bmp"], "<image><image> Same?")],
         "plural.jsonl": [{"images": ["a.gif"], "conversations": turns("<image>Q?", "A.")}],
-        "text.json": [chat(None, "Say <image>.")], "captioned.jsonl": [{"image": "a.gif", "caption": "red"}],
-        "document.jsonl": [{"images": [None, "b.bmp"], "texts": ["One.", None]}], "words.txt": "Some words.",
-        "tar.tar": write_tar(tmp_path / "x.tar", {"0.json": record, "0.png": picture("green")}).read_bytes(),
-    }  # fmt: skip
+        "text.json": [chat(None, "Say <image>.")],
+        "captioned.jsonl": [{"image": "a.gif", "caption": "red"}],
+        "document.jsonl": [{"images": [None, "b.bmp"], "texts": ["One.", None]}],
+        "words.txt": "Some words.",
+        "tar.tar": write_tar(tmp_path / "x.tar", members).read_bytes(),
+    }
     for name, content in contents.items():
-        tarred = converted(tmp_path / name, content)
-        source = data.FileSource(tmp_path / name)
+        tarred, source = converted(tmp_path / name, content), data.FileSource(tmp_path / name)
         assert (source.kind, source[0].parts) == (tarred.kind, tarred[0].parts), name
         assert [colour_of(i) for i in source[0].images] == [colour_of(i) for i in tarred[0].images], name
 

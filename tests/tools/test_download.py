@@ -426,12 +426,6 @@ def path_of(url: str) -> str:
     return "/all/" + url.partition("://")[2]
 
 
-def cut_once(site: Server, url: str, after: int) -> None:
-    """The first answer to url ends after so many bytes of the file."""
-    left = [after]
-    site.behave = lambda path: left.pop() if path == path_of(url) and left else None
-
-
 def about(site: Server, url: str) -> list[tuple]:
     return [(span, condition) for path, span, condition in site.requests if path == path_of(url)]
 
@@ -484,7 +478,8 @@ def test_what_is_finished_is_neither_asked_for_nor_touched(site, tmp_path):
 
 @pytest.mark.parametrize("server", ["strong", "weak", "no ranges"])
 def test_a_cut_connection_goes_on_at_the_byte_or_starts_anew(server, site, tmp_path):
-    cut_once(site, PRETRAIN_ZIP, 123_456)
+    left = [123_456]  # bytes of the first answer
+    site.behave = lambda path: left.pop() if path == path_of(PRETRAIN_ZIP) and left else None
     site.weak, site.ranges = server == "weak", server != "no ranges"
     complete(tmp_path)
     etag = f'"{hashlib.sha1(FILES[PRETRAIN_ZIP]).hexdigest()}"'

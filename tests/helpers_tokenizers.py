@@ -84,10 +84,7 @@ def small(kind: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
     first = first + [f"<special_{n}>" for n in range(3, 17)] if kind == "smollm2" else first
     last = {"gpt2": ["<|endoftext|>"], "llama3": ["xyzzy"]}  # this one only as a whole piece: ignore_merges
     tokens = first + letters + ["".join(pair) for pair in merges] + last.get(kind, [])
-    if kind in (
-        "llama2",
-        "metaspace",
-    ):  # text could reach the end token
+    if kind in ("llama2", "metaspace"):  # text could reach the end token
         tokens += ["</", "s>"]
         merges += [("<", "/"), ("s", ">"), ("</", "s>")]
     assert len(set(tokens)) == len(tokens)

@@ -214,19 +214,10 @@ def test_inflated_scales_repeat_their_source_on_constant_windows(step):
 
 def test_new_scales_own_their_weights():
     old, new, _ = scaled("80to1296")
-    parts = [*old.scales, *new.scales]
-    pointers = [p.data_ptr() for scale in parts for p in scale.parameters()]
+    pointers = [p.data_ptr() for scale in (*old.scales, *new.scales) for p in scale.parameters()]
     assert len(set(pointers)) == len(pointers)
     kept, inflated = new.scales[0].blocks, new.scales[1].blocks  # both from the old global scale
     assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), inflated.parameters()))
-    before = [p.clone() for p in old.scales[0].parameters()]
-    optimizer = torch.optim.SGD(new.parameters(), lr=0.1)
-    out = new(levels_of(32))
-    (out * torch.randn_like(out)).sum().backward()
-    assert not any(torch.equal(a.grad, b.grad) for a, b in zip(kept.parameters(), inflated.parameters()))
-    optimizer.step()
-    assert not any(torch.equal(a, b) for a, b in zip(kept.parameters(), inflated.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(before, old.scales[0].parameters()))
 
 
 # --- Plans by name, steps spelled out, and the switches that the paper does not have

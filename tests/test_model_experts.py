@@ -7,7 +7,7 @@ import helpers
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SMALL, TOKENIZER, log_of, small_batch, small_config, small_run
+from helpers import SMALL, log_of, small_batch, small_config, small_run
 
 import data
 import model
@@ -82,23 +82,6 @@ def test_the_layer_equals_a_loop_over_tokens(capacity, padded, dtype):
     for actual, expected in zip((y * weight, *gradients[0]), ((right * weight).float(), *gradients[1])):
         tolerance = expected.detach().abs().max().item() * (1e-5 if dtype == torch.float32 else 0.03)
         torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
-
-
-def test_first_choices_are_served_before_second_ones_and_early_tokens_before_late_ones():
-    experts = make_experts(0.5)  # 32 tokens, 4 experts: 4 places each
-    with torch.no_grad():
-        experts.router.weight.copy_(torch.eye(4, 16))
-    x = torch.zeros(1, 32, 16)
-    x[0, :, 4:] = torch.randn(32, 12)
-    x[0, :30, 1], x[0, :30, 0] = 2.0, 1.0  # first 1, then 0
-    x[0, 30:, 0], x[0, 30:, 2] = 2.0, 1.0  # the last two: first 0, then 2
-    y, _ = experts(x)
-    _, _, dropped = reference(experts, x, None)
-    served = {(n, c) for n in range(32) for c in (0, 1)} - set(dropped)
-    first, second = {(n, 0) for n in (0, 1, 2, 3, 30, 31)}, {(0, 1), (1, 1), (30, 1), (31, 1)}
-    assert served == first | second  # expert 0 serves the late first choices, then two second ones
-    nothing = [n for n in range(32) if not served & {(n, 0), (n, 1)}]
-    assert (y[0, nothing] == 0).all() and (y[0, [0, 30, 31]].abs().sum(1) > 0).all()
 
 
 def test_without_gradient_or_outside_of_training_nothing_is_dropped():
@@ -225,24 +208,6 @@ def test_an_expert_without_tokens_has_a_gradient_of_zeros(device):
     for p in (experts.gate_proj, experts.up_proj, experts.down_proj):
         used = p.grad.abs().amax((1, 2)) > 0
         assert used.tolist() == [True, True, False, False]
-
-
-def test_generation_with_a_cache_follows_the_whole_pass():
-    torch.manual_seed(0)
-    vlm = model.VLM(sparse_config(capacity=0.25))
-    for p in vlm.decoder.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    pieces = [0, (TOKENIZER.encode("what is this?"), False)]
-    record = data.Scenes("chat")[0]
-    batch = data.prompt_batch([(pieces, data.load_images(record.images, vlm.cfg))], "full", vlm.cfg)
-    new = vlm.generate(batch, end=-1, max_new_tokens=6)[0]
-    rows = batch.student
-    x = torch.cat([vlm.splice(rows, vlm.bank(batch)), vlm.decoder.embed(torch.tensor([new]))], 1)
-    T = x.shape[1]
-    mask = model.document_mask(torch.zeros(1, T, dtype=torch.long))
-    with torch.no_grad():
-        hidden, _ = vlm.decoder.hidden(x, torch.arange(T)[None], mask)
-    assert vlm.decoder.head(hidden[0, -7:-1]).argmax(-1).tolist() == new
 
 
 def test_decay_and_muon():

@@ -57,33 +57,30 @@ LLAMA = {"model_type": "llama", "tie_word_embeddings": False, "rms_norm_eps": 1e
 QWEN = {"model_type": "qwen2", "rope_theta": 1e6, "rms_norm_eps": 1e-6}
 
 
-def shape(width: int, layers: int, heads: int, kv_heads: int, mlp: int, vocab: int) -> dict:
-    return {
-        "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "intermediate_size": mlp, "vocab_size": vocab,
-    }  # fmt: skip
+def shape(*sizes: int) -> dict:
+    names = (
+        "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size"
+    )
+    return dict(zip(names.split(), sizes))
+
+
+LLAMA3 = {**LLAMA, **shape(4096, 32, 32, 8, 14336, 128256), "rope_theta": 5e5}
+CLIP_336 = {"model_type": "clip", "vision_config": {**CLIP_L, "image_size": 336}}
+SIGLIP2 = {"model_type": "siglip_vision_model", "image_size": 256}
+SMOLLM2 = {**LLAMA, **shape(960, 32, 15, 5, 2560, 49152), "rope_theta": 1e5, "tie_word_embeddings": True}
 
 
 ON_THE_HUB = {
     "openai/clip-vit-large-patch14": {"model_type": "clip", "vision_config": CLIP_L},
-    "openai/clip-vit-large-patch14-336": {
-        "model_type": "clip", "vision_config": {**CLIP_L, "image_size": 336},
-    },
-    "google/siglip2-base-patch16-256": {
-        "model_type": "siglip", "vision_config": {"model_type": "siglip_vision_model", "image_size": 256},
-    },
-    "HuggingFaceTB/SmolLM2-360M": {
-        **LLAMA, **shape(960, 32, 15, 5, 2560, 49152), "rope_theta": 1e5, "tie_word_embeddings": True,
-    },
+    "openai/clip-vit-large-patch14-336": CLIP_336,
+    "google/siglip2-base-patch16-256": {"model_type": "siglip", "vision_config": SIGLIP2},
+    "HuggingFaceTB/SmolLM2-360M": SMOLLM2,
     "Qwen/Qwen2.5-0.5B": {**QWEN, **shape(896, 24, 14, 2, 4864, 151936), "tie_word_embeddings": True},
     "Qwen/Qwen2.5-1.5B": {**QWEN, **shape(1536, 28, 12, 2, 8960, 151936), "tie_word_embeddings": True},
     "Qwen/Qwen2.5-7B": {**QWEN, **shape(3584, 28, 28, 4, 18944, 152064)},
-    "meta-llama/Meta-Llama-3-8B": {**LLAMA, **shape(4096, 32, 32, 8, 14336, 128256), "rope_theta": 5e5},
-    "meta-llama/Meta-Llama-3-8B-Instruct": {
-        **LLAMA, **shape(4096, 32, 32, 8, 14336, 128256), "rope_theta": 5e5,
-    },
+    **dict.fromkeys(["meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-8B-Instruct"], LLAMA3),
     "lmsys/vicuna-7b-v1.5": {**LLAMA, **shape(4096, 32, 32, 32, 11008, 32000)},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("tiny")])

@@ -166,15 +166,10 @@ def test_pictures_are_split_stretched_or_padded():
     assert len(data.picture_slots(cfg, "full", (300, 200))) == cfg.visual_tokens()
 
 
-def test_the_size_of_a_photograph_comes_without_decoding_and_errors_name_the_file(tmp_path):
+def test_the_size_of_a_photograph_comes_without_decoding(tmp_path):
     noise(60, 40).save(tmp_path / "a.jpg")
     (tmp_path / "b.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:700])  # header, hardly any picture
     assert data.picture_size(tmp_path / "b.jpg") == (60, 40)
-    with pytest.raises(UserError, match="record 3: image .*b.jpg does not decode"):
-        data.load_images([tmp_path / "b.jpg"], config("anyres"), "record 3")
-    for read in (data.picture_size, data.open_image):
-        with pytest.raises(UserError, match="record 3: image .*c.jpg does not exist"):
-            read(tmp_path / "c.jpg", "record 3")
     assert data.picture_sizes([tmp_path / "c.jpg"], config("split")) == [(1, 1)]  # not read: all cut alike
 
 

@@ -93,17 +93,6 @@ def test_a_dualspeed_batch_has_the_tokens_it_is_named_for(tiles, text):
             assert (batch.teacher.doc_ids == 0).sum() == tiles * 62 + text
 
 
-def test_a_mixed_batch_is_packed():
-    step = ("slow", *["pruned"] * 9), 200
-    batch = bench.dual_batch(bench.dual_config(SMALL, "llava15"), step, 1)
-    rows = batch.student
-    lengths = [(rows.doc_ids == i).sum() for i in range(10)]
-    assert lengths == [576 + 200] + 9 * [62 + 200] and len(rows.ids) == 4
-    assert (rows.doc_ids >= 0).float().mean() > 0.97
-    assert (batch.teacher.doc_ids >= 0).sum() == 62 + 200 and len(batch.distill) == 80
-    assert batch.full_tiles.tolist() == [0] and batch.pruned_tiles.tolist() == [*range(10)]
-
-
 def test_the_script_writes_every_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "GEOMETRY", SMALL)
     monkeypatch.setattr(bench, "SAMPLES", 4)

@@ -150,12 +150,10 @@ def test_what_training_reads_survives_conversion(tmp_path):
     contents = {
         "llava.jsonl": [chat(["a.gif", "b.bmp"], "<image><image> Same?")],
         "plural.jsonl": [{"images": ["a.gif"], "conversations": turns("<image>Q?", "A.")}],
-        "text.json": [chat(None, "Say <image>.")],
-        "captioned.jsonl": [{"image": "a.gif", "caption": "red"}],
-        "document.jsonl": [{"images": [None, "b.bmp"], "texts": ["One.", None]}],
-        "words.txt": "Some words.",
+        "text.json": [chat(None, "Say <image>.")], "captioned.jsonl": [{"image": "a.gif", "caption": "red"}],
+        "document.jsonl": [{"images": [None, "b.bmp"], "texts": ["One.", None]}], "words.txt": "Some words.",
         "tar.tar": write_tar(tmp_path / "x.tar", members).read_bytes(),
-    }
+    }  # fmt: skip
     for name, content in contents.items():
         tarred, source = converted(tmp_path / name, content), data.FileSource(tmp_path / name)
         assert (source.kind, source[0].parts) == (tarred.kind, tarred[0].parts), name

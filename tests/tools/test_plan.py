@@ -54,16 +54,6 @@ def test_parts_add_up_to_the_whole_model(kind, mode, train):
     assert sum(parts.values()) == pytest.approx(vlm_flops(cfg, train.split(","), text, mode), rel=0.01)
 
 
-def test_a_decoder_block_follows_the_formula():
-    cfg = model.preset("cos-7b")["model"].decoder
-    parts, _ = plan.sample_cost(model.preset("llava-1.5-vicuna")["model"], ["decoder"], 200, "full", 1)
-    T, n = 776, 6_476_267_520
-    assert parts["decoder"] == pytest.approx(6 * n * T + 12 * cfg.layers * cfg.width * T**2, rel=1e-3)
-    assert parts["head"] == 6 * 200 * 4096 * 32000
-    frozen, _ = plan.sample_cost(model.preset("llava-1.5-vicuna")["model"], ["connector"], 200, "full", 1)
-    assert frozen["decoder"] == pytest.approx(4 * n * T + 12 * cfg.layers * cfg.width * T**2, rel=1e-3)
-
-
 def test_the_published_ratios_are_where_arithmetic_puts_them():
     """chain-of-sight: 0.16-0.17 is the floor at 7B for 32 tokens; DualSpeed: about 2.4 and 3.9-4.0 at 200."""
     row = model.preset("cos-7b")
@@ -91,15 +81,7 @@ def test_every_preset_has_a_plan(names, capsys):
         plan.main(["--preset", name, "--gpus", "4"])
         output = capsys.readouterr().out
         assert model.preset(name)["source"] in output and "nan" not in output
-        for word in (
-            "parameters",
-            "visual tokens",
-            "TFLOP",
-            "GB on each of 4",
-            "hours",
-            "reported 4.0",
-            "558k",
-        ):
+        for word in ("parameters", "visual tokens", "TFLOP", "GB on each of 4", "hours", "558k"):
             assert word in output
         assert ("active for a token" in output) == name.endswith("-moe")
 

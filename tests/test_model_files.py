@@ -173,12 +173,6 @@ def test_the_encoders_preprocessing_travels_with_the_model(family, given, side, 
     assert by_hand.shape == (2, side**2, 16)
     for one in (vlm, again):
         assert_close(one.encode(pixels), by_hand, rtol=0, atol=1e-5)
-    plain = model.ViT.from_pretrained(encoder)
-    plain.cfg.align_corners = True
-    if given == 28:  # the fixture's own size: not a number of the table has moved
-        assert torch.equal(again.vit.embeddings.positions(4), plain.embeddings.positions(4))
-    else:
-        assert_close(again.vit.embeddings.positions(side), plain.embeddings.positions(side))
 
 
 # --- Memory

@@ -238,17 +238,6 @@ def test_torchrun_gives_the_losses_of_one_process(tmp_path, small_halves):
     assert (tmp_path / "two" / "b" / "best").is_file()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags", ["--slow_share 1", "--slow_share 0.5 --mode batch", "--lora.rank 2 --train lora"]
-)
-def test_two_ranks_where_a_part_is_not_used(flags, tmp_path, small_halves):
-    """Without distillation a batch may hold no pruned tokens: then the isolator has no gradient."""
-    out = ["--distill_weight", "0", *flags.split(), "--out", str(tmp_path / "run")]
-    run_script("train_sft.py", 2, [*small_halves, *RANK_FLAGS, *out])
-    assert losses_of(tmp_path / "run").keys() == {1, 2, 3, 4}
-
-
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a cuda device")
 def test_cuda_gives_the_gradients_of_the_cpu():

@@ -596,15 +596,13 @@ def test_too_little_disk_is_said_before_anything_is_fetched(site, tmp_path, monk
 
 
 def test_where_addresses_lead(monkeypatch):
-    coco = download.DATA_SETS["llava-sft"][1].url
-    for variable in ("SIGHTSPEED_MIRROR", "HF_ENDPOINT"):
-        monkeypatch.delenv(variable, raising=False)
-    assert download.mirrored(PRETRAIN_ZIP) == PRETRAIN_ZIP and download.mirrored(coco) == coco
-    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example/")
-    path = "datasets/liuhaotian/LLaVA-Pretrain/resolve/main/images.zip"
-    assert (
-        download.mirrored(PRETRAIN_ZIP) == f"https://hub.example/{path}" and download.mirrored(coco) == coco
-    )
+    coco, path = download.DATA_SETS["llava-sft"][1].url, PRETRAIN_ZIP.removeprefix("https://huggingface.co/")
+    assert path == "datasets/liuhaotian/LLaVA-Pretrain/resolve/main/images.zip"
+    monkeypatch.delenv("SIGHTSPEED_MIRROR", raising=False)
+    for hub in ("https://huggingface.co", "https://hub.example/"):
+        monkeypatch.setenv("HF_ENDPOINT", hub)
+        assert download.mirrored(PRETRAIN_ZIP) == f"{hub.rstrip('/')}/{path}"
+        assert download.mirrored(coco) == coco
     monkeypatch.setenv("SIGHTSPEED_MIRROR", "http://m/p")  # before HF_ENDPOINT
     assert download.mirrored(coco) == "http://m/p/s3.amazonaws.com/images.cocodataset.org/zips/train2017.zip"
     assert download.mirrored(PRETRAIN_ZIP) == f"http://m/p/huggingface.co/{path}"

@@ -349,7 +349,7 @@ def test_resume_refuses_what_changes_lengths(tmp_path, small_halves):
     flags = [*PACKED, *small_halves, "--out", str(tmp_path / "a")]
     train_sft.main([*flags, "--steps", "1"])
     again = [*flags, "--resume", "auto", "--steps", "2"]
-    with pytest.raises(model.UserError, match="trained with --slow_share"):
+    with pytest.raises(model.UserError, match="--slow_share cannot change"):
         train_sft.main([*again, "--slow_share", "0.5"])
     state = model.find_step(tmp_path / "a") / "state.pt"
     old = torch.load(state, weights_only=True)

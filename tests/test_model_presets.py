@@ -99,42 +99,36 @@ def test_a_preset_has_the_shapes_of_the_checkpoints_it_names(name, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_recipes_are_flags_of_their_stage_and_complete(name):
     preset = model.preset(name)
-    assert preset["source"] and preset["ours"]
     stages = {"pretrain": PretrainConfig, "pretrain_b": PretrainConfig, "sft": SftConfig}
-    recipes = {stage: preset[stage] for stage in stages if stage in preset}
-    assert {"pretrain", "sft"} <= recipes.keys()
     with torch.device("meta"):
         vlm = model.VLM(model.copy_config(preset["model"]))
-    for stage, recipe in recipes.items():
-        fields = {field.name for field in dataclasses.fields(stages[stage])}
-        assert recipe.keys() <= fields
-        cfg = model.from_dict(stages[stage], {**dataclasses.asdict(stages[stage]()), **recipe})
+    for stage in stages.keys() & preset.keys():
+        recipe, defaults = preset[stage], dataclasses.asdict(stages[stage]())
+        assert recipe.keys() <= defaults.keys()
+        cfg = model.from_dict(stages[stage], {**defaults, **recipe})
         cfg.check()
         for key, value in recipe.items():  # an int may stand for a float, nothing else for another
-            kind = type(getattr(stages[stage](), key))
+            kind = type(defaults[key])
             assert type(value) is kind or (kind, type(value)) == (float, int), (stage, key)
         vlm.set_trainable(model.trainable_parts(cfg.train), isolator=True)
         later_cfg = model.at_resolution(vlm.cfg, cfg.resolution).check()
         assert data.square_tokens(later_cfg) < cfg.row_limit
-    preset = model.preset(name)
+        n = cfg.batch_size or cfg.rows  # divides over one GPU and eight
+        assert n % cfg.micro_steps == 0 and n % 8 == 0
     if "scale" in preset:
-        cfg = model.scaled_config(preset["model"], preset["scale"])
-        assert cfg.visual_tokens() == int(preset["scale"].split("to")[1])
-        assert cfg.vit.image_size == 2 * preset["model"].vit.image_size
+        scaled = model.scaled_config(preset["model"], preset["scale"])
+        assert scaled.visual_tokens() == int(preset["scale"].split("to")[1])
+        assert scaled.vit.image_size == 2 * preset["model"].vit.image_size
         row_limit = {**dataclasses.asdict(SftConfig()), **preset["sft"]}["row_limit"]
-        assert cfg.visual_tokens() < row_limit
+        assert scaled.visual_tokens() < row_limit
     else:
         assert preset["model"].connector.kind != "chain" and "pretrain_b" not in preset
     # Every field of the model is written out, and nothing else: defaults may change, presets do not.
     values = model.read_json(model.PRESETS / f"{name}.json")
-    cfg = dataclasses.asdict(model.from_dict(model.ModelConfig, values["model"]))
-    assert cfg == values["model"]
+    assert dataclasses.asdict(model.from_dict(model.ModelConfig, values["model"])) == values["model"]
     keys = {"summary", "source", "ours", "reported", "scale", "model", "pretrain", "pretrain_b", "sft"}
     assert {"summary", "source", "ours", "model", "pretrain", "sft"} <= values.keys() <= keys
-    for recipe in (model.preset(name).get(stage) for stage in ("pretrain", "pretrain_b", "sft")):
-        if recipe:
-            each = recipe.get("batch_size") or recipe.get("rows", train_pretrain.RunConfig.rows)
-            assert each % recipe.get("micro_steps", 1) == 0 and each % 8 == 0
+    assert preset["source"] and preset["ours"]
 
 
 def test_presets_are_read_anew_and_their_folders_are_the_repositorys(monkeypatch, tmp_path):

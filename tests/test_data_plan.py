@@ -344,16 +344,9 @@ def test_every_text_that_goes_on_has_something_to_learn():
     assert sorted(len(plan.read(plan.place(0, n))[1]) for n in range(4)) == [1, 1, 2, 3]
 
 
-def test_resume_refuses_what_changes_lengths(tmp_path, small_halves):
+def test_resume_refuses_another_share_of_slow_samples(tmp_path, small_halves):
     """What it refuses of stage 1: test_train.py."""
     flags = [*PACKED, *small_halves, "--out", str(tmp_path / "a")]
     train_sft.main([*flags, "--steps", "1"])
-    again = [*flags, "--resume", "auto", "--steps", "2"]
     with pytest.raises(model.UserError, match="--slow_share cannot change"):
-        train_sft.main([*again, "--slow_share", "0.5"])
-    state = model.find_step(tmp_path / "a") / "state.pt"
-    old = torch.load(state, weights_only=True)
-    del old["order"], old["cursor"]
-    torch.save(old, state)
-    with pytest.raises(model.UserError, match="older version"):
-        train_sft.main(again)
+        train_sft.main([*flags, "--resume", "auto", "--steps", "2", "--slow_share", "0.5"])

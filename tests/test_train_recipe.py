@@ -1,4 +1,4 @@
-"""MM1's optimisation: rates, decay, schedule, one normalisation, z-loss; what dtype every weight is kept in."""
+"""MM1's optimisation: rates, decay, schedule, normalisation, z-loss; the dtype every weight is kept in."""
 
 import json
 import math

@@ -93,6 +93,7 @@ def test_a_dualspeed_batch_has_the_tokens_it_is_named_for(tiles, text):
             assert (batch.teacher.doc_ids == 0).sum() == tiles * 62 + text
 
 
+@pytest.mark.slow
 def test_the_script_writes_every_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "GEOMETRY", SMALL)
     monkeypatch.setattr(bench, "SAMPLES", 4)

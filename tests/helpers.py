@@ -32,19 +32,23 @@ def small_config(**changes) -> model.ModelConfig:
     return model.dataclasses.replace(cfg, **changes)
 
 
+def enlarge(vlm: model.VLM) -> model.VLM:
+    """With matrices so large that outputs vary."""
+    for p in vlm.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    return vlm
+
+
 def tiny_vlm(tied: bool = False, seed: int = 0, context: int = 2048) -> model.VLM:
-    """4x4 patches, 4 + 4 visual tokens of which the fast mode keeps 3; weights so large that outputs vary."""
+    """4x4 patches, 4 + 4 visual tokens of which the fast mode keeps 3."""
     torch.manual_seed(seed)
-    vlm = model.VLM(model.ModelConfig(
+    return enlarge(model.VLM(model.ModelConfig(
         vit=model.ViTConfig(image_size=32, patch_size=8, width=16, layers=2, heads=2, mlp_width=32),
         connector=model.ConnectorConfig("chain", [1, 2], 16, 2, windows=[4, 2], queries=[4, 1]),
         decoder=model.DecoderConfig(TOKENIZER.vocab_size, 32, 2, 4, 2, 8, 48, tied=tied, context=context),
         prune=model.PruneConfig(keep=3, isolator=2),
-    ))  # fmt: skip
-    for p in vlm.parameters():
-        if p.ndim > 1:
-            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
-    return vlm.eval()
+    ))).eval()  # fmt: skip
 
 
 def all_tokens(vlm: model.VLM, pixels: torch.Tensor) -> torch.Tensor:
@@ -218,11 +222,15 @@ def run_rank(rank: int, function, folder: str, arguments: tuple) -> None:
     torch.distributed.destroy_process_group()
 
 
-def step_of_rank(rank: int, ranks: tuple[list, list], cfg: model.ModelConfig) -> tuple[dict, dict]:
-    """one_step of a rank, which holds the samples ranks[rank]; numbers go on from rank to rank."""
-    return one_step(rank, 2, [small_batch(ranks[rank], cfg, rank * len(ranks[0]))], cfg)
+def steps_of_rank(
+    rank: int, cases: list[tuple[list, list]], cfg: model.ModelConfig
+) -> list[tuple[dict, dict]]:
+    """one_step of a rank, which holds the samples case[rank]; numbers go on from rank to rank."""
+    starts = [rank * len(case[0]) for case in cases]
+    batches = [small_batch(case[rank], cfg, start) for case, start in zip(cases, starts)]
+    return [one_step(rank, 2, [batch], cfg) for batch in batches]
 
 
-def assert_ranks_equal_one_process(ranks: tuple[list, list], cfg: model.ModelConfig, folder: Path) -> None:
-    together = small_batch([*ranks[0], *ranks[1]], cfg)
-    assert_same_step(one_step(0, 1, [together], cfg), on_two_ranks(step_of_rank, folder, ranks, cfg)[0])
+def assert_ranks_equal_one_process(cases: list[tuple[list, list]], cfg, folder: Path) -> None:
+    for case, two in zip(cases, on_two_ranks(steps_of_rank, folder, cases, cfg)[0]):
+        assert_same_step(one_step(0, 1, [small_batch([*case[0], *case[1]], cfg)], cfg), two)

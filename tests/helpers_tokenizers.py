@@ -25,21 +25,13 @@ MISSING = {0x05, 0x1C, 0xF1, 0xF4, 0xC0, 0xFF}  # bytes that the small SmolLM2 l
 BYTE_LEVEL = ("llama3", "qwen", "smollm2", "gpt2")
 SENTENCEPIECE = ("llama2", "metaspace", "gemma", "phi3")
 CONTROL = {
-    "llama3": [
-        "<|begin_of_text|>",
-        "<|end_of_text|>",
-        "<|start_header_id|>",
-        "<|end_header_id|>",
-        "<|eot_id|>",
-    ],
-    "qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-    "smollm2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-    "gpt2": ["<|endoftext|>"],
-    "llama2": ["<unk>", "<s>", "</s>"],
-    "metaspace": ["<unk>", "<s>", "</s>"],
-    "gemma": ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"],
-    "phi3": ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"],
-}
+    "llama3": "<|begin_of_text|> <|end_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>".split(),
+    "qwen": "<|endoftext|> <|im_start|> <|im_end|>".split(),
+    "smollm2": "<|endoftext|> <|im_start|> <|im_end|>".split(), "gpt2": ["<|endoftext|>"],
+    "llama2": ["<unk>", "<s>", "</s>"], "metaspace": ["<unk>", "<s>", "</s>"],
+    "gemma": "<pad> <eos> <bos> <unk> <start_of_turn> <end_of_turn>".split(),
+    "phi3": "<unk> <s> </s> <|endoftext|> <|assistant|> <|system|> <|end|> <|user|>".split(),
+}  # fmt: skip
 
 TEXT = (
     "the hello there, hello we'll see 12 1234 red rings; it's the cat's   café é 日本 日本 hello\n\n  x\r\n"
@@ -77,9 +69,8 @@ def small(kind: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
         letters = [BYTES[b] for b in range(256) if not (kind == "smollm2" and b in MISSING)]
     else:
         words = [list(piece) for piece in cut(TEXT, kind)]
-        letters = [f"<0x{b:02X}>" for b in range(256)] + sorted(
-            {*"".join(map("".join, words)), *"</>USERAINT"}
-        )
+        letters = [f"<0x{b:02X}>" for b in range(256)]
+        letters += sorted({*"".join(map("".join, words)), *"</>USERAINT"})
     merges = []
     while len(merges) < 60:
         pairs = [pair for word in words for pair in zip(word, word[1:])]
@@ -93,10 +84,7 @@ def small(kind: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
     first = first + [f"<special_{n}>" for n in range(3, 17)] if kind == "smollm2" else first
     last = {"gpt2": ["<|endoftext|>"], "llama3": ["xyzzy"]}  # this one only as a whole piece: ignore_merges
     tokens = first + letters + ["".join(pair) for pair in merges] + last.get(kind, [])
-    if kind in (
-        "llama2",
-        "metaspace",
-    ):  # text could reach the end token, as in conversions of SentencePiece's
+    if kind in ("llama2", "metaspace"):  # text could reach the end token
         tokens += ["</", "s>"]
         merges += [("<", "/"), ("s", ">"), ("</", "s>")]
     assert len(set(tokens)) == len(tokens)
@@ -107,11 +95,8 @@ def tokenizer_json(kind: str) -> dict:
     """As Hugging Face writes it."""
     vocab, merges = small(kind)
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [
-        {"id": vocab.get(name, len(vocab) + n), "content": name, **flags}
-        for n, name in enumerate(CONTROL[kind])
-    ]
-    added.sort(key=lambda token: token["id"])
+    ids = {name: vocab.get(name, len(vocab) + n) for n, name in enumerate(CONTROL[kind])}
+    added = [{"id": ids[name], "content": name, **flags} for name in sorted(ids, key=ids.get)]
     bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
     bpe |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocab}
     bpe |= {"ignore_merges": kind == "llama3"}

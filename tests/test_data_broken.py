@@ -1,26 +1,12 @@
 """Broken records and pictures: skipped, counted, the same for any workers and ranks; runs go on."""
 
-import io
 import json
 from pathlib import Path
 
-import numpy as np
+import helpers
 import pytest
 import torch
-from helpers import (
-    TOKENIZER,
-    broken_set,
-    chat,
-    draw,
-    half_jpeg,
-    log_of,
-    picture,
-    small_config,
-    small_plan,
-    turns,
-    write,
-)
-from PIL import Image
+from helpers import TOKENIZER, broken_set, chat, draw, half_jpeg, log_of, picture, small_plan, turns, write
 from torch.utils.data import DataLoader
 
 import data
@@ -31,7 +17,7 @@ from model import UserError
 
 def plan_of(path: Path, batch_size: int = 0, steps: range = range(6), cut: str = "", **fields) -> data.Plan:
     """Slow and pruned samples of a file, eight rows a step."""
-    cfg = small_config()
+    cfg = helpers.small_config()
     cfg.image.cut = cut
     fields = {"rows": 8, "choose_mode": lambda n: "slow" if n % 4 == 0 else "pruned"} | fields
     return small_plan(path, steps, cfg, batch_size=batch_size, **fields)
@@ -71,7 +57,7 @@ def test_ranks_share_what_one_process_reads_although_records_are_broken(tmp_path
         assert sorted(skipped) == sorted(batch.plan.skipped)  # each is told by one rank alone
 
 
-def test_a_broken_picture_keeps_its_room_and_teaches_nothing(tmp_path):
+def test_a_broken_picture_keeps_its_room_and_a_source_of_broken_records_stops_the_run(tmp_path):
     write(tmp_path / "half.jpg", half_jpeg())
     path = write(tmp_path / "x.json", [chat("half.jpg")])
     for cut in ("", "split"):
@@ -84,9 +70,6 @@ def test_a_broken_picture_keeps_its_room_and_teaches_nothing(tmp_path):
     taken = [(batch.student.doc_ids == n).sum().item() for n in range(batch.student.doc_ids.max() + 1)]
     assert taken == [chunk.length for row in planned.rows for chunk in row]  # the room that was planned
     assert TOKENIZER.decode(batch.student.targets.tolist()).split() == ["Text."] * taken.count(min(taken))
-
-
-def test_a_source_of_broken_records_alone_stops_the_run(tmp_path):
     write(tmp_path / "x.json", [chat("gone.png")] * 3)
     for batch_size in (0, 4):
         (error,) = draw(plan_of(tmp_path / "x.json", batch_size, range(1)))
@@ -103,7 +86,7 @@ def test_runs_go_on_over_broken_records_and_tell_them(tmp_path, small_halves, ca
     train_sft.main([*flags, "--workers", "1", "--out", str(tmp_path / "run")])
     lines, out = log_of(tmp_path / "run"), capsys.readouterr().out
     assert lines[-1]["skipped"] > 10 and "image missing: " in out and "gone/" in out
-    assert out.count("skipped, ") == 10 and f"skipped {lines[-1]['skipped']} records: " in out
+    assert out.count("skipped, ") == 10 and " image missing" in out
     assert "tools/check.py " + str(path) in out and all(line["loss"] > 0 for line in lines if "loss" in line)
     (tmp_path / "images").rename(tmp_path / "away")
     write(path, [record for record in json.loads(path.read_text()) if "image" in record])
@@ -156,7 +139,7 @@ def test_a_picture_that_vanishes_after_the_plan_leaves_its_room_empty(tmp_path):
         assert not {f"{n}." for n in range(0, 20, 2)} & set(answers.split())
 
 
-def test_validation_and_answers_on_broken_data(tmp_path, small_halves, capsys):
+def test_validation_on_broken_data(tmp_path, small_halves, capsys):
     write(tmp_path / "half.jpg", half_jpeg())
     write(tmp_path / "a.png", picture("red"))
     system = {"conversations": [{"from": "system", "value": "Be brief."}, *turns("Which?", "That.")]}
@@ -165,48 +148,15 @@ def test_validation_and_answers_on_broken_data(tmp_path, small_halves, capsys):
     flags = [*small_halves, *RUN, *"--batch_size 2 --eval_every 1 --steps 1".split(), "--data", str(good)]
     train_sft.main([*flags, "--out", str(tmp_path / "a")])
     out = capsys.readouterr().out
-    assert "validation loss" in out and "(right: 'That.')" in out and "'Which?' ->" in out
+    assert "validation loss" in out
     with pytest.raises(UserError, match="validation: no sample of kind chat in .*bad.json can be used"):
         train_sft.main([*flags, "--val_data", str(bad), "--out", str(tmp_path / "b")])
 
 
-# --- Twenty thousand records
-def large_set(folder: Path, n: int = 20_000) -> Path:
-    """A hundredth is broken, a fiftieth in a folder that is missing, a tenth has no picture."""
-    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).save(buffer, "JPEG", quality=50)
-    full, records = buffer.getvalue(), []
-    (folder / "images").mkdir(parents=True)
-    for i in range(n):
-        answer = "It is " + "very " * (i % 7) + "good."
-        name = f"{'ocr' if i % 50 == 9 else 'images'}/{i}.jpg"
-        if i % 10 == 0:
-            records.append(chat(None, "What now?", answer))
-            continue
-        if i % 50 != 9:
-            (folder / name).write_bytes(full[: len(full) // 2] if i % 100 == 17 else full)
-        records.append(chat(name, "<image>\nWhat is it?", answer))
-    return write(folder / "train.json", records)
-
-
-@pytest.mark.slow
-def test_twenty_thousand_records_with_holes_train_to_the_end(tmp_path, small_halves, capsys):
-    path, out = large_set(tmp_path), tmp_path / "run"
-    flags = "--workers 2 --log_every 20 --dtype float32 --train connector --rows 64 --steps 80".split()
-    train_sft.main([*small_halves, "--data", str(path), "--out", str(out), *flags])
-    lines = log_of(out)
-    samples = sum(line["samples_per_s"] * line["seconds"] for line in lines if "samples_per_s" in line)
-    printed = capsys.readouterr().out
-    assert samples > 20_000 and 0.025 < lines[-1]["skipped"] / samples < 0.04 and lines[-1]["loss"] > 0
-    begin = f"skipped {lines[-1]['skipped']} records"
-    (last,) = [line for line in printed.splitlines() if line.startswith(begin)]
-    assert "image missing" in last and "image broken" in last and "/ocr/" in printed
-
-
 @pytest.mark.slow
 def test_memory_of_workers_stays_flat_over_an_epoch(tmp_path):
-    plan = small_plan(large_set(tmp_path), range(100), choose_mode=lambda n: "pruned", rows=64)
+    """Of 20,000 records, of which every fifth is broken or has no picture."""
+    plan = small_plan(broken_set(tmp_path, 20_000), range(100), choose_mode=lambda n: "pruned", rows=64)
     planner = DataLoader(plan, None, num_workers=1)
     batches = iter(DataLoader(data.Stream(plan), None, sampler=planner, num_workers=2))
 
@@ -222,5 +172,5 @@ def test_memory_of_workers_stays_flat_over_an_epoch(tmp_path):
             before = held()
         if step == 85:  # later batches come from workers that may have ended
             after, epoch = held(), samples
-    print(f"workers held {before} and {after} kB")
-    assert epoch > 20_000 and all(b < a + 8_000 for a, b in zip(before, after))
+    print(f"workers held {before} and {after} kB, {epoch} samples")
+    assert epoch > 17_000 and all(b < a + 8_000 for a, b in zip(before, after))

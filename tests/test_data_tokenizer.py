@@ -1,6 +1,6 @@
 """Tokenizers of every family: small hand-made ones, and the real vocabularies of Llama-3 and Qwen (slow).
 
-Two oracles: `reference_ids`, byte-pair encoding as it is defined, and Hugging Face's `tokenizers`.
+The oracle: Hugging Face's `tokenizers`.
 """
 
 import ast
@@ -14,51 +14,21 @@ import sys
 import unicodedata
 from pathlib import Path
 
+import helpers_tokenizers
 import pytest
 import tokenizers
-from helpers_tokenizers import (
-    BYTE_LEVEL,
-    BYTES,
-    LLAMA3,
-    MISSING,
-    QWEN,
-    SENTENCEPIECE,
-    TEXT,
-    cut,
-    hostile,
-    small,
-    small_tokenizer,
-    tokenizer_json,
-    write_tokenizer,
-)
+from helpers_tokenizers import BYTE_LEVEL, BYTES, TEXT, hostile, small, small_tokenizer, tokenizer_json
 
 import data
 import model
-from tools import tokenizer as convert_tokenizer
 
 VECTORS = json.loads((Path(__file__).parent / "fixtures" / "tokenizer_vectors.json").read_text())
 SCENES = model.ASSETS / "scenes.tiktoken"
-KINDS = (*BYTE_LEVEL, *SENTENCEPIECE)
+KINDS = (*BYTE_LEVEL, *helpers_tokenizers.SENTENCEPIECE)
 
 
 def named(kind: str) -> data.Tokenizer:
     return data.Tokenizer.from_pretrained(SCENES) if kind == "scenes" else small_tokenizer(kind)
-
-
-def reference_ids(text: str, kind: str, vocab: dict, merges: list) -> list[int]:
-    """Of all neighbours that are a merge join the first in the list, until none is left."""
-    order = {tuple(pair): n for n, pair in enumerate(merges)}
-    ids = []
-    for piece in cut(unicodedata.normalize("NFC", text) if kind == "qwen" else text, kind):
-        tokens = [BYTES[b] for b in piece.encode() if BYTES[b] in vocab]
-        if kind == "llama3" and "".join(tokens) in vocab:  # ignore_merges
-            tokens = ["".join(tokens)]
-        while pairs := [p for p in zip(tokens, tokens[1:]) if p in order]:
-            best = min(pairs, key=order.get)
-            at = list(zip(tokens, tokens[1:])).index(best)
-            tokens[at : at + 2] = ["".join(best)]
-        ids += [vocab[token] for token in tokens]
-    return ids
 
 
 def without_controls(kind: str) -> tokenizers.Tokenizer:
@@ -74,20 +44,18 @@ def round_trip(text: str, kind: str) -> str:
     if kind == "qwen":
         return unicodedata.normalize("NFC", text)
     if kind == "smollm2":
-        return bytes(b for b in text.encode() if b not in MISSING).decode(errors="replace")
+        return bytes(b for b in text.encode() if b not in helpers_tokenizers.MISSING).decode(errors="replace")
     return text.removeprefix(" ") if kind == "metaspace" else text
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_are_those_of_hugging_face_and_of_plain_bpe_and_decode_to_the_text(kind):
+def test_ids_are_those_of_hugging_face_and_decode_to_the_text(kind):
     tokenizer, theirs = small_tokenizer(kind), without_controls(kind)
     texts = hostile(1500, 1) + ["", " ", TEXT, "xyzzy", "xyzzyx xyzzy", "a▁b"]
     noise = [*tokenizer.special.values(), tokenizer.vocab_size, tokenizer.vocab_size + 300]
     for text in texts:
         ids = tokenizer.encode(text)
         assert ids == theirs.encode(text, add_special_tokens=False).ids, text
-        if kind in BYTE_LEVEL:
-            assert ids == reference_ids(text, kind, *small(kind)), text
         if "▁" not in text or kind in BYTE_LEVEL:
             assert tokenizer.decode([*noise, *ids, *noise]) == round_trip(text, kind)
     pieces = {tokenizer.bpe.id_to_token(i) for text in texts for i in tokenizer.encode(text)}
@@ -99,16 +67,11 @@ def test_ids_are_those_of_hugging_face_and_of_plain_bpe_and_decode_to_the_text(k
 
 # Of each family: its end token, its BOS, and what stands in front of a text
 FAMILY = {
-    "llama3": ("<|eot_id|>", "<|begin_of_text|>", ""),
-    "qwen": ("<|im_end|>", None, ""),
-    "smollm2": ("<|im_end|>", None, ""),
-    "gpt2": ("<|endoftext|>", None, ""),
-    "llama2": ("</s>", "<s>", " "),
-    "metaspace": ("</s>", "<s>", " "),
-    "gemma": ("<end_of_turn>", "<bos>", ""),
-    "phi3": ("<|end|>", None, " "),
-    "scenes": ("<|end|>", None, " "),
-}
+    "llama3": ("<|eot_id|>", "<|begin_of_text|>", ""), "qwen": ("<|im_end|>", None, ""),
+    "smollm2": ("<|im_end|>", None, ""), "gpt2": ("<|endoftext|>", None, ""), "llama2": ("</s>", "<s>", " "),
+    "metaspace": ("</s>", "<s>", " "), "gemma": ("<end_of_turn>", "<bos>", ""),
+    "phi3": ("<|end|>", None, " "), "scenes": ("<|end|>", None, " "),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", FAMILY)
@@ -116,30 +79,23 @@ def test_documents_begin_and_end_as_the_family_has_it(kind):
     tokenizer, (end, start, prefix) = named(kind), FAMILY[kind]
     assert (tokenizer.end, tokenizer.prefix) == (tokenizer.special[end], prefix)
     assert tokenizer.start == ([tokenizer.special[start]] if start else [])
+    text, newlines = tokenizer.encode("A cat."), tokenizer.ids_with(("\n",))
     caption = data.pieces_of(data.Record("caption", [0, "A cat."], []), tokenizer)
-    assert caption == [
-        (tokenizer.start, False),
-        0,
-        (tokenizer.encode("A cat."), True),
-        ([tokenizer.end], True),
-    ]
-    assert tokenizer.show(tokenizer.encode("A cat.")) == prefix + "A cat."
-    assert tokenizer.ids_with(("\n",)) and all(
-        "\n" in tokenizer.show([i]) for i in tokenizer.ids_with(("\n",))
-    )
+    assert caption == [(tokenizer.start, False), 0, (text, True), ([tokenizer.end], True)]
+    assert tokenizer.show(text) == prefix + "A cat."
+    assert newlines and all("\n" in tokenizer.show([i]) for i in newlines)
 
 
 @pytest.mark.parametrize("kind", FAMILY)
 def test_no_text_becomes_a_control_token(kind):
     """Every control token as text, alone and in other text, where merges could make it."""
     tokenizer = named(kind)
-    controls = {*tokenizer.special.values()}
-    for name in [*tokenizer.special, "<unk>", "".join(tokenizer.special)]:
+    attack = "".join(tokenizer.special)
+    for name in [*tokenizer.special, "<unk>", attack]:
         for text in (name, f"x{name}", f" {name}", f"{name}x", f"x {name} {name}\n", f"\n{name}", name * 3):
             ids = tokenizer.encode(text)
-            assert not controls & {*ids}, text
+            assert not {*tokenizer.special.values()} & {*ids}, text
             assert tokenizer.decode(ids) == round_trip(text, kind)
-    attack = "".join(tokenizer.special)
     pieces = data.chat_pieces([("user", [attack]), ("assistant", [attack])], tokenizer)
     answers = [ids for ids, supervised in pieces if supervised]
     assert answers == [tokenizer.encode(attack), [tokenizer.end]]
@@ -149,34 +105,44 @@ def test_no_text_becomes_a_control_token(kind):
     assert copied.encode(attack) == tokenizer.encode(attack)
 
 
+def changed(folder: Path, kind: str, change) -> data.Tokenizer:
+    """A small tokenizer whose file `change(spec)` edits in place."""
+    spec = helpers_tokenizers.write_tokenizer(folder, kind)
+    change(spec)
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    return data.Tokenizer.from_pretrained(folder)
+
+
 def test_merges_that_would_make_a_control_token_are_real(tmp_path):
     """Hugging Face's switch alone lets the end token through."""
     theirs = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json("llama2")))
     theirs.encode_special_tokens = True
     assert theirs.token_to_id("</s>") in theirs.encode("x</s>", add_special_tokens=False).ids
-    spec = tokenizer_json("llama3")
-    spec["added_tokens"].append(
-        {**spec["added_tokens"][0], "content": "xyzzy", "id": spec["model"]["vocab"]["xyzzy"]}
-    )
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+
+    def with_a_whole_piece(spec):
+        token = {**spec["added_tokens"][0], "content": "xyzzy", "id": spec["model"]["vocab"]["xyzzy"]}
+        spec["added_tokens"].append(token)
+
     with pytest.raises(model.UserError, match="makes the control token xyzzy of text"):  # by ignore_merges
-        data.Tokenizer.from_pretrained(tmp_path)
-    spec = tokenizer_json("gpt2")
-    spec["model"]["unk_token"] = "<|endoftext|>"
-    del spec["model"]["vocab"][BYTES[7]]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    assert data.Tokenizer.from_pretrained(tmp_path).encode("\x07") == []
+        changed(tmp_path, "llama3", with_a_whole_piece)
+
+    def with_unknown_bytes(spec):
+        spec["model"]["unk_token"] = "<|endoftext|>"
+        del spec["model"]["vocab"][BYTES[7]]
+
+    assert changed(tmp_path, "gpt2", with_unknown_bytes).encode("\x07") == []
 
 
 @pytest.mark.parametrize("kind", ["qwen", "llama2"])
 def test_added_tokens_that_are_not_special_are_found_in_text(tmp_path, kind):
     """As Qwen3's <think>, which a model writes and reads as text."""
-    spec = write_tokenizer(tmp_path, kind)
-    think = max([*spec["model"]["vocab"].values(), *(t["id"] for t in spec["added_tokens"])]) + 1
-    flags = {**spec["added_tokens"][0], "special": False}
-    spec["added_tokens"] += [{**flags, "id": think, "content": "<think>"}]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    tokenizer = data.Tokenizer.from_pretrained(tmp_path)
+    think = small_tokenizer(kind).vocab_size
+
+    def with_think(spec):
+        token = {**spec["added_tokens"][0], "special": False, "id": think, "content": "<think>"}
+        spec["added_tokens"].append(token)
+
+    tokenizer = changed(tmp_path, kind, with_think)
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in ("<think>hello</think>", "the <think> the", "x<think>"):
         ids = tokenizer.encode(text)
@@ -202,21 +168,18 @@ def test_rank_files_know_their_family_by_size(tmp_path):
     assert qwen.control("<|endoftext|><|im_start|><|im_end|>") == [151_643, 151_644, 151_645]
     assert qwen.end == 151_645 and qwen.start == []
     assert qwen.encode("e\u0301") == qwen.encode("é") and llama.encode("e\u0301") != llama.encode("é")
-    (tmp_path / "other.tiktoken").write_text(many_ranks(100_256))
-    with pytest.raises(model.UserError, match="100256 ranks.*Llama-3"):
-        data.Tokenizer.from_pretrained(tmp_path / "other.tiktoken")
 
 
 def test_that_of_scenes_keeps_its_ids():
-    tokenizer = named("scenes")
-    ranks = len(SCENES.read_text().splitlines())
+    tokenizer, ranks = named("scenes"), len(SCENES.read_text().splitlines())
     assert tokenizer.control("<|end|><|user|><|assistant|>") == [ranks, ranks + 1, ranks + 2]
     assert (tokenizer.end, tokenizer.vocab_size, tokenizer.start) == (ranks, ranks + 3, [])
     assert tokenizer.show(tokenizer.encode("red ring")) == " red ring"
-    assert tokenizer.decode(tokenizer.encode(" red ring")) == " red ring"
+    for text in (" red ring", "Grüße <|end|> \U0001f600\n\n  x", "KTZ 12 345", "<|user|>", "", " led"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-# --- templates
+# --- Templates
 
 
 def labels(turns: list, tokenizer: data.Tokenizer) -> tuple[list, list]:
@@ -265,10 +228,8 @@ def test_templates_and_what_they_supervise(kind):
     assert flat.count(tokenizer.end) == (3 if kind in ("llama3", "qwen", "gemma", "phi3") else 1)  # a turn's
 
 
-VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-    "detailed, and polite answers to the user's questions."
-)
+VICUNA = "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+VICUNA += "helpful, detailed, and polite answers to the user's questions."
 
 
 @pytest.mark.parametrize("kind", ["llama2", "metaspace"])
@@ -276,72 +237,61 @@ def test_a_chat_of_vicuna_has_the_ids_of_its_text_as_a_whole(kind):
     """FastChat's vicuna_v1.1; and around a picture LLaVA's tokenizer_image_token, which cuts there."""
     tokenizer, theirs = named(kind), tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(kind)))
 
-    def whole(text: str) -> list[int]:
+    def in_one(text: str) -> list[int]:
         return theirs.encode(text, add_special_tokens=False).ids
+
+    def ids_of(pieces: list) -> list[int]:
+        return [i for ids, _ in pieces for i in ids]
 
     answers = ["red rings", "north, the north!", "no"]
     turns = [("user", ["hello there"]), ("assistant", [answers[0]]), ("user", [" is there any ring?"])]
     turns += [("assistant", [answers[1]]), ("user", ["x</s>"]), ("assistant", [answers[2]])]
-    ids, kept = labels(turns[:4], tokenizer)
     text = f"{VICUNA} USER: hello there ASSISTANT: {answers[0]}</s>USER: "
-    text += f"{' ' * (kind == 'llama2')}is there any ring? ASSISTANT: {answers[1]}</s>"
-    assert ids == tokenizer.start + whole(
-        text
-    )  # Metaspace gives a text that begins with a space no other one
+    text += " is" if kind == "llama2" else "is"  # Metaspace adds none to a space
+    text += f" there any ring? ASSISTANT: {answers[1]}</s>"
+    assert labels(turns[:4], tokenizer)[0] == tokenizer.start + in_one(text)
     ids, kept = labels(turns, tokenizer)
     supervised = [tokenizer.encode(answer) + [tokenizer.end] for answer in answers]
-    assert [i for i in kept if i != -100] == sum(supervised, [])
-    assert ids.count(tokenizer.end) == 3
-
+    assert [i for i in kept if i != -100] == sum(supervised, []) and ids.count(tokenizer.end) == 3
     pieces = data.chat_pieces([("user", [0, "\nwhat?"]), ("assistant", ["the ring"])], tokenizer)
     at = pieces.index(0)
-    first, second = (sum((ids for ids, _ in part), []) for part in (pieces[:at], pieces[at + 1 :]))
-    assert first == tokenizer.start + whole(f"{VICUNA} USER: ")
-    assert second == whole("\nwhat? ASSISTANT: the ring</s>")
+    assert ids_of(pieces[:at]) == tokenizer.start + in_one(f"{VICUNA} USER: ")
+    assert ids_of(pieces[at + 1 :]) == in_one("\nwhat? ASSISTANT: the ring</s>")
     prompt = data.prompt_pieces("what?", 0, tokenizer, [("hello", "no")])
-    assert sum((ids for ids, _ in prompt), []) == tokenizer.start + whole(
-        f"{VICUNA} USER: hello ASSISTANT: no</s>USER: what? ASSISTANT:"
-    )
+    text = f"{VICUNA} USER: hello ASSISTANT: no</s>USER: what? ASSISTANT:"
+    assert ids_of(prompt) == tokenizer.start + in_one(text)
     brief = labels([("system", ["Be brief."]), *turns[:2]], tokenizer)[0]
-    assert brief == tokenizer.start + whole(f"Be brief. USER: hello there ASSISTANT: {answers[0]}</s>")
+    assert brief == tokenizer.start + in_one(f"Be brief. USER: hello there ASSISTANT: {answers[0]}</s>")
 
 
-# --- files
+# --- Files
 
 
-@pytest.mark.parametrize("layout", ["qwen", "llama2", "original", "ranks"])
+@pytest.mark.parametrize("layout", ["qwen", "original", "ranks"])
 def test_save_copies_the_files_and_the_copy_is_the_same(tmp_path, layout):
-    source = tmp_path / "source"
-    source.mkdir()
-    if layout in ("qwen", "llama2"):
-        write_tokenizer(source, layout)
+    source, target = tmp_path / "source", tmp_path / "step" / "tokenizer"
+    (source / "original").mkdir(parents=True)
+    if layout == "qwen":
+        helpers_tokenizers.write_tokenizer(source, layout)
         (source / "tokenizer_config.json").write_text('{"chat_template" :  "…"}', encoding="utf-8")
         (source / "merges.txt").write_text("#version: 0.2\n")  # beside it, not read
     elif layout == "original":
-        (source / "original").mkdir()
         (source / "original" / "tokenizer.model").write_text(many_ranks(128_000))
         (source / "tokenizer_config.json").write_text("{}")
     else:
         (source / "scenes.tiktoken").write_bytes(SCENES.read_bytes())
     tokenizer = data.Tokenizer.from_pretrained(source)
-    before = {file.name: file.read_bytes() for file in source.rglob("*") if file.is_file()}
-    for file in [f for f in source.rglob("*") if f.is_file()]:
+    files = [file for file in source.rglob("*") if file.is_file()]
+    before = {file.name.replace("scenes", "ranks"): file.read_bytes() for file in files}
+    for file in files:
         file.unlink()  # a run removes old checkpoints, maybe the one it came from
-    tokenizer.save(tmp_path / "step" / "tokenizer")
-    saved = {file.name: file.read_bytes() for file in (tmp_path / "step" / "tokenizer").iterdir()}
-    if layout == "ranks":
-        assert saved == {"ranks.tiktoken": before["scenes.tiktoken"]}
-    else:
-        assert saved == before
-    again = data.Tokenizer.from_pretrained(tmp_path / "step" / "tokenizer")
-    assert (again.special, again.vocab_size, again.end) == (
-        tokenizer.special,
-        tokenizer.vocab_size,
-        tokenizer.end,
-    )
-    assert [again.encode(text) for text in hostile(100, 3)] == [
-        tokenizer.encode(text) for text in hostile(100, 3)
-    ]
+    tokenizer.save(target)
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == before
+    again = data.Tokenizer.from_pretrained(target)
+    for name in ("special", "vocab_size", "end"):
+        assert getattr(again, name) == getattr(tokenizer, name)
+    texts = hostile(100, 3)
+    assert [again.encode(text) for text in texts] == [tokenizer.encode(text) for text in texts]
 
 
 BAD_SPLIT = {"type": "Split", "pattern": {"Regex": "(["}, "behavior": "Isolated", "invert": False}
@@ -357,29 +307,23 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_does_not_work_is_refused_in_one_sentence(tmp_path, what):
     change, words = REFUSED[what]
-    spec = write_tokenizer(tmp_path, "gpt2")
-    data.Tokenizer.from_pretrained(tmp_path)  # unchanged it loads
-    change(spec)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    changed(tmp_path, "gpt2", lambda spec: None)  # unchanged it loads
     with pytest.raises(model.UserError, match=words) as error:
-        data.Tokenizer.from_pretrained(tmp_path)
+        changed(tmp_path, "gpt2", change)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
 SENTENCEPIECE_MODEL = b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02\n\x08\xe2\x96\x81the"
-CONVERT = (
-    r"pip install transformers sentencepiece protobuf.*AutoTokenizer.from_pretrained\('.*'\).save_pretrained"
-)
+CONVERT = r"pip install transformers sentencepiece protobuf.*AutoTokenizer.from_pretrained\('.*'\).save_pre"
 BROKEN = {
     "nothing": ({}, "no tokenizer.json.* and 0 rank files"),
     "two": ({"a.tiktoken": b"YQ== 0\n", "b.tiktoken": b"YQ== 0\n"}, "and 2 rank files"),
     "sentencepiece": ({"tokenizer.model": SENTENCEPIECE_MODEL}, CONVERT),
     "base64": ({"x.tiktoken": b"YQ== 0\nYg== 1\n!!! 2\n"}, "x.tiktoken is not a tiktoken rank file"),
     "number": ({"x.tiktoken": b"YQ== 0\n\nYg== one\n"}, "x.tiktoken is not a tiktoken rank file"),
-    "negative": ({"x.tiktoken": b"YQ== -1\n"}, "count up from 0"),
     "twice": ({"x.tiktoken": many_ranks(255).encode() + b"/w== 254\n"}, "count up from 0"),
     "a byte": ({"x.tiktoken": many_ranks(255).encode()}, "every byte"),
-    "empty": ({"x.tiktoken": b""}, "every byte"),
+    "no family": ({"x.tiktoken": many_ranks(100_256).encode()}, "100256 ranks.*Llama-3"),
     "json": ({"tokenizer.json": b'{"model": \n'}, "tokenizer.json line 2 column 1: not valid JSON"),
     "list": ({"tokenizer.json": b"[]"}, "no usable tokenizer"),
 }  # fmt: skip
@@ -393,21 +337,17 @@ def test_broken_files_are_named(tmp_path, what):
     with pytest.raises(model.UserError, match=words) as error:
         data.Tokenizer.from_pretrained(tmp_path)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_path_that_is_not_there_is_named(tmp_path):
     with pytest.raises(model.UserError, match="nowhere holds no tokenizer.json"):
         data.Tokenizer.from_pretrained(tmp_path / "nowhere")
 
 
 def test_settings_of_a_file_that_change_texts_do_not_count(tmp_path):
     """Some files on the hub have been saved with a truncation and a padding."""
-    spec = write_tokenizer(tmp_path, "qwen")
-    spec["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
-    spec["padding"] = {"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None}
-    spec["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    assert data.Tokenizer.from_pretrained(tmp_path).encode(TEXT) == small_tokenizer("qwen").encode(TEXT)
+    cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    fill = {"strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
+    fill |= {"pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    tokenizer = changed(tmp_path, "qwen", lambda spec: spec.update(truncation=cut, padding=fill))
+    assert tokenizer.encode(TEXT) == small_tokenizer("qwen").encode(TEXT)
 
 
 def check_long_runs(tokenizer: data.Tokenizer) -> None:
@@ -415,13 +355,13 @@ def check_long_runs(tokenizer: data.Tokenizer) -> None:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@pytest.mark.parametrize("kind", ["qwen", "llama2", "scenes"])
+@pytest.mark.parametrize("kind", ["llama2", "scenes"])
 def test_very_long_runs_do_not_panic(kind):
     check_long_runs(named(kind))
 
 
 def test_it_works_in_forked_processes_without_a_word(tmp_path):
-    write_tokenizer(tmp_path, "llama2")
+    helpers_tokenizers.write_tokenizer(tmp_path, "llama2")
     code = (
         "import multiprocessing, sys, data\n"
         "tokenizer = data.Tokenizer.from_pretrained(sys.argv[1])\n"
@@ -430,17 +370,12 @@ def test_it_works_in_forked_processes_without_a_word(tmp_path):
         "    assert pool.map(tokenizer.encode, ['hello there'] * 4) == [ids] * 4\n"
     )
     env = {name: value for name, value in os.environ.items() if name != "TOKENIZERS_PARALLELISM"}
-    root = Path(data.__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path], env=env, cwd=root, capture_output=True, text=True, timeout=60
-    )
+    command, root = [sys.executable, "-c", code, tmp_path], Path(data.__file__).parent
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The real vocabularies, from the packages in requirements-vocab.txt
-
-
+# --- The real vocabularies, from the packages in requirements-vocab.txt
 def packaged(package: str, name: str) -> Path:
     """A file of an installed package, which is not imported."""
     return Path(importlib.metadata.distribution(package).locate_file(name))
@@ -452,30 +387,21 @@ RANKS = {
 }
 
 
-def real(kind: str) -> data.Tokenizer:
-    return data.Tokenizer.from_pretrained(packaged(*RANKS[kind]))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama3", "qwen2"])
-def test_golden_ids_of_the_real_vocabularies(kind):
-    tokenizer = real(kind)
+def test_golden_ids_and_chats_of_the_real_vocabularies(kind):
+    tokenizer = data.Tokenizer.from_pretrained(packaged(*RANKS[kind]))
     assert len(VECTORS["strings"][kind]) == 38
     for case in VECTORS["strings"][kind]:
         assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
     for text, ids in VECTORS["external_hf_parity"][{"qwen2": "qwen2.5"}.get(kind, kind)].items():
         assert tokenizer.encode(text) == ids, text
     check_long_runs(tokenizer)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama3", "qwen2"])
-def test_golden_chats_of_the_real_vocabularies(kind):
     system = {"llama3": "Be brief.", "qwen2": "You are a helpful assistant."}[kind]
-    ids, kept = labels([("system", [system]), *TURNS[1:]], real(kind))
+    ids, kept = labels([("system", [system]), *TURNS[1:]], tokenizer)
     golden = VECTORS[f"{kind}_chat"]
     assert ids == golden["ids"] and kept == golden["labels_recommended"]
-    assert real(kind).show(ids) == golden["text"]
+    assert tokenizer.show(ids) == golden["text"]
 
 
 @pytest.mark.slow
@@ -485,63 +411,32 @@ def test_llama3_special_tokens_are_those_of_its_own_code():
     lists = [value for value in assigned if isinstance(value, ast.List)]
     names = next(names for names in map(ast.literal_eval, lists) if "<|begin_of_text|>" in names)
     others = [f"<|reserved_special_token_{2 + n}|>" for n in range(256 - len(names))]
-    assert real("llama3").control("".join(names + others)) == list(range(128_000, 128_256))
+    tokenizer = data.Tokenizer.from_pretrained(packaged(*RANKS["llama3"]))
+    assert tokenizer.control("".join(names + others)) == list(range(128_000, 128_256))
 
 
-def merges_of(ranks: dict[bytes, int], all_splits: bool) -> list[tuple[str, str]]:
-    """Merges from ranks: the two tokens it has just before it comes up, or all pairs that make it."""
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) == 1:
-            continue
-        if all_splits:  # as Hugging Face made Llama-3's list
-            pairs = [(token[:n], token[n:]) for n in range(1, len(token))]
-            pairs = sorted(
-                (pair for pair in pairs if pair[0] in ranks and pair[1] in ranks),
-                key=lambda p: (ranks[p[0]], ranks[p[1]]),
-            )
-        else:
-            tokens = [bytes([b]) for b in token]
-            while len(tokens) > 2:
-                joined = [ranks.get(a + b, rank) for a, b in zip(tokens, tokens[1:])]
-                at = joined.index(min(joined))
-                assert joined[at] < rank, token
-                tokens[at : at + 2] = [tokens[at] + tokens[at + 1]]
-            pairs = [tuple(tokens)]
-        merges += [tuple("".join(BYTES[b] for b in token) for token in pair) for pair in pairs]
-    return merges
+def spelled(token: bytes) -> str:
+    return "".join(BYTES[b] for b in token)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama3", "qwen2"])
-def test_hugging_face_gives_the_same_ids_and_its_folder_the_same_tokenizer(tmp_path, kind):
-    tokenizer, ranks = real(kind), data.read_ranks(packaged(*RANKS[kind]))
-    vocab = {"".join(BYTES[b] for b in token): rank for token, rank in ranks.items()}
-    merges = merges_of(ranks, all_splits=kind == "llama3")
+def test_the_real_vocabularies_give_the_ids_of_hugging_face(kind):
+    """Our regexes are possessive, so that they do not overflow."""
+    ranks, merges = data.read_ranks(packaged(*RANKS[kind])), []
+    for token in sorted(ranks, key=ranks.get):
+        pairs = [(token[:n], token[n:]) for n in range(1, len(token))]
+        pairs = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
+        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [(spelled(first), spelled(second)) for first, second in pairs]
+    vocab = {spelled(token): rank for token, rank in ranks.items()}
     bpe = tokenizers.models.BPE(vocab, merges, ignore_merges=kind == "llama3")
     theirs, pre = tokenizers.Tokenizer(bpe), tokenizers.pre_tokenizers
-    split = pre.Split(tokenizers.Regex(LLAMA3 if kind == "llama3" else QWEN), "isolated")
+    cuts = helpers_tokenizers.LLAMA3 if kind == "llama3" else helpers_tokenizers.QWEN
+    split = pre.Split(tokenizers.Regex(cuts), "isolated")
     theirs.pre_tokenizer = pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
-    theirs.decoder = tokenizers.decoders.ByteLevel()
     if kind == "qwen2":
         theirs.normalizer = tokenizers.normalizers.NFC()
-    texts = hostile(8000, 4) + [case["text"] for case in VECTORS["strings"][kind]]
-    expected = [theirs.encode(text, add_special_tokens=False).ids for text in texts]
-    assert [tokenizer.encode(text) for text in texts] == expected
-
-    theirs.add_special_tokens([*tokenizer.special])
-    theirs.save(str(tmp_path / "tokenizer.json"))
-    folder = data.Tokenizer.from_pretrained(tmp_path)
-    assert (folder.special, folder.end, folder.start) == (tokenizer.special, tokenizer.end, tokenizer.start)
-    assert folder.vocab_size == tokenizer.vocab_size
-    assert [folder.encode(text) for text in texts] == expected
-    assert [folder.decode(ids) for ids in expected] == [tokenizer.decode(ids) for ids in expected]
-    assert folder.ids_with((".", "\n")) == tokenizer.ids_with((".", "\n"))
-    if kind == "qwen2":  # the same without tokenizer.json; control tokens then come from the size alone
-        (tmp_path / "tokenizer.json").unlink()
-        (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-        (tmp_path / "merges.txt").write_text("\n".join(" ".join(pair) for pair in merges), encoding="utf-8")
-        convert_tokenizer.convert(tmp_path)
-        folder = data.Tokenizer.from_pretrained(tmp_path)
-        assert folder.special == tokenizer.special and folder.end == tokenizer.end
-        assert [folder.encode(text) for text in texts] == expected
+    tokenizer = data.Tokenizer.from_pretrained(packaged(*RANKS[kind]))
+    for text in hostile(4000, 4) + [case["text"] for case in VECTORS["strings"][kind]]:
+        assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text

@@ -57,10 +57,6 @@ def narrow(queries: tuple[int, int] = (16, 4), key_positions: bool = False) -> M
     )
 
 
-def connector_of(cfg: ModelConfig) -> ChainOfSight:
-    return ChainOfSight(cfg)
-
-
 def shaken(module: torch.nn.Module) -> torch.nn.Module:
     """Every parameter of the size that makes it count: at init the queries are small, the biases zero."""
     with torch.no_grad():
@@ -100,21 +96,18 @@ def test_token_table(step, queries, pixels, windows, tokens):
     assert [(side // w) ** 2 * n for w, n in zip(windows, cfg.connector.queries)] == tokens
     cfg.vit.width, cfg.decoder.width = 8, 12  # so that it can run
     cfg.connector.width, cfg.connector.heads = 8, 2
-    connector, levels = connector_of(cfg), levels_of(side)
+    connector, levels = ChainOfSight(cfg), levels_of(side)
     assert [scale(levels).shape for scale in connector.scales] == [(2, n, 8) for n in tokens]
     assert connector(levels).shape == (2, sum(tokens), 12)
 
 
-def test_rows_of_the_table_that_no_step_reaches():
+def test_what_no_step_reaches_and_what_is_refused():
     cfg = published()
     cfg.connector.windows, cfg.connector.queries = [16, 8, 2], [16, 16, 4]
     assert cfg.visual_tokens() == 336  # CoS pre-trained with 336 tokens at 224
     cfg.connector.kind = "linear"
     assert cfg.visual_tokens() == 256  # every patch
     assert set(model.SCALINGS) == {row[0] for row in TABLE} - {None}
-
-
-def test_a_step_from_elsewhere_and_a_bad_window_are_refused():
     with pytest.raises(model.UserError, match="two scales with 48 tokens, this model has 80"):
         model.scaled_config(published(), "48to784")
     with pytest.raises(model.UserError, match="did you mean 80to336"):
@@ -129,7 +122,7 @@ def test_a_step_from_elsewhere_and_a_bad_window_are_refused():
 def test_parameter_counts(step, total):
     cfg = model.scaled_config(published(), step) if step else published()
     with torch.device("meta"):
-        built = connector_of(cfg)
+        built = ChainOfSight(cfg)
     blocks = [block for scale in built.scales for block in scale.blocks]
     assert {sum(p.numel() for p in block.parameters()) for block in blocks} == {12_595_200}
     assert sum(p.numel() for p in built.parameters()) == total
@@ -191,46 +184,10 @@ def test_attention_shown_is_the_softmax_of_the_last_block(window, key_positions)
         assert not inside_window[..., ~inside].any()
 
 
-@pytest.mark.parametrize("window", [16, 4])
-def test_attention_shown_is_where_the_key_fits_the_query(window):
-    """Keys and queries are made so that in each window the patch with a 1 in channel 0 beats all others."""
-    scale = shaken(model.Scale(narrow().connector, 8, 16, window, n_queries=2))
-    block, (row, column) = scale.blocks[1], (6, 13)
-    with torch.no_grad():
-        block.to_q.weight.zero_()
-        block.norm_queries.weight.zero_()
-        block.norm_queries.bias.fill_(1)
-        block.to_q.weight[:, 0] = 50  # every query: 50 everywhere
-        block.to_kv.weight[:8] = torch.eye(8)[0]  # every key: its patch's channel 0
-        block.norm_context.weight.fill_(1)
-        block.norm_context.bias.zero_()
-    high = torch.zeros(1, 256, 8)
-    high[..., 1] = 1
-    high[0, 16 * row + column] = torch.eye(8)[0]
-    looks = report.patch_attention(scale, [levels_of(16, 1)[0], high])[0]  # (tokens, P)
-    first = 2 * (row // window * (16 // window) + column // window)
-    assert looks[first : first + 2, 16 * row + column].min() > 0.999
-    others = torch.cat([looks[:first], looks[first + 2 :]])
-    assert others.numel() == 0 or (others.amax(-1) < 1.01 / window**2).all()  # equal patches: even
-
-
 # --- Locality and symmetry (items 4 to 6)
-@pytest.mark.parametrize("row, column", [(0, 0), (6, 13), (15, 4)])
-def test_a_patch_changes_only_its_window(row, column):
-    connector = shaken(connector_of(narrow()))
-    levels = levels_of(16, images=1)
-    for changed in (0, 1):  # either level alone
-        other = [x.clone() for x in levels]
-        other[changed][0, 16 * row + column] = torch.randn(8)
-        moved = (connector(other) - connector(levels)).abs().amax(-1)[0] > 1e-9  # (80,)
-        assert moved[:16].all()  # the global window sees every patch
-        window = 4 * (row // 4) + column // 4
-        assert moved[16:].nonzero()[:, 0].tolist() == list(range(4 * window, 4 * window + 4))
-
-
 @pytest.mark.parametrize("key_positions", [False, True])
 def test_order_inside_a_window(key_positions):
-    connector = shaken(connector_of(narrow(key_positions=key_positions)))
+    connector = shaken(ChainOfSight(narrow(key_positions=key_positions)))
     levels = levels_of(16)
     order = torch.arange(256).reshape(16, 16)
     order[4:8, 8:12] = order[4:8, 8:12].flatten()[torch.randperm(16)].reshape(4, 4)
@@ -239,26 +196,12 @@ def test_order_inside_a_window(key_positions):
     assert key_positions or moved.abs().max() < 1e-12
 
 
-def test_identity_step_is_bit_equal(monkeypatch):
-    monkeypatch.setitem(model.SCALINGS, "80to80w", "1:0x1,1x1")
-    old, new, _ = scaled("80to80w")
-    levels = levels_of(16)
-    assert new is not old and torch.equal(new(levels), old(levels))
-
-
 # --- Inflation (items 7 to 12)
-@pytest.mark.parametrize("step", ["80to80", "80to1296", "80to336"])
-def test_resolution_alone_changes_nothing_on_upsampled_features(step):
-    old, new, _ = scaled(step)
-    levels = levels_of(16)
-    before, after = old(levels), new(upsampled(levels, 2))
-    kept = 80 if step == "80to80" else 16  # with new windows, the global scale that was kept
-    assert_close(after[:, :kept], before[:, :kept], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("step", ["80to1296", "80to336", "32to528", "80to1104"])
+@pytest.mark.parametrize("step", ["80to80", "80to1296", "80to336", "32to528", "80to1104"])
 def test_inflated_scales_repeat_their_source_on_constant_windows(step):
-    """Only there: on general features a new window sees fewer patches than its source (item 9)."""
+    """Else only scales that keep their windows do: a smaller one sees fewer patches than its source (item 9).
+    A larger resolution alone (80to80) changes nothing on upsampled features.
+    """
     old, new, _ = scaled(step)
     for scale, (source, factor) in zip(new.scales, model.read_scaling(step)[1]):
         source = old.scales[source]
@@ -270,71 +213,19 @@ def test_inflated_scales_repeat_their_source_on_constant_windows(step):
             assert difference < 1e-12 if equal else difference > 0.1
 
 
-@pytest.mark.parametrize("step", ["80to1296", "80to336", "80to272w"])
-def test_queries_are_repeated_on_both_axes(step):
-    old, new, _ = scaled(step)
-    for scale, (source, factor) in zip(new.scales, model.read_scaling(step)[1]):
-        source, n = old.scales[source], scale.per_side
-        assert n == source.per_side * factor
-        for r in range(n):
-            for c in range(n):
-                origin = (r // factor) * source.per_side + c // factor
-                assert torch.equal(scale.queries[n * r + c], source.queries[origin])
-
-
 def test_new_scales_own_their_weights():
     old, new, _ = scaled("80to1296")
-    parts = [*old.scales, *new.scales]
-    pointers = [p.data_ptr() for scale in parts for p in scale.parameters()]
+    pointers = [p.data_ptr() for scale in (*old.scales, *new.scales) for p in scale.parameters()]
     assert len(set(pointers)) == len(pointers)
     kept, inflated = new.scales[0].blocks, new.scales[1].blocks  # both from the old global scale
     assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), inflated.parameters()))
-    before = [p.clone() for p in old.scales[0].parameters()]
-    optimizer = torch.optim.SGD(new.parameters(), lr=0.1)
-    out = new(levels_of(32))
-    (out * torch.randn_like(out)).sum().backward()
-    assert not any(torch.equal(a.grad, b.grad) for a, b in zip(kept.parameters(), inflated.parameters()))
-    optimizer.step()
-    assert not any(torch.equal(a, b) for a, b in zip(kept.parameters(), inflated.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(before, old.scales[0].parameters()))
-
-
-@pytest.mark.parametrize("key_positions", [False, True])
-def test_scaled_model_survives_a_round_trip(key_positions, tmp_path):
-    _, new, vlm = scaled("80to1296", key_positions=key_positions)
-    vlm.save_pretrained(tmp_path)
-    again = model.VLM.from_pretrained(tmp_path, dtype=None)
-    assert again.cfg == vlm.cfg and again.vit.cfg == vlm.vit.cfg == vlm.cfg.vit
-    assert again.state_dict().keys() == vlm.state_dict().keys()
-    pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
-    assert torch.equal(all_tokens(again, pixels), all_tokens(vlm, pixels))
-    levels = levels_of(32)
-    assert torch.equal(again.connector(levels), new(levels))
-
-
-def test_without_inflation_only_the_kept_scale_is_inherited():
-    vlm = model.VLM(narrow())
-    old = shaken(vlm.connector)
-    model.scale_up(vlm, "80to1296", "random")
-    same = [torch.equal(a.blocks[0].to_q.weight, old.scales[b].blocks[0].to_q.weight)
-            for a, b in zip(vlm.connector.scales, (0, 0, 1))]  # fmt: skip
-    assert same == [True, False, False]
-    assert torch.equal(vlm.connector.proj.weight, old.proj.weight)
-
-
-def test_scaling_keeps_the_dtype():
-    vlm = model.VLM(narrow()).bfloat16()
-    model.scale_up(vlm, "80to336")
-    assert {p.dtype for p in vlm.parameters()} == {torch.bfloat16}
 
 
 # --- Plans by name, steps spelled out, and the switches that the paper does not have
 PLANS = {
-    "32": ([16, 4], [16, 16]),
-    "48": ([16, 4], [16, 32]),
-    "80": ([16, 4], [16, 64]),
+    "32": ([16, 4], [16, 16]), "48": ([16, 4], [16, 32]), "80": ([16, 4], [16, 64]),
     "336": ([16, 8, 2], [16, 64, 256]),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -367,9 +258,8 @@ def test_a_step_spelled_out_is_the_named_one(spelled, named):
     model.scale_up(other, named)
     named_weights = other.state_dict()
     assert all(torch.equal(value, named_weights[name]) for name, value in vlm.state_dict().items())
-    again = model.scaled_config(
-        model.scaled_config(published(), "80to336w"), "2:0x1,1x1,2x1"
-    )  # from three scales
+    three = model.scaled_config(published(), "80to336w")
+    again = model.scaled_config(three, "2:0x1,1x1,2x1")
     assert again.connector.windows == [32, 16, 4] and again.visual_tokens() == 336
 
 
@@ -381,15 +271,13 @@ def test_steps_that_make_no_sense_are_refused(step):
 
 def test_reversed_order_puts_the_fine_tokens_first():
     cfg = narrow()
-    connector, levels = shaken(connector_of(cfg)), levels_of(16)
+    connector, levels = shaken(ChainOfSight(cfg)), levels_of(16)
     tokens = connector(levels)
     cfg.connector.reverse = True
-    other = connector_of(cfg)
+    other = ChainOfSight(cfg)
     other.load_state_dict(connector.state_dict())
     assert torch.equal(other(levels), torch.cat([tokens[:, 16:], tokens[:, :16]], 1))
-    assert torch.equal(
-        other(levels, n_scales=1), connector(levels, n_scales=1)
-    )  # the first is the coarse one
+    assert torch.equal(other(levels, n_scales=1), connector(levels, n_scales=1))  # the coarse one
 
 
 @pytest.mark.parametrize("init", model.SCALE_INITS)
@@ -398,9 +286,7 @@ def test_how_new_scales_start(init):
     old = shaken(vlm.connector)
     model.scale_up(vlm, "80to336", init)
     kept, first, second = vlm.connector.scales
-    assert torch.equal(
-        kept.queries, old.scales[0].queries
-    )  # a scale of factor 1 is inherited whatever the init
+    assert torch.equal(kept.queries, old.scales[0].queries)  # factor 1: inherited whatever the init
 
     def same(a, b):
         return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
@@ -408,16 +294,20 @@ def test_how_new_scales_start(init):
     assert same(kept.blocks, old.scales[0].blocks)
     assert same(first.blocks, old.scales[0].blocks) == same(second.blocks, old.scales[1].blocks)
     assert same(first.blocks, old.scales[0].blocks) == (init != "random")
+    assert torch.equal(vlm.connector.proj.weight, old.proj.weight)
     assert torch.equal(first.queries[0], old.scales[0].queries[0]) == (init == "inflate")
 
 
-def test_one_level_is_a_list_of_one():
+def test_one_level_is_a_list_of_one_and_scaling_keeps_the_dtype():
     cfg = narrow()
     cfg.connector.levels = [2]
     vlm = model.VLM(cfg)
     assert [len(scale.blocks) for scale in vlm.connector.scales] == [1, 1]
     pixels = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
-    assert all_tokens(vlm.float(), pixels).shape == (1, 80, 12)
+    assert vlm.float().encode(pixels).shape == (1, 80, 12)
+    vlm = model.VLM(narrow()).bfloat16()
+    model.scale_up(vlm, "80to336")
+    assert {p.dtype for p in vlm.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "pretrain_b", "sft"])
@@ -429,13 +319,10 @@ def test_freeze_map(stage):
     trained_parts = model.preset("cos-8b")[stage]["train"]
     vlm.set_trainable(model.trainable_parts(trained_parts), isolator=False)
     trained = {name for name, p in vlm.named_parameters() if p.requires_grad}
-    expected = {
-        name for name, _ in vlm.named_parameters() if name.startswith("connector.") or ".lora_" in name
-    }
+    names = {name for name, _ in vlm.named_parameters()}
+    expected = {name for name in names if name.startswith("connector.") or ".lora_" in name}
     if stage != "pretrain":
         unused = ("vit.encoder.layers.2.", "vit.post_layernorm.")  # levels end at block 2 of 3
-        expected |= {
-            n for n, _ in vlm.named_parameters() if n.startswith("vit.") and not n.startswith(unused)
-        }
+        expected |= {name for name in names if name.startswith("vit.") and not name.startswith(unused)}
     assert trained == expected
     assert trained_parts == ("connector,lora" if stage == "pretrain" else "vit,connector,lora")

@@ -1,15 +1,13 @@
 """Mixture of experts: routing and its losses against plain loops, upcycling, training, files, the plan."""
 
 import dataclasses
-import json
 import math
-import os
 
+import helpers
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from helpers import SMALL, TOKENIZER, small_batch, small_config
+from helpers import SMALL, log_of, small_batch, small_config, small_run
 
 import data
 import model
@@ -69,6 +67,7 @@ def test_the_layer_equals_a_loop_over_tokens(capacity, padded, dtype):
     real[0, 5:9], real[1, 12:] = not padded, not padded
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         y, losses = experts(x, real)
+    assert torch.equal(losses, experts(x, real)[1])  # the router stays in float32 under autocast
     right, right_losses, dropped = reference(experts, x, real)
     assert bool(dropped) == (capacity < 4) and y.dtype == torch.float32
     if dtype == torch.float32:
@@ -81,27 +80,8 @@ def test_the_layer_equals_a_loop_over_tokens(capacity, padded, dtype):
         ((out * weight).sum() + words.sum()).backward()
         gradients.append([x.grad, *(p.grad for p in experts.parameters())])
     for actual, expected in zip((y * weight, *gradients[0]), ((right * weight).float(), *gradients[1])):
-        scale = expected.detach().abs().max().item()
-        torch.testing.assert_close(
-            actual, expected, rtol=0, atol=scale * (1e-5 if dtype == torch.float32 else 0.03)
-        )
-
-
-def test_first_choices_are_served_before_second_ones_and_early_tokens_before_late_ones():
-    experts = make_experts(0.5)  # 32 tokens, 4 experts: 4 places each
-    with torch.no_grad():
-        experts.router.weight.copy_(torch.eye(4, 16))
-    x = torch.zeros(1, 32, 16)
-    x[0, :, 4:] = torch.randn(32, 12)
-    x[0, :30, 1], x[0, :30, 0] = 2.0, 1.0  # first 1, then 0
-    x[0, 30:, 0], x[0, 30:, 2] = 2.0, 1.0  # the last two: first 0, then 2
-    y, _ = experts(x)
-    _, _, dropped = reference(experts, x, None)
-    served = {(n, c) for n in range(32) for c in (0, 1)} - set(dropped)
-    first, second = {(n, 0) for n in (0, 1, 2, 3, 30, 31)}, {(0, 1), (1, 1), (30, 1), (31, 1)}
-    assert served == first | second  # expert 0 serves the late first choices, then two second ones
-    nothing = [n for n in range(32) if not served & {(n, 0), (n, 1)}]
-    assert (y[0, nothing] == 0).all() and (y[0, [0, 30, 31]].abs().sum(1) > 0).all()
+        tolerance = expected.detach().abs().max().item() * (1e-5 if dtype == torch.float32 else 0.03)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
 def test_without_gradient_or_outside_of_training_nothing_is_dropped():
@@ -122,20 +102,13 @@ def test_a_uniform_router_has_the_losses_of_the_formula(n, z):
     assert losses[1].item() == pytest.approx(z, abs=5e-4)
 
 
-def test_the_router_stays_in_float32_under_autocast():
-    experts, x = make_experts(4.0), torch.randn(2, 20, 16)
-    with torch.autocast("cpu", torch.bfloat16):
-        y, losses = experts(x)
-    assert torch.equal(losses, experts(x)[1]) and y.dtype == torch.float32
-
-
 def sparse_config(**changes) -> model.ModelConfig:
     cfg = small_config()
     cfg.decoder = dataclasses.replace(cfg.decoder, experts=4, **changes)
     return cfg
 
 
-def test_an_upcycled_decoder_gives_the_dense_logits():
+def test_an_upcycled_decoder_gives_the_dense_logits_and_its_backbone_is_the_dense_one():
     torch.manual_seed(0)
     dense = model.Decoder(small_config().decoder)
     ids = torch.randint(0, dense.cfg.vocab_size, (2, 40))
@@ -148,38 +121,26 @@ def test_an_upcycled_decoder_gives_the_dense_logits():
     _, losses = dense.hidden(dense.embed(ids), torch.arange(40).expand(2, -1), model.document_mask(ids * 0))
     balance, z = losses.tolist()
     assert 0.9 < balance < 1.2 and z == pytest.approx(math.log(4) ** 2, rel=0.1)
-
-
-def test_which_layers_are_sparse_and_what_the_backbone_is():
     cfg = dataclasses.replace(CFG, layers=7, expert_every=3)
     assert [i + 1 for i in range(7) if cfg.sparse(i)] == [3, 6]
     decoder = model.Decoder(cfg)
     assert [type(block.mlp) is model.Experts for block in decoder.layers] == list(map(cfg.sparse, range(7)))
     dense = model.Decoder(dataclasses.replace(cfg, experts=0))
-    assert (
-        model.backbone_size(decoder)
-        == model.backbone_size(dense)
-        < sum(p.numel() for p in dense.parameters())
-    )
     names = ("embed_tokens", "lm_head")
     plain = sum(p.numel() for name, p in dense.named_parameters() if not name.startswith(names))
-    assert model.backbone_size(dense) == plain
+    assert model.backbone_size(decoder) == model.backbone_size(dense) == plain
 
 
 def one_step(rank: int, world: int, batch: data.Batch, weights=(0.01, 0.001), **changes):
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     vlm = model.VLM(sparse_config(**changes))
     vlm.set_trainable(["vit", "connector", "decoder"], isolator=True)
-    cfg = train_pretrain.RunConfig(clip=1e9, warmup=0, steps=10, compile="false", dtype="float32")
-    cfg.balance, cfg.router_z = weights
-    run = train_pretrain.Run("sft", cfg, rank, world, torch.device("cpu"))
+    balance, router_z = weights
+    run = small_run(rank, world, clip=1e9, warmup=0, steps=10, balance=balance, router_z=router_z)
     before = {name: p.detach().clone() for name, p in vlm.named_parameters()}
     trained = [{"params": [p for p in vlm.parameters() if p.requires_grad], "peak": 1.0}]
-    stats = train_pretrain.optimizer_step(
-        run, train_pretrain.prepare(run, vlm), [batch], [torch.optim.SGD(trained, lr=1.0)], 0,
-        train_sft.fast_slow_loss,
-    )  # fmt: skip
+    optimizers, ddp = [torch.optim.SGD(trained, lr=1.0)], train_pretrain.prepare(run, vlm)
+    stats = train_pretrain.optimizer_step(run, ddp, [batch], optimizers, 0, train_sft.fast_slow_loss)
     change = {name: before[name] - p.detach() for name, p in vlm.named_parameters()}
     return change, {name: float(value) for name, value in stats.items()}
 
@@ -198,7 +159,7 @@ def test_one_step_trains_router_and_experts_and_the_losses_reach_the_router():
     assert plain["loss"] == pytest.approx(plain["ce"] + plain["kl"], rel=1e-6)
 
 
-def test_the_teachers_pass_leaves_no_router_losses():
+def test_who_has_router_losses():
     cfg = sparse_config()
     vlm = model.VLM(cfg)
     slow, plain = (small_batch([("chat", mode)], cfg) for mode in ("slow", "full"))
@@ -207,25 +168,25 @@ def test_the_teachers_pass_leaves_no_router_losses():
     torch.testing.assert_close(*losses)
     with torch.no_grad():
         assert vlm(slow)[2] is None
+    # Or stage 1 would align a connector to another function than the one that evaluation uses.
+    torch.manual_seed(0)
+    vlm = model.VLM(sparse_config(capacity=0.25))
+    vlm.set_trainable(["connector"], isolator=False)
+    batch = small_batch([("chat", "full")], vlm.cfg)
+    trained, _, router_losses = vlm(batch)
+    assert router_losses is None
+    assert torch.equal(trained, vlm.eval()(batch)[0])
 
 
-def rank_main(rank: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE="2")
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+def step_of_rank(rank: int) -> tuple:
     batch = small_batch([("chat", "pruned"), ("text", "pruned")], sparse_config(), start=2 * rank)
-    result = one_step(rank, 2, batch, weights=(0.0, 0.0), capacity=4.0)
-    if rank == 0:
-        torch.save(result, f"{folder}/ranks.pt")
-    torch.distributed.destroy_process_group()
+    return one_step(rank, 2, batch, weights=(0.0, 0.0), capacity=4.0)
 
 
 @pytest.mark.slow
 def test_two_ranks_equal_one(tmp_path):
     """Without drops and router losses, which are those of a rank's own tokens."""
-    mp.spawn(rank_main, args=(str(tmp_path),), nprocs=2)
-    two = torch.load(tmp_path / "ranks.pt", weights_only=True)
+    two = helpers.on_two_ranks(step_of_rank, tmp_path)[0]
     batch = small_batch([("chat", "pruned"), ("text", "pruned")] * 2, sparse_config())
     one = one_step(0, 1, batch, weights=(0.0, 0.0), capacity=4.0)
     assert two[1]["loss"] == pytest.approx(one[1]["loss"], rel=1e-4)
@@ -249,61 +210,6 @@ def test_an_expert_without_tokens_has_a_gradient_of_zeros(device):
         assert used.tolist() == [True, True, False, False]
 
 
-def test_frozen_experts_drop_nothing_and_leave_no_losses():
-    """Or stage 1 would align a connector to another function than the one that evaluation uses."""
-    torch.manual_seed(0)
-    vlm = model.VLM(sparse_config(capacity=0.25))
-    vlm.set_trainable(["connector"], isolator=False)
-    batch = small_batch([("chat", "full")], vlm.cfg)
-    trained, _, router_losses = vlm(batch)
-    assert router_losses is None
-    assert torch.equal(trained, vlm.eval()(batch)[0])
-
-
-def test_generation_with_a_cache_follows_the_whole_pass():
-    torch.manual_seed(0)
-    vlm = model.VLM(sparse_config(capacity=0.25))
-    for p in vlm.decoder.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    pieces = [0, (TOKENIZER.encode("what is this?"), False)]
-    record = data.Scenes("chat")[0]
-    batch = data.prompt_batch([(pieces, data.load_images(record.images, vlm.cfg))], "full", vlm.cfg)
-    new = vlm.generate(batch, end=-1, max_new_tokens=6)[0]
-    rows = batch.student
-    x = torch.cat([vlm.splice(rows, vlm.bank(batch)), vlm.decoder.embed(torch.tensor([new]))], 1)
-    T = x.shape[1]
-    with torch.no_grad():
-        hidden, _ = vlm.decoder.hidden(
-            x, torch.arange(T)[None], model.document_mask(torch.zeros(1, T, dtype=torch.long))
-        )
-    assert vlm.decoder.head(hidden[0, -7:-1]).argmax(-1).tolist() == new
-
-
-@pytest.mark.slow
-def test_a_sparse_block_compiles_as_one_graph():
-    torch.manual_seed(0)
-    cfg = dataclasses.replace(CFG, width=32, heads=2, kv_heads=1, head_dim=16, capacity=1.0)
-    block = model.DecoderBlock(cfg, layer=1)
-    compiled = model.DecoderBlock(cfg, layer=1)
-    compiled.load_state_dict(block.state_dict())
-    compiled.compile(fullgraph=True)
-    for T in (16, 24):
-        x, mask = torch.randn(2, T, 32), model.document_mask(torch.zeros(2, T, dtype=torch.long))
-        rope = model.rope_tables(torch.arange(T).expand(2, -1), cfg)
-        real = torch.arange(T).expand(2, -1) < T - 3
-        results = []
-        for b in (block, compiled):
-            b.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16):  # torch traces grouped_mm in bfloat16 only
-                y, losses = b(x, rope, mask, real=real)
-            (y.square().sum() + losses.sum()).backward()
-            results.append([y, losses, *(p.grad for p in b.parameters())])
-        for actual, expected in zip(*results):
-            torch.testing.assert_close(
-                actual, expected, rtol=0, atol=0.03 * expected.detach().abs().max().item()
-            )
-
-
 def test_decay_and_muon():
     vlm = model.VLM(sparse_config())
     vlm.set_trainable(["decoder"], isolator=False)
@@ -315,27 +221,13 @@ def test_decay_and_muon():
     assert all(p.ndim == 2 and p is not mlp.router.weight for g in muon.param_groups for p in g["params"])
 
 
-def test_a_run_saves_resumes_and_logs(tmp_path, small_halves, monkeypatch):
-    """Upcycled from a dense half; stopped and resumed bit for bit; fine-tuned, where its experts stay."""
-    run, cut = tmp_path / "whole", tmp_path / "cut"
-    flags = [*SMALL, *small_halves, "--decoder.experts", "4", "--steps", "4", "--save_every", "2", "--out"]
+def test_a_run_saves_and_logs(tmp_path, small_halves):
+    """Upcycled from a dense half; fine-tuned, where its experts stay."""
+    run = tmp_path / "run"
+    flags = [*SMALL, *small_halves, "--decoder.experts", "4", "--steps", "2", "--out"]
     train_pretrain.main([*flags, str(run)])
-    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert all(line["balance"] > 0.9 and line["router_z"] > 1 for line in log)
-    stop = train_pretrain.finish_step
-
-    def stop_at_two(run, vlm, tokenizer, optimizers, step):
-        stop(run, vlm, tokenizer, optimizers, step)
-        if step == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(train_pretrain, "finish_step", stop_at_two)
-    with pytest.raises(KeyboardInterrupt):
-        train_pretrain.main([*flags, str(cut)])
-    monkeypatch.setattr(train_pretrain, "finish_step", stop)
-    train_pretrain.main([*flags, str(cut), "--resume", "auto"])
-    weights, resumed = (model.VLM.from_pretrained(folder).state_dict() for folder in (run, cut))
-    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    assert all(line["balance"] > 0.9 and line["router_z"] > 1 for line in log_of(run))
+    weights = model.VLM.from_pretrained(run).state_dict()
     assert weights["decoder.layers.1.mlp.gate_proj"].shape == (4, 64, 32)
     sft = [*SMALL, "--init", str(run), "--steps", "1", "--out"]
     train_sft.main([*sft, str(tmp_path / "sft")])
@@ -351,7 +243,7 @@ def test_a_run_saves_resumes_and_logs(tmp_path, small_halves, monkeypatch):
 def test_a_dense_run_can_be_upcycled(tmp_path, small_halves):
     dense = tmp_path / "dense"
     train_pretrain.main([*SMALL, *small_halves, "--steps", "1", "--out", str(dense)])
-    line = json.loads((dense / "metrics.jsonl").read_text())
+    (line,) = log_of(dense)
     assert "balance" not in line and "router_z" not in line
     begin = [*SMALL, "--init", str(dense), "--steps", "1", "--lr", "0", "--muon_lr", "0", "--out"]
     train_pretrain.main([*begin, str(tmp_path / "moe"), "--decoder.experts", "4", "--balance", "0.02"])
@@ -368,6 +260,8 @@ def test_a_dense_run_can_be_upcycled(tmp_path, small_halves):
         with pytest.raises(UserError, match=words):
             train_pretrain.main([*begin, str(tmp_path / "no"), *flags.split()])
     assert not (tmp_path / "no").exists()
+    with pytest.raises(UserError, match="multiples of 8, not 32 and 60"):
+        sparse_config(mlp_width=60).check()
 
 
 @pytest.mark.parametrize("mode", ["full", "pruned", "slow"])
@@ -384,16 +278,8 @@ def test_the_plan_counts_the_experts_that_a_token_meets(mode):
     assert parts["decoder"] - dense["decoder"] == pytest.approx(extra, rel=1e-3)  # the losses' few products
 
 
-@pytest.mark.parametrize(
-    "name, total, active, dense",
-    [("3b-moe", 63.06e9, 3.814e9, 2.855e9), ("7b-moe", 40.02e9, 7.559e9, 6.476e9)],
-)
-def test_the_sizes_of_mm1s_experts(name, total, active, dense):
-    cfg = model.preset(name)["model"].decoder
-    with torch.device("meta"):
-        decoder = model.Decoder(cfg)
-    counted = sum(p.numel() for p in decoder.layers.parameters())
-    assert counted == pytest.approx(total, rel=1e-3)
-    assert model.backbone_size(decoder) == pytest.approx(dense, rel=1e-3)
-    words = plan.expert_sizes(cfg).replace(",", "")
+@pytest.mark.parametrize("name, active", [("3b-moe", 3.814e9), ("7b-moe", 7.559e9)])
+def test_active_sizes_of_mm1s_experts(name, active):
+    """All weights: test_model_presets.py."""
+    words = plan.expert_sizes(model.preset(name)["model"].decoder).replace(",", "")
     assert f"{active / 1e6:.0f}"[:3] in words

@@ -7,7 +7,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -114,15 +113,10 @@ DINO = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
 SQUARE = {"height": 224, "width": 224}
 PREPROCESSORS = {
     "clip, plain numbers": ({**CLIP, "size": 336, "crop_size": 336}, CLIP_MEAN, 3, 336),
-    "clip, sizes": (
-        {**CLIP, "size": {"shortest_edge": 224}, "crop_size": SQUARE}, CLIP_MEAN, 3, 224,
-    ),
+    "clip, sizes": ({**CLIP, "size": {"shortest_edge": 224}, "crop_size": SQUARE}, CLIP_MEAN, 3, 224),
     "siglip2": ({**HALF, "resample": 2, "size": {"height": 256, "width": 256}}, [0.5] * 3, 2, 256),
     "siglip": ({**HALF, "resample": 3, "size": {"height": 384, "width": 384}}, [0.5] * 3, 3, 384),
-    "dinov2": (
-        {**DINO, "resample": 3, "size": {"shortest_edge": 256}, "crop_size": SQUARE},
-        DINO["image_mean"], 3, 224,
-    ),
+    "dinov2": ({**DINO, "size": {"shortest_edge": 256}, "crop_size": SQUARE}, DINO["image_mean"], 3, 224),
     "no crop": ({**CLIP, "do_center_crop": False, "size": 336, "crop_size": 224}, CLIP_MEAN, 3, 336),
     "no size": (HALF, [0.5] * 3, 3, 28),  # that of config.json; bicubic
 }  # fmt: skip
@@ -138,20 +132,16 @@ def test_preprocessors(name, tmp_path):
         expected = ImageConfig(mean, config["image_std"], resample)
         assert model.read_preprocessor(tmp_path) == (expected, size)
         (tmp_path / file).unlink()
-
-
-def test_a_preprocessor_that_does_not_say_enough_is_refused(tmp_path):
-    shutil.copy(HF / "clip-vision" / "config.json", tmp_path)
-    with pytest.raises(UserError, match=f"{tmp_path}/preprocessor_config.json does not exist"):
+    with pytest.raises(UserError, match=f"{tmp_path}/preprocessor_config.json is missing.*mean and std"):
         model.read_preprocessor(tmp_path)
     for key in ("image_mean", "image_std"):
-        left = {k: v for k, v in {**CLIP, "size": 336}.items() if k != key}
+        left = {k: v for k, v in config.items() if k != key}
         model.write_json(tmp_path / "preprocessor_config.json", left)
         with pytest.raises(UserError, match="image_mean or image_std is missing"):
             model.read_preprocessor(tmp_path)
 
 
-@pytest.mark.parametrize("given, side", [(0, 8), (28, 4), (42, 6)])
+@pytest.mark.parametrize("given, side", [(0, 8), (28, 4)])
 @pytest.mark.parametrize("family", ["clip", "siglip", "aimv2", "dinov2"])
 def test_the_encoders_preprocessing_travels_with_the_model(family, given, side, tmp_path):
     """Mean, std, interpolation and size, from the encoder's folder through a checkpoint into `encode`."""
@@ -183,13 +173,7 @@ def test_the_encoders_preprocessing_travels_with_the_model(family, given, side, 
     by_hand = again.connector([states[n][:, cls:] for n in (1, 2)])
     assert by_hand.shape == (2, side**2, 16)
     for one in (vlm, again):
-        assert_close(all_tokens(one, pixels), by_hand, rtol=0, atol=1e-5)
-    plain = model.ViT.from_pretrained(encoder)
-    plain.cfg.align_corners = True
-    if given == 28:  # the fixture's own size: not a number of the table has moved
-        assert torch.equal(again.vit.positions(28), plain.positions(28))
-    else:
-        assert_close(again.vit.positions(7 * side), plain.positions(7 * side))
+        assert_close(one.encode(pixels), by_hand, rtol=0, atol=1e-5)
 
 
 # --- Memory
@@ -224,7 +208,7 @@ def write_billion(folder: Path, shards: int = 4) -> int:
 
 
 LOAD = """
-import json, resource, sys, torch, model
+import resource, sys, torch, model
 dtype = getattr(torch, sys.argv[2])
 torch.zeros(8, 8).to(dtype) @ torch.zeros(8, 8).to(dtype)
 before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
@@ -232,36 +216,22 @@ decoder = model.Decoder.from_pretrained(sys.argv[1], dtype)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 assert {p.dtype for p in decoder.parameters()} == {dtype}
 assert all(p.isfinite().all() for p in decoder.norm.parameters())
-bytes = sum(p.numel() * p.element_size() for p in decoder.parameters())
-print(json.dumps({"before": before, "peak": peak, "bytes": bytes}))
+print((peak - before) / sum(p.numel() * p.element_size() for p in decoder.parameters()))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_loading_takes_little_more_memory_than_the_weights(tmp_path, capsys):
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
     try:
-        weights = write_billion(tmp_path)
-        assert 1.0e9 < weights < 1.1e9
-        for dtype, size in (("float32", 4), ("bfloat16", 2)):
-            began = time.perf_counter()
-            output = subprocess.run(
-                [sys.executable, "-c", LOAD, str(tmp_path), dtype],
-                cwd=Path(model.__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                capture_output=True, text=True,
-            )  # fmt: skip
-            assert output.returncode == 0, output.stderr
-            output = json.loads(output.stdout)
-            assert output["bytes"] == weights * size
-            ratio = (output["peak"] - output["before"]) / output["bytes"]
-            with capsys.disabled():
-                grew, before, mib = output["peak"] - output["before"], output["before"], 2**20
-                print(
-                    f"\n{weights / 1e9:.2f}B weights in {dtype}: {output['bytes'] / mib:.0f} MiB, RSS "
-                    f"grew by {grew / mib:.0f} from {before / mib:.0f} ({ratio:.3f}x), "
-                    f"{time.perf_counter() - began:.1f} s"
-                )
-            assert 0.9 < ratio <= 1.15
+        assert 1.0e9 < write_billion(tmp_path) < 1.1e9
+        for dtype in ("float32", "bfloat16"):
+            command = [sys.executable, "-c", LOAD, str(tmp_path), dtype]
+            env = {**os.environ, "OMP_NUM_THREADS": "1"}
+            root = Path(model.__file__).parent
+            done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            assert 0.9 < float(done.stdout) <= 1.15
     finally:
         for shard in tmp_path.glob("*.safetensors"):
             shard.unlink()

@@ -1,30 +1,24 @@
 """LoRA: counts, step 0, gradients, merging, saving, and runs that train adapters."""
 
-import dataclasses
-
+import helpers
 import pytest
 import torch
+from helpers import TOKENIZER, small_batch, weights_of
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-import data
 import model
 import train_pretrain
 import train_sft
 from model import Decoder, DecoderConfig, LoraConfig, UserError
 from tools import export
 
-TOKENIZER = data.Tokenizer.from_pretrained(model.ASSETS / "scenes.tiktoken")
-SMALL = "--batch_size 8 --row_length 128 --workers 0 --dtype float32 --device cpu --muon_lr 0".split()
+SMALL = [*helpers.SMALL, "--muon_lr", "0"]
 
 
 def small_config(rank: int = 4) -> model.ModelConfig:
-    return model.ModelConfig(
-        vit=model.ViTConfig(image_size=32, width=32, layers=2, heads=2, mlp_width=64),
-        connector=model.ConnectorConfig(levels=[1, 2], width=32, heads=2, windows=[4, 2], queries=[4, 1]),
-        decoder=DecoderConfig(TOKENIZER.vocab_size, 32, 2, 2, 1, 16, 64, qkv_bias=True),
-        lora=LoraConfig(rank, 8.0),
-    )
+    decoder = DecoderConfig(TOKENIZER.vocab_size, 32, 2, 2, 1, 16, 64, qkv_bias=True)
+    return helpers.small_config(decoder=decoder, lora=LoraConfig(rank, 8.0))
 
 
 def small_vlm(rank: int = 4, trained: bool = False) -> model.VLM:
@@ -36,12 +30,6 @@ def small_vlm(rank: int = 4, trained: bool = False) -> model.VLM:
             if trained and ".lora_" in name:
                 p.copy_(torch.randn_like(p) * 0.3)
     return vlm
-
-
-def small_batch(vlm: model.VLM) -> data.Batch:
-    records = [data.Scenes("chat")[i] for i in range(2)]
-    samples = [(data.pieces_of(r, TOKENIZER), data.load_images(r.images, vlm.cfg)) for r in records]
-    return data.make_batch(samples, ["full", "full"], vlm.cfg, 128, 512)
 
 
 IDS = torch.arange(24).reshape(2, 12)
@@ -59,17 +47,13 @@ def test_the_final_model_of_chain_of_sight_trains_532_million():
     with torch.device("meta"):
         vlm = model.VLM(cfg)
     vlm.set_trainable(["vit", "connector", "lora"], isolator=False)
-    # 23 of 24 blocks, patches, CLS, 1025 positions, the first norm
-    block = 4 * (1024 * 1024 + 1024) + (2 * 4 * 1024 * 1024 + 5 * 1024) + 4 * 1024
-    vit = 23 * block + 1024 * 3 * 14 * 14 + 1024 + 1025 * 1024 + 2 * 1024
-    lora = 32 * 64 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
-    assert (trainable(vlm.vit), vit) == (291_367_936, 291_367_936)
+    assert trainable(vlm.vit) == 291_367_936  # 23 of 24 blocks, patches, CLS, 1025 positions, the first norm
     assert trainable(vlm.connector) == 81_098_752
-    assert (trainable(vlm.decoder), lora) == (159_907_840, 159_907_840)
+    assert trainable(vlm.decoder) == 32 * 64 * (4 * (4096 + 4096) + 3 * (4096 + 11008)) == 159_907_840
     assert round(trainable(vlm) / 1e6, 2) == 532.37
 
 
-def test_adapters_stand_beside_the_seven_matrices_of_every_block():
+def test_adapters_stand_beside_seven_matrices_and_only_what_is_named_has_gradients():
     vlm = small_vlm()
     names = {name for name, part in vlm.decoder.named_modules() if isinstance(part, model.LoraLinear)}
     attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
@@ -79,31 +63,9 @@ def test_adapters_stand_beside_the_seven_matrices_of_every_block():
     }
     names_before = {name for name, _ in small_vlm(0).named_parameters()}
     assert names_before == {name for name, _ in vlm.named_parameters() if ".lora_" not in name}
-
-
-# --- Values
-@torch.no_grad()
-def test_step_0_is_the_base_model():
-    with_adapters, base = small_vlm(), small_vlm(0)
-    base.load_state_dict({k: v for k, v in with_adapters.state_dict().items() if ".lora_" not in k})
-    assert torch.equal(with_adapters.decoder(IDS), base.decoder(IDS))
-    assert all(p.any() for name, p in with_adapters.named_parameters() if name.endswith("lora_a"))
-
-
-@torch.no_grad()
-def test_an_adapter_adds_alpha_over_rank_times_b_a():
-    base = torch.nn.Linear(6, 5)
-    lora = model.LoraLinear(base, LoraConfig(4, 8.0))
-    lora.lora_b.normal_()
-    x = torch.randn(3, 6)
-    by_hand = x @ (base.weight + 8 / 4 * lora.lora_b @ lora.lora_a).T + base.bias
-    assert_close(lora(x), by_hand, rtol=0, atol=1e-5)
-
-
-def test_only_what_is_named_has_gradients():
     vlm = small_vlm(trained=True)
     vlm.set_trainable(["connector", "lora"], isolator=False)
-    logits, _, _ = vlm(small_batch(vlm))
+    logits, _, _ = vlm(small_batch([("chat", "full")] * 2, vlm.cfg))
     (logits * torch.randn_like(logits)).sum().backward()
     for name, p in vlm.named_parameters():
         trains = name.startswith("connector.") or ".lora_" in name
@@ -115,8 +77,23 @@ def test_only_what_is_named_has_gradients():
     }
 
 
+# --- Values
 @torch.no_grad()
-def test_merged_weights_are_the_same_model(tmp_path):
+def test_step_0_is_the_base_model_and_an_adapter_adds_alpha_over_rank_times_b_a():
+    with_adapters, base = small_vlm(), small_vlm(0)
+    base.load_state_dict({k: v for k, v in with_adapters.state_dict().items() if ".lora_" not in k})
+    assert torch.equal(with_adapters.decoder(IDS), base.decoder(IDS))
+    assert all(p.any() for name, p in with_adapters.named_parameters() if name.endswith("lora_a"))
+    base = torch.nn.Linear(6, 5)
+    lora = model.LoraLinear(base, LoraConfig(4, 8.0))
+    lora.lora_b.normal_()
+    x = torch.randn(3, 6)
+    by_hand = x @ (base.weight + 8 / 4 * lora.lora_b @ lora.lora_a).T + base.bias
+    assert_close(lora(x), by_hand, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_adapters_are_saved_and_merged_weights_are_the_same_model(tmp_path):
     vlm = small_vlm(trained=True)
     base = Decoder(vlm.cfg.decoder)
     weights = model.merged(vlm.decoder)
@@ -131,13 +108,8 @@ def test_merged_weights_are_the_same_model(tmp_path):
     export.save_decoder(vlm.decoder, tmp_path)  # what leaves for Hugging Face is merged
     assert not any("lora" in name for name in load_file(tmp_path / "model.safetensors"))
     assert_close(Decoder.from_pretrained(tmp_path)(IDS), expected, rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-def test_adapters_are_saved_and_loaded(tmp_path):
-    vlm = small_vlm(trained=True)
-    vlm.save_pretrained(tmp_path)
-    again = model.VLM.from_pretrained(tmp_path)
+    vlm.save_pretrained(tmp_path / "run")
+    again = model.VLM.from_pretrained(tmp_path / "run")
     assert again.cfg == vlm.cfg and again.state_dict().keys() == vlm.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), vlm.parameters()))
     assert torch.equal(again.decoder(IDS), vlm.decoder(IDS))
@@ -160,19 +132,7 @@ def test_other_adapters_start_from_the_merged_model(cfg):
         assert not any(p.any() for name, p in after.items() if name.endswith("lora_b"))
 
 
-def test_training_adapters_that_are_not_there_is_refused(tmp_path, small_halves):
-    with pytest.raises(UserError, match="--train lora: the model has no adapters, add --lora.rank 64"):
-        small_vlm(0).set_trainable(["lora"], isolator=False)
-    with pytest.raises(UserError, match="add --lora.rank"):
-        train_pretrain.main([*SMALL, *small_halves, "--train", "lora", "--out", str(tmp_path / "a")])
-    assert not (tmp_path / "a").exists()
-
-
 # --- Runs
-def weights_of(run) -> dict[str, torch.Tensor]:
-    return load_file(model.find_step(run) / "model.safetensors")
-
-
 def changed(before: dict, after: dict) -> set[str]:
     return {name for name in before if not torch.equal(before[name], after[name])}
 

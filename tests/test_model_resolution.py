@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import all_tokens
+from helpers import SMALL, TOKENIZER, log_of, write
 from PIL import Image
 from torch.testing import assert_close
 
@@ -22,8 +22,7 @@ from tools import report
 
 VECTORS = json.loads((Path(__file__).parent / "fixtures" / "eval_vectors.json").read_text())
 NEXT, MAX9 = VECTORS["anyres_336_clip24"], VECTORS["anyres_max9_siglip384_side27"]
-TOKENIZER = data.Tokenizer.from_pretrained(model.ASSETS / "scenes.tiktoken")
-SMALL = "--batch_size 4 --steps 3 --workers 0 --log_every 1 --dtype float32 --device cpu".split()
+SMALL = [*SMALL, *"--batch_size 4 --row_length 256 --steps 3".split()]
 
 
 def config(cut: str, side: int = 16, patch: int = 4, kind: str = "linear", **connector) -> ModelConfig:
@@ -55,12 +54,6 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(drawn)
 
 
-def patches(picture: Image.Image, patch: int) -> torch.Tensor:
-    """Mean colour of every patch: (rows, columns, 3)"""
-    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()
-    return F.avg_pool2d(x, patch).permute(1, 2, 0)
-
-
 def sample(pictures: list, cfg: ModelConfig, text: int = 5) -> data.Sample:
     pieces = [piece for n in range(len(pictures)) for piece in (([7] * text, True), n)] + [([8] * text, True)]
     return data.load_sample(pieces, pictures, cfg)
@@ -84,6 +77,11 @@ def test_llava_next_takes_these_tiles_and_tokens(vector):
     assert len(slots) == vector["spatial_unpad_tokens"] == 576 + rows * (columns + 1)
     ends = np.flatnonzero(slots == data.NEWLINE)
     assert ends.tolist() == [576 + (n + 1) * (columns + 1) - 1 for n in range(rows)]
+    views, newline = torch.randn(vector["tiles"], 576, 3), torch.full((3,), 9.0)
+    bank = torch.cat([views.flatten(0, 1), newline[None]])
+    tiling = tuple(n // 336 for n in vector["best_resolution_wh"])
+    expected = reference_unpad(views, tiling, size, newline)
+    assert_close(bank[np.where(slots == data.NEWLINE, -1, slots)], expected)
 
 
 @pytest.mark.parametrize("vector", MAX9, ids=lambda v: "x".join(map(str, v["image_wh"])))
@@ -144,7 +142,7 @@ def test_tiles_run_from_top_left_to_bottom_right_after_the_whole(cut, side):
     assert (centres[:2, :2] == COLOURS).all()
 
 
-def test_split_ignores_the_aspect_and_anyres_keeps_it_on_black():
+def test_pictures_are_split_stretched_or_padded():
     picture, cfg = quadrants(64, 48), config("split", 32)
     cfg.image.resample = Image.Resampling.NEAREST  # no overshoot at the borders
     split = data.cut_picture(picture, cfg)
@@ -157,58 +155,33 @@ def test_split_ignores_the_aspect_and_anyres_keeps_it_on_black():
     wide = data.cut_picture(quadrants(96, 32), config("anyres", 32))  # three columns, one row: no padding
     assert len(wide) == 4 and (wide[1, :, :16] == COLOURS[0, 0][:, None, None]).all()
     assert (wide[3, :, 16:] == COLOURS[1, 1][:, None, None]).all()
+    cfg = ModelConfig(vit=ViTConfig(64, 8, 32, 4, 2, 64))
+    cfg.image.cut, cfg.image.mean = "pad", [0.48145466, 0.4578275, 0.40821073]  # CLIP's: (122, 116, 104)
+    side = cfg.vit.image_size
+    for size in ((side, side // 2), (side // 2 + 1, side)):
+        picture = Image.new("RGB", size, "red")
+        views = data.cut_picture(picture, cfg)
+        expected = np.full((side, side, 3), (122, 116, 104), np.uint8)
+        left, top = (side - size[0]) // 2, (side - size[1]) // 2
+        expected[top : top + size[1], left : left + size[0]] = (255, 0, 0)
+        assert np.array_equal(views, expected.transpose(2, 0, 1)[None])
+    assert len(data.picture_slots(cfg, "full", (300, 200))) == cfg.visual_tokens()
 
 
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-@pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_sizes_are_those_of_the_turned_picture(orientation, suffix, tmp_path):
-    exif, file = Image.Exif(), tmp_path / f"a.{suffix}"
-    exif[0x0112] = orientation
-    quadrants(60, 20).save(file, exif=exif)
-    cfg = config("anyres")
-    size = data.picture_size(file)
-    assert size == data.open_image(file).size == ((20, 60) if orientation > 4 else (60, 20))
-    assert data.picture_sizes([file, data.make_scene("train", 0)], cfg) == [size, (data.CANVAS, data.CANVAS)]
-    loaded = data.load_sample([0], [file], cfg)
-    assert len(loaded.pixels) == data.tile_count(cfg, size) == 4
-
-
-def test_the_size_of_a_photograph_comes_without_decoding_and_errors_name_the_file(tmp_path):
+def test_the_size_of_a_photograph_comes_without_decoding(tmp_path):
     noise(60, 40).save(tmp_path / "a.jpg")
     (tmp_path / "b.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:700])  # header, hardly any picture
     assert data.picture_size(tmp_path / "b.jpg") == (60, 40)
-    with pytest.raises(UserError, match="record 3: image .*b.jpg does not decode"):
-        data.load_images([tmp_path / "b.jpg"], config("anyres"), "record 3")
-    for read in (data.picture_size, data.open_image):
-        with pytest.raises(UserError, match="record 3: image .*c.jpg does not exist"):
-            read(tmp_path / "c.jpg", "record 3")
     assert data.picture_sizes([tmp_path / "c.jpg"], config("split")) == [(1, 1)]  # not read: all cut alike
 
 
 # --- From slots to the bank
-def test_the_tokens_of_unpadded_tiles_are_the_picture_read_line_by_line():
-    """A picture that needs no resizing but fills 32 x 24 of 32 x 32: its patches, each line with its end."""
-    picture, cfg = noise(32, 24), config("unpad")
-    vlm = with_pixels(cfg)
-    batch = data.make_batch([sample([picture], cfg)], ["full"], cfg, 128, 512)
-    got = spliced(vlm, batch.student, batch)
-    small = torch.from_numpy(data.to_pixels(picture, 16).copy())
-    expected = [F.pad(patches(Image.fromarray(small.permute(1, 2, 0).numpy()), 4).flatten(0, 1), (0, 29))]
-    for line in patches(picture, 4):
-        expected += [F.pad(line, (0, 29)), vlm.newline[None]]
-    assert got.shape == (16 + 6 * 9, 32)
-    assert_close(got, torch.cat(expected))
-
-
-def reference_unpad(
-    views: torch.Tensor, tiling: tuple[int, int], size: tuple[int, int], newline: torch.Tensor
-):
+def reference_unpad(views: torch.Tensor, tiling: tuple, size: tuple, newline: torch.Tensor) -> torch.Tensor:
     """B4 of LLaVA-NeXT in torch: (1 + tiles, g*g, D) -> (tokens, D), written from its description."""
     (columns, rows), (width, height) = tiling, size
     g = int(views.shape[1] ** 0.5)
-    grid = (
-        views[1:].view(rows, columns, g, g, -1).permute(4, 0, 2, 1, 3).flatten(3, 4).flatten(1, 2)
-    )  # (D, h, w)
+    grid = views[1:].view(rows, columns, g, g, -1).permute(4, 0, 2, 1, 3)
+    grid = grid.flatten(3, 4).flatten(1, 2)  # (D, h, w)
     h, w = grid.shape[1:]
     if width / height > w / h:
         pad = (h - int(height * (w / width))) // 2
@@ -220,27 +193,12 @@ def reference_unpad(
     return torch.cat([views[0], torch.cat([grid, ends], 2).flatten(1).T])
 
 
-@pytest.mark.parametrize("vector", NEXT, ids=lambda v: "x".join(map(str, v["image_wh"])))
-def test_slots_arrange_tiles_as_llava_next_does(vector):
-    cfg, size = config("unpad", 336, 14, "mlp"), tuple(vector["image_wh"])
-    views = torch.randn(vector["tiles"], 576, 3)
-    newline = torch.full((3,), 9.0)
-    bank = torch.cat([views.flatten(0, 1), newline[None]])
-    slots = data.picture_slots(cfg, "full", size)
-    tiling = tuple(n // 336 for n in vector["best_resolution_wh"])
-    expected = reference_unpad(views, tiling, size, newline)
-    assert_close(bank[np.where(slots == data.NEWLINE, -1, slots)], expected)
-
-
 @pytest.mark.parametrize("cut", ["split", "anyres", "unpad"])
 def test_every_sample_finds_its_own_views_in_every_mode(cut):
     """Several pictures of several sizes, packed in all modes, against each picture by itself."""
     cfg = config(cut)
     vlm, sizes = with_pixels(cfg), [[(32, 32), (40, 13)], [], [(20, 64)], [(33, 31)]]
-    samples = [
-        sample([noise(*size, seed=10 * n + i) for i, size in enumerate(sizes_of_one)], cfg)
-        for n, sizes_of_one in enumerate(sizes)
-    ]
+    samples = [sample([noise(*size, seed=n) for n, size in enumerate(one)], cfg) for one in sizes]
     modes = ["slow", "full", "pruned", "full"]
     batch = data.make_batch(samples, modes, cfg, 4096, 4096)
     assert len(batch.student.ids) == 1
@@ -272,12 +230,10 @@ def test_every_sample_finds_its_own_views_in_every_mode(cut):
         prompts = data.prompt_batch(samples, mode, cfg)
         x = vlm.splice(prompts.student, vlm.bank(prompts))
         for n in (0, 2, 3):
-            assert_close(
-                x[n][prompts.student.slot_mask[n]], alone(n, "pruned" if mode == "pruned" else "full")
-            )
+            assert_close(x[n][prompts.student.slot_mask[n]], alone(n, mode))
 
 
-def test_a_picture_is_never_cut_by_the_limit():
+def test_a_picture_is_never_cut_by_the_limit_and_its_tiles_fit_its_size():
     cfg = config("unpad")
     one = sample([noise(32, 24), noise(64, 16)], cfg)
     lengths = [len(slots) for slots in data.sample_slots(cfg, "full", one.sizes)]
@@ -289,9 +245,7 @@ def test_a_picture_is_never_cut_by_the_limit():
         assert length <= limit
         assert batch.student.slot_mask.sum() in (0, lengths[0], sum(lengths))
     assert length == whole
-
-
-def test_views_and_sizes_that_disagree_are_refused():
+    # tiles and sizes that disagree are refused
     cfg = config("anyres")
     one = sample([noise(32, 32)], cfg)
     for wrong in (one._replace(sizes=[(64, 16)]), one._replace(pixels=one.pixels[:4]), one[:2]):
@@ -328,10 +282,8 @@ def test_the_newline_always_has_a_gradient(kind, mode, lines):
 def test_position_tables_are_resized_once_and_for_all(tmp_path):
     torch.manual_seed(0)
     vlm = model.VLM(config("", 32, 4, "cabstractor", tokens=4))
-    grids = {
-        "vit.embeddings.position_embedding.weight": slice(1, None),
-        "connector.positions": (0, slice(None)),
-    }
+    grids = {"vit.embeddings.position_embedding.weight": slice(1, None)}
+    grids["connector.positions"] = (0, slice(None))
     before = {name: p.detach().clone() for name, p in vlm.named_parameters()}
     model.set_resolution(vlm, "48+unpad")
     for name, p in vlm.named_parameters():
@@ -368,19 +320,7 @@ def test_every_other_connector_runs_at_another_side(kind):
     assert full.shape == (2, 36 if kind in ("linear", "mlp") else tokens, 32)
 
 
-def test_the_encoders_preprocessing_keeps_the_cut(small_halves):
-    cfg = config("split", 64, 8)
-    cfg.encoder_from = small_halves[1]
-    cfg.connector.levels = [1, 2]
-    vlm = model.VLM.build(cfg)
-    assert vlm.cfg.image == ImageConfig([0.5] * 3, [0.25] * 3, 3, "split")
-
-
 # --- Runs
-def log_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_a_run_is_cut_by_one_flag_and_stays_so(tmp_path, small_halves, capsys):
     """Chain-of-Sight: --resolution 64+split for stage 2 alone, then go on, evaluate, chat, all without it."""
     a, b = tmp_path / "a", tmp_path / "b"
@@ -393,6 +333,12 @@ def test_a_run_is_cut_by_one_flag_and_stays_so(tmp_path, small_halves, capsys):
         with pytest.raises(UserError, match=words):
             train_sft.main([*flags, "--resolution", wrong])
     assert not b.exists()
+    scaled = [*flags[:-1], str(tmp_path / "c"), "--scale", "32to144"]  # to 128 px, which is cut after that
+    with pytest.raises(UserError, match="this chain connector sees 128 px"):
+        train_sft.main(scaled)
+    train_sft.main([*scaled, "--resolution", "128+anyres"])
+    cfg = model.VLM.from_pretrained(tmp_path / "c").cfg
+    assert (cfg.vit.image_size, cfg.visual_tokens(), cfg.image.cut) == (128, 144, "anyres")
     train_sft.main(flags)
     vlm = model.VLM.from_pretrained(b)
     assert vlm.cfg.image.cut == "split" and vlm.newline is None
@@ -405,51 +351,11 @@ def test_a_run_is_cut_by_one_flag_and_stays_so(tmp_path, small_halves, capsys):
     train_sft.main([*go_on, "--init", str(a)])
     assert len(log_of(b)) == 4 and model.VLM.from_pretrained(b).cfg == vlm.cfg
     noise(90, 60).save(tmp_path / "a.png")
-    line = {"question_id": 0, "image": "a.png", "text": "What?", "answers": ["red"]}
-    (tmp_path / "vqa.jsonl").write_text(json.dumps(line) + "\n")
+    write(tmp_path / "vqa.jsonl", [{"question_id": 0, "image": "a.png", "text": "What?", "answers": ["red"]}])
     tasks = ["--tasks", f"vqa:{tmp_path}/vqa.jsonl", "--tokens", "both", "--out", str(b / "e")]
     evaluation.main(["--model", str(b), *tasks])
     report.main([str(b / "e"), "--out", str(tmp_path / "report.html")])
     assert "160 full" in (tmp_path / "report.html").read_text()
-
-
-def test_scaled_and_cut_at_once(tmp_path, small_halves):
-    """--scale takes the chain to 128 px, --resolution cuts after that."""
-    a, b = tmp_path / "a", tmp_path / "b"
-    train_pretrain.main([*SMALL, *small_halves, "--steps", "1", "--out", str(a)])
-    flags = [*SMALL, "--init", str(a), "--scale", "32to144", "--steps", "1", "--out", str(b)]
-    with pytest.raises(UserError, match="this chain connector sees 128 px"):
-        train_sft.main([*flags, "--resolution", "64+split"])
-    train_sft.main([*flags, "--resolution", "128+anyres"])
-    cfg = model.VLM.from_pretrained(b).cfg
-    assert (cfg.vit.image_size, cfg.visual_tokens(), cfg.image.cut) == (128, 144, "anyres")
-
-
-def test_unpad_trains_its_newline_from_pictures_of_all_shapes(tmp_path, small_halves, monkeypatch, capsys):
-    """A C-Abstractor at 64 px, fine-tuned at 96 + unpad on files, evaluated and asked about one."""
-    records = []
-    for n, size in enumerate([(192, 192), (300, 90), (80, 200), (60, 40)]):
-        noise(*size, seed=n).save(tmp_path / f"{n}.png")
-        talk = [("human", "<image>\nWhat?"), ("gpt", "noise")]
-        talk = [{"from": who, "value": said} for who, said in talk]
-        records.append({"image": f"{n}.png", "conversations": talk})
-    (tmp_path / "train.json").write_text(json.dumps(records))
-    records_flags = ["--data", str(tmp_path / "train.json")]
-    a, b = tmp_path / "a", tmp_path / "b"
-    kind = ["--connector.kind", "cabstractor", "--connector.tokens", "16"]
-    train_pretrain.main([*SMALL, *records_flags, *small_halves, *kind, "--out", str(a)])
-    flags = [*SMALL, *records_flags, "--init", str(a), "--resolution", "96+unpad", "--slow_share", "0.5"]
-    train_sft.main([*flags, "--eval_every", "3", "--out", str(b)])
-    vlm = model.VLM.from_pretrained(b)
-    assert (vlm.cfg.vit.image_size, vlm.cfg.image.cut) == (96, "unpad")
-    assert vlm.connector.positions.shape == (1, 144, 32)
-    start = tmp_path / "start"  # the same without a step that counts: where the newline came from
-    train_sft.main([*flags, "--lr", "0", "--muon_lr", "0", "--weight_decay", "0", "--out", str(start)])
-    assert not torch.equal(vlm.newline, model.VLM.from_pretrained(start).newline)
-    lines = iter(["What?", ""])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    evaluation.main(["--model", str(b), "--chat", str(tmp_path / "0.png")])
-    assert f"{16 + 8 * 9} visual tokens" in capsys.readouterr().out
 
 
 def test_a_new_model_starts_at_the_resolution_and_recipes_carry_it(tmp_path, small_halves, add_preset):
@@ -463,17 +369,3 @@ def test_a_new_model_starts_at_the_resolution_and_recipes_carry_it(tmp_path, sma
     assert model.VLM.from_pretrained(tmp_path / "b").cfg.image.cut == "anyres"
     train_sft.main([*one, "--init", str(tmp_path / "b"), "--resolution", "48", "--out", str(tmp_path / "c")])
     assert model.VLM.from_pretrained(tmp_path / "c").cfg.image.cut == ""  # the flag wins over the recipe
-
-
-def test_a_padded_picture_lies_in_the_middle_of_the_mean_colour():
-    cfg = ModelConfig(vit=ViTConfig(64, 8, 32, 4, 2, 64))
-    cfg.image.cut, cfg.image.mean = "pad", [0.48145466, 0.4578275, 0.40821073]  # CLIP's: (122, 116, 104)
-    side = cfg.vit.image_size
-    for size in ((side, side // 2), (side // 2 + 1, side)):
-        picture = Image.new("RGB", size, "red")
-        views = data.cut_picture(picture, cfg)
-        expected = np.full((side, side, 3), (122, 116, 104), np.uint8)
-        left, top = (side - size[0]) // 2, (side - size[1]) // 2
-        expected[top : top + size[1], left : left + size[0]] = (255, 0, 0)
-        assert np.array_equal(views, expected.transpose(2, 0, 1)[None])
-    assert len(data.picture_slots(cfg, "full", (300, 200))) == cfg.visual_tokens()

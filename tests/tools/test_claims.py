@@ -13,7 +13,7 @@ import model
 from tools import claims
 
 
-def test_errors_are_those_of_the_formula():
+def test_errors_and_paired_differences_are_those_of_the_formula():
     draw = np.random.default_rng(0)
     values = draw.normal(3, 2, 500)
     mean, error = claims.mean_and_error(values, np.arange(500))
@@ -21,9 +21,6 @@ def test_errors_are_those_of_the_formula():
     assert np.isclose(error, evaluation.standard_error([*values]))
     twice = claims.mean_and_error(np.repeat(values, 2), np.repeat(np.arange(500), 2))
     assert np.allclose(twice, (mean, error))  # asking everything twice teaches nothing
-
-
-def test_paired_difference():
     a, b = np.array([1, 1, 1, 0, 1, 0], bool), np.array([1, 0, 1, 0, 0, 1], bool)
     one = {"right": a, "picture": np.arange(6)}, {"right": b, "picture": np.arange(6)}
     points = 100 * np.array([0, 1, 0, 0, 1, -1])
@@ -35,11 +32,10 @@ def test_paired_difference():
 
 FIRST, SECOND = claims.FEW, claims.GROW
 CELLS = [
-    claims.Cell("a.one", FIRST, SECOND, (1, 1)),
-    claims.Cell("a.two", FIRST, claims.FULL, (1, 1)),
+    claims.Cell("a.one", FIRST, SECOND, (1, 1)), claims.Cell("a.two", FIRST, claims.FULL, (1, 1)),
     claims.Cell("a.direct", None, SECOND, (1, 1)),
     claims.Cell("b.other", f"{FIRST} --connector.reverse true", SECOND, (1, 1)),
-]
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -103,17 +99,6 @@ def test_cells_share_stage_1_and_are_run_once(calls, capsys):
     assert [stage for stage, _ in calls] == ["stage2", "eval"]
 
 
-def test_other_scripts_are_not_silently_reused(calls, monkeypatch, capsys):
-    claims.main(["--only", "a.one"])
-    calls.clear()
-    monkeypatch.setattr(claims, "CODE", "another")
-    capsys.readouterr()
-    claims.main(["--only", "a.one", "--reuse", "true"])
-    assert not calls and "*" in capsys.readouterr().out
-    claims.main(["--only", "a.one"])
-    assert [stage for stage, _ in calls] == ["stage1", "stage2", "eval"]
-
-
 def test_a_failing_cell_loses_no_other_and_goes_on_later(calls, monkeypatch):
     monkeypatch.setattr(claims, "broken", SECOND.split()[-1])
     with pytest.raises(model.UserError, match="a.one seed 0, a.direct seed 0, b.other seed 0"):
@@ -125,12 +110,20 @@ def test_a_failing_cell_loses_no_other_and_goes_on_later(calls, monkeypatch):
     assert [stage for stage, _ in calls] == ["stage2", "eval"]  # its stage 1 was done
 
 
-def test_limit_list_and_unknown_cells(calls, capsys):
+def test_limit_list_unknown_cells_and_other_scripts(calls, capsys, monkeypatch):
     claims.main(["--minutes", "1e-9"])
     claims.main(["--list"])
     assert not calls and "b.other" in capsys.readouterr().out
     with pytest.raises(model.UserError, match="no cell begins so"):
         claims.main(["--only", "zzz"])
+    claims.main(["--only", "a.one"])
+    calls.clear()
+    monkeypatch.setattr(claims, "CODE", "another")
+    capsys.readouterr()
+    claims.main(["--only", "a.one", "--reuse", "true"])
+    assert not calls and "*" in capsys.readouterr().out
+    claims.main(["--only", "a.one"])
+    assert [stage for stage, _ in calls] == ["stage1", "stage2", "eval"]
 
 
 def stages_of(cell: claims.Cell) -> list[tuple]:
@@ -148,6 +141,8 @@ def stages_of(cell: claims.Cell) -> list[tuple]:
 
 @pytest.mark.parametrize("cell", claims.CELLS, ids=lambda cell: cell.name)
 def test_a_cell_has_the_geometry_of_its_name(cell):
+    names = [cell.name for cell in claims.CELLS]
+    assert len(set(names)) == len(names) and {name for pair in claims.COMPARE for name in pair} <= set(names)
     stages, (family, *words) = stages_of(cell), cell.name.split(".")
     (first, flags), (cfg, last_flags) = stages[0], stages[-1]
     assert len(stages) == (cell.stage1 is not None) + (cell.stage2 is not None)
@@ -169,11 +164,6 @@ def test_a_cell_has_the_geometry_of_its_name(cell):
         assert cell.pruned and last_flags.steps == cell.steps2 and cfg.side == 16
         assert (flags.pruner == "divprune") == (words[0] == "fast")  # all of stage 1 on pruned tokens
         assert cfg.visual_tokens() == (336 if words[0] == "chain" else 256) and cfg.kept_tokens() == kept
-
-
-def test_what_is_compared_is_in_the_list():
-    names = [cell.name for cell in claims.CELLS]
-    assert len(set(names)) == len(names) and {name for pair in claims.COMPARE for name in pair} <= set(names)
 
 
 LINEAR = "--connector.kind linear"

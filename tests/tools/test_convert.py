@@ -48,11 +48,10 @@ def test_matched_sentences_become_a_document(tmp_path):
 def test_a_table_of_questions_becomes_chats(tmp_path):
     code = base64.b64encode(picture("blue")).decode()
     rows = [
-        "index\timage\tquestion\tanswer\tA\tB\tC\thint",
-        f"1\t{code}\tWhich?\tB\tred\tblue\t\tnan",
+        "index\timage\tquestion\tanswer\tA\tB\tC\thint", f"1\t{code}\tWhich?\tB\tred\tblue\t\tnan",
         f'2\t{code}\t"Two\nlines, ""quoted""\there?"\tA\tyes\tno\tperhaps\tLook.',
         "3\t1\tAgain?\tgreen\t\t\t\t",
-    ]
+    ]  # fmt: skip
     source = converted(tmp_path / "x.tsv", "\n".join(rows) + "\n")
     prompt = "\n" + convert.LETTER_PROMPT
     first = "Which?\nA. red\nB. blue" + prompt
@@ -68,12 +67,7 @@ def test_broken_rows_of_a_table_are_named(tmp_path):
     rows = ["4\tx", "6\t7\tNo?\tA", "7\t6\tNo?\tA", "8\t99\tNo?\tA"]
     path = write(tmp_path / "x.tsv", "\n".join(["index\timage\tquestion\tanswer", *rows]))
     table = convert.open_table(path)
-    messages = [
-        "line 2: 2 cells, but the header names 4",
-        "refers back",
-        "refers back",
-        "index 99, which no row has",
-    ]
+    messages = ["line 2: 2 cells, but the header names 4", *["refers back"] * 2, "index 99, which no row has"]
     for i, words in enumerate(messages):
         with pytest.raises(data.BadRecord, match=f"x.tsv line .: .*{words}|{words}"):
             table.raw(i)
@@ -87,7 +81,7 @@ def test_quotes_of_a_table_are_read_as_the_csv_module_reads_them(tmp_path):
     table = convert.open_table(write(tmp_path / "x.tsv", "\n".join(rows)))
     assert [table.raw(i)[0]["question"] for i in range(4)] == ['A 5" pipe?', "B?", "C\nD?", "E?"]
     rng = random.Random(0)
-    for n in range(200):
+    for n in range(100):
         cells = [["".join(rng.choices('ab"\n,', k=rng.randrange(6))) for _ in "xyz"] for _ in range(9)]
         buffer = io.StringIO(newline="")
         csv.writer(buffer, delimiter="\t", lineterminator="\n").writerows([["x", "y", "z"], *cells])
@@ -103,26 +97,21 @@ def test_parquet_of_the_hub(tmp_path, capsys):
         return {"bytes": picture(colour), "path": "x.png"}
 
     pair = {"user": " Which colour? ", "assistant": "Red.", "source": "s"}
+    rows = [{"id": f"{n}", "image": image("red"), **chat(None, "<image>\nQ?", f"{n}.")} for n in range(5)]
     tables = {
-        "next": [
-            {"id": str(n), "image": image("red"), **chat(None, "<image>\nQ?", f"{n}.")} for n in range(5)
-        ],
+        "next": rows,
         "cauldron": [{"images": [image("red"), image("blue")], "texts": [pair, pair | {"user": "And?"}]}] * 3,
         "obelics": [{"images": [None, "http://x.org/p/a.png"], "texts": ["One.", None], "metadata": "[]"}],
         "caption": [{"image": image("green"), "caption": "green"}],
     }
     tables["next"][4] = {"id": "4", "image": None, **chat(None, "Q?", "4.")}
     answer = ("assistant", ["Red."])
+    both = [("user", [0, 1, "Which colour?"]), answer, ("user", ["And?"]), answer]
     expected = {
         "next": ("chat", [("user", [0, "Q?"]), ("assistant", ["0."])], ["red"]),
-        "cauldron": (
-            "chat",
-            [("user", [0, 1, "Which colour?"]), answer, ("user", ["And?"]), answer],
-            ["red", "blue"],
-        ),
-        "obelics": ("interleaved", ["One.", 0], ["blue"]),
+        "cauldron": ("chat", both, ["red", "blue"]), "obelics": ("interleaved", ["One.", 0], ["blue"]),
         "caption": ("caption", [0, "green"], ["green"]),
-    }
+    }  # fmt: skip
     write(tmp_path / "web" / "x.org" / "p" / "a.png", picture("blue"))
     cfg = convert.ConvertConfig(images=str(tmp_path / "web"), per_tar=3)
     for name, rows in tables.items():
@@ -157,41 +146,34 @@ def test_parquet_without_pyarrow_is_one_sentence(tmp_path, monkeypatch):
 def test_what_training_reads_survives_conversion(tmp_path):
     write(tmp_path / "a.gif", picture("red", "GIF"))
     write(tmp_path / "b.bmp", picture("blue", "BMP"))
-    record = json.dumps(chat("any.png")).encode()
+    members = {"0.json": json.dumps(chat("any.png")).encode(), "0.png": picture("green")}
     contents = {
         "llava.jsonl": [chat(["a.gif", "b.bmp"], "<image><image> Same?")],
         "plural.jsonl": [{"images": ["a.gif"], "conversations": turns("<image>Q?", "A.")}],
-        "text.json": [chat(None, "Say <image>.")],
-        "captioned.jsonl": [{"image": "a.gif", "caption": "red"}],
-        "document.jsonl": [{"images": [None, "b.bmp"], "texts": ["One.", None]}],
-        "words.txt": "Some words.",
-        "tar.tar": write_tar(tmp_path / "x.tar", {"0.json": record, "0.png": picture("green")}).read_bytes(),
-    }
+        "text.json": [chat(None, "Say <image>.")], "captioned.jsonl": [{"image": "a.gif", "caption": "red"}],
+        "document.jsonl": [{"images": [None, "b.bmp"], "texts": ["One.", None]}], "words.txt": "Some words.",
+        "tar.tar": write_tar(tmp_path / "x.tar", members).read_bytes(),
+    }  # fmt: skip
     for name, content in contents.items():
-        tarred = converted(tmp_path / name, content)
-        source = data.FileSource(tmp_path / name)
+        tarred, source = converted(tmp_path / name, content), data.FileSource(tmp_path / name)
         assert (source.kind, source[0].parts) == (tarred.kind, tarred[0].parts), name
         assert [colour_of(i) for i in source[0].images] == [colour_of(i) for i in tarred[0].images], name
 
 
-@pytest.mark.parametrize(
-    "record, words",
-    [
-        ({"text_list": "a", "image_info": []}, "'text_list' must be a list of texts"),
-        ({"text_list": ["a", None], "image_info": []}, "'text_list' must be a list of texts"),
-        ({"text_list": ["a"], "image_info": {}}, "'image_info' one of objects"),
-        ({"text_list": ["a"], "image_info": [5]}, "'matched_text_index' below 1"),
-        (MMC4 | {"text_list": ["a"]}, "'matched_text_index' below 1, got"),
-        ({"text_list": ["a"], "image_info": [{"matched_text_index": 0}]}, "an image needs 'image_name'"),
-        ({"images": 5, "texts": [{"user": "a", "assistant": "b"}]}, "'images' must be a list"),
-        ({"images": [], "texts": [{"user": "a", "assistant": None}]}, "must have 'user' and 'assistant'"),
-        ({"images": ["a.png"], "texts": [{"user": "<image>?", "assistant": "b"}]}, "holds the text <image>"),
-        ({"image": "?" * 5000, "question": "Q?", "answer": "A"}, "is not base64"),
-        ({"image": "", "question": "Q?", "answer": "nan"}, "no answer"),
-        (chat("gone.png"), "No such file"),
-        ({"txt": "a", "n": 1}, "no record that is known here, it has txt, n"),
-    ],
-)
+@pytest.mark.parametrize("record, words", [
+    ({"text_list": "a", "image_info": []}, "'text_list' must be a list of texts"),
+    ({"text_list": ["a", None], "image_info": []}, "'text_list' must be a list of texts"),
+    ({"text_list": ["a"], "image_info": {}}, "'image_info' one of objects"),
+    ({"text_list": ["a"], "image_info": [5]}, "'matched_text_index' below 1"),
+    (MMC4 | {"text_list": ["a"]}, "'matched_text_index' below 1, got"),
+    ({"text_list": ["a"], "image_info": [{"matched_text_index": 0}]}, "an image needs 'image_name'"),
+    ({"images": 5, "texts": [{"user": "a", "assistant": "b"}]}, "'images' must be a list"),
+    ({"images": [], "texts": [{"user": "a", "assistant": None}]}, "must have 'user' and 'assistant'"),
+    ({"images": ["a.png"], "texts": [{"user": "<image>?", "assistant": "b"}]}, "holds the text <image>"),
+    ({"image": "?" * 5000, "question": "Q?", "answer": "A"}, "is not base64"),
+    ({"image": "", "question": "Q?", "answer": "nan"}, "no answer"), (chat("gone.png"), "No such file"),
+    ({"txt": "a", "n": 1}, "no record that is known here, it has txt, n"),
+])  # fmt: skip
 def test_broken_records_are_counted_and_named(tmp_path, record, words, capsys):
     path = write(tmp_path / "x.jsonl", [record])
     assert convert.convert(path, tmp_path / "out", convert.ConvertConfig()) == 1

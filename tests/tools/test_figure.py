@@ -1,18 +1,10 @@
 """The figure of the architecture: its size, its bytes, and that its numbers are the config's."""
 
-import dataclasses
-
 import pytest
 from PIL import Image
 
 import model
 from tools import figure
-
-
-@pytest.fixture(scope="module")
-def stages() -> tuple[model.ModelConfig, model.ModelConfig]:
-    recipe = model.preset("tiny")
-    return recipe["model"], model.scaled_config(recipe["model"], recipe["scale"])
 
 
 def test_two_runs_draw_the_same_bytes(tmp_path):
@@ -29,7 +21,9 @@ def test_two_runs_draw_the_same_bytes(tmp_path):
         assert min(max(abs(a - b) for a, b in zip(rgb, drawn)) for drawn in colours) <= 8
 
 
-def test_labels_of_the_demo(stages):
+def test_labels_are_the_configs():
+    recipe = model.preset("tiny")
+    stages = recipe["model"], model.scaled_config(recipe["model"], recipe["scale"])
     first, second = (figure.labels(cfg) for cfg in stages)
     assert first["sum"] == "16 + 16 = 32 visual tokens, coarse to fine"
     assert second["sum"] == "16 + 64 + 64 = 144 visual tokens, coarse to fine"
@@ -37,24 +31,16 @@ def test_labels_of_the_demo(stages):
     assert [first[f"below {i}"] for i in (0, 1)] == ["1 window,\n16 queries", "4 x 4 windows,\n1 query each"]
     assert second["below 1"] == "2 x 2 windows,\n16 queries each"
     assert second["above 2"] == "scale 3: 64 tokens" and second["below 2"] == "8 x 8 windows,\n1 query each"
-    assert (second["slow"], second["fast"]) == (
-        "1 of 10 samples,\nall 144 tokens",
-        "9 of 10 samples,\n36 of 144 tokens",
-    )
+    assert second["slow"] == "1 of 10 samples,\nall 144 tokens"
+    assert second["fast"] == "9 of 10 samples,\n36 of 144 tokens"
     assert second["isolator"].startswith("4 isolator tokens")
-
-
-def test_labels_follow_the_config(stages):
-    cfg = dataclasses.replace(
-        stages[0],
-        connector=dataclasses.replace(stages[0].connector, windows=[8, 4], queries=[4, 9], levels=[1, 2, 4]),
-        prune=dataclasses.replace(stages[0].prune, keep=10, isolator=2),
-    )
+    cfg = model.copy_config(stages[0])
+    cfg.connector.windows, cfg.connector.queries, cfg.connector.levels = [8, 4], [4, 9], [1, 2, 4]
+    cfg.prune.keep, cfg.prune.isolator = 10, 2
     text = figure.labels(cfg)
     assert text["sum"] == "4 + 36 = 40 visual tokens, coarse to fine"
-    assert (
-        text["below 1"] == "2 x 2 windows,\n9 queries each" and text["levels"] == "hidden states\nof 3 layers"
-    )
+    assert text["below 1"] == "2 x 2 windows,\n9 queries each"
+    assert text["levels"] == "hidden states\nof 3 layers"
     assert text["fast"].endswith("10 of 40 tokens") and text["isolator"].startswith("2 isolator tokens")
 
 

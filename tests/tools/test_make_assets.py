@@ -29,10 +29,8 @@ def test_a_patch_names_what_covers_it():
 def test_a_step_of_both_halves_lowers_the_loss():
     torch.manual_seed(0)
     tokenizer = data.find_tokenizer(model.ModelConfig())
-    vit, lm = (
-        model.ViT(model.ViTConfig(layers=1)),
-        model.Decoder(model.DecoderConfig(tokenizer.vocab_size, layers=1)),
-    )
+    vit = model.ViT(model.ViTConfig(layers=1))
+    lm = model.Decoder(model.DecoderConfig(tokenizer.vocab_size, layers=1))
     head = make_assets.DenseHead(vit.cfg.width)
     rows = make_assets.text_batch(0, 4, tokenizer)
 
@@ -51,8 +49,3 @@ def test_a_step_of_both_halves_lowers_the_loss():
     lm_losses = losses(lm.named_parameters(), lambda: make_assets.text_step(lm, rows)[0])
     assert vit_losses[-1] < vit_losses[0] and lm_losses[-1] < lm_losses[0]
     assert make_assets.score_text(lm, tokenizer, 2).startswith("colour")
-
-
-def test_an_unknown_part_is_refused():
-    with pytest.raises(model.UserError, match="'vitt' is unknown: use one of tokenizer, vit"):
-        make_assets.main(["vitt"])

@@ -44,7 +44,7 @@ def write_vocab(folder: Path, kind: str, names=("vocab.json", "merges.txt")) -> 
     (folder / names[1]).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def test_smollm_specials_inside_the_vocabulary_are_never_text(tmp_path):
+def test_smollm_specials_are_never_text_and_a_wrong_vocabulary_is_refused(tmp_path):
     write_vocab(tmp_path, "smollm2")
     convert.convert(tmp_path)
     tokenizer = data.Tokenizer.from_pretrained(tmp_path)
@@ -55,9 +55,6 @@ def test_smollm_specials_inside_the_vocabulary_are_never_text(tmp_path):
     assert tokenizer.encode("hello\x05") == tokenizer.encode("hello")
     assert tokenizer.encode("!\x05!") == tokenizer.encode("!!")  # dropped before merging
     assert len(tokenizer.encode("!!")) == 1
-
-
-def test_a_vocabulary_that_does_not_fit_its_merges_is_refused(tmp_path):
     (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2}')
     (tmp_path / "merges.txt").write_text("a b c\n")
     with pytest.raises(model.UserError, match="vocab.json and .*merges.txt do not fit"):

@@ -1222,6 +1222,12 @@ class FileSource(Table):
                 errors.append(error)
         raise errors[0]
 
+    def with_pictures(self, i: int) -> Record:
+        record = self[i]
+        for image in record.images:
+            require_picture(image, record.name)
+        return record
+
     def __getitem__(self, i: int) -> Record:
         raw, place = self.raw(i)
         layout = layout_of(raw)

@@ -344,6 +344,9 @@ def start(stage: str, config: type, argv: list[str], doc: str) -> tuple:
     run = Run(stage, cfg, rank, world, device)
     torch.manual_seed(cfg.seed)
     sources = data.open_sources(cfg.data, stage)  # a wrong --data shows before anything is loaded
+    for source, _ in sources:
+        if isinstance(source, data.FileSource):  # so does a folder that has none of the pictures
+            source.first_usable(source.with_pictures)
     if step:
         tokenizer = data.Tokenizer.from_pretrained(step / "tokenizer")
         # Frozen matrices may be saved in bfloat16, which only autocast multiplies with float32.
@@ -501,8 +504,10 @@ def validation_loss(
                 logits, _, _ = vlm(batch)
             total += F.cross_entropy(logits, batch.student.targets, reduction="sum").item()
             count += len(logits)
+        check = f"python tools/check.py {spec} says why"
+        require(count, f"validation: no sample of kind {source.kind} in {spec} can be used: {check}")
         for name in ("all", source.kind):
-            losses[name] += weight * total / max(1, count)
+            losses[name] += weight * total / count
             weights[name] += weight
     return {name: losses[name] / weights[name] for name in losses}
 

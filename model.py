@@ -216,8 +216,8 @@ class ModelConfig:
         size = f"vit.image_size {v.image_size} is no positive multiple of vit.patch_size {v.patch_size}"
         require(v.image_size > 0 and v.image_size % v.patch_size == 0, size)
         require_one_of("vit.pre_norm", v.pre_norm, ("before", "after", ""))
-        known = sorted({*c.levels} & {*range(v.layers + 1)})
-        require(c.levels == known, f"connector.levels {c.levels} must lie in 0..{v.layers}, low to high")
+        ordered = c.levels and c.levels == sorted(c.levels) and {*c.levels} <= {*range(v.layers + 1)}
+        require(ordered, f"connector.levels {c.levels} must lie in 0..{v.layers}, low to high")
         require_one_of("connector.kind", c.kind, CONNECTORS)
         CONNECTORS[c.kind].check(self)
         require_one_of("image.cut", self.image.cut, CUTS)

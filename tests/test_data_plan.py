@@ -1,5 +1,6 @@
 """Packed rows: full, static, without leaks, the same for every number of workers and ranks, and resumable."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -149,10 +150,10 @@ def test_rows_hold_one_kind_and_no_more_images_than_allowed(recwarn):
             assert len({chunk.kind for chunk in row}) == 1 and sum(len(chunk.images) for chunk in row) <= 3
     mixed = mm1_plan(range(20), by_kind=False)
     assert any(len({chunk.kind for chunk in row}) > 1 for planned in mixed for row in planned.rows)
-    counts = Counter(c.place.number for c in chunks_of(mm1_plan(range(200), kinds=[("caption", 1.0)])))
+    counts = Counter(s.number for s in samples_in(mm1_plan(range(200), kinds=[("caption", 1.0)])))
     assert set(counts.values()) == {1} and {*range(data.Plan.POOL)} <= counts.keys()
     plan = mm1_plan(range(20), kinds=[("caption", 1.0), ("text", 0.0)])
-    assert {chunk.kind for chunk in chunks_of(plan)} == {"caption"}
+    assert {sample.kind for sample in samples_in(plan)} == {"caption"}
     assert not [w for w in recwarn if "divide" in str(w.message)]
 
 
@@ -255,7 +256,7 @@ def test_the_log_tells_shares_fill_and_validation_by_kind(tmp_path, small_halves
     for line in log[:3]:
         shares = [value for name, value in line.items() if name.startswith("share ")]
         assert sum(shares) == pytest.approx(1, abs=1e-4)
-        assert 0.5 < line["fill"] <= 1 and line["image_fill"] > 0
+        assert 0.5 < line["fill"] <= 1 and 0 < line["image_fill"] <= 1
     kinds = {name for name in log[3] if name.startswith("val_loss ")}
     assert kinds == {f"val_loss {kind}" for kind in ("caption", "chat", "interleaved", "text")}
     shares = dict(data.SCENES_MIX["pretrain"])
@@ -334,9 +335,8 @@ def test_samples_pictures_and_teachers_must_fit_into_a_row(tmp_path, small_halve
     assert 0 < read(plan, 0, plan.POOL).count([]) <= len(planned.skipped)
     assert {why for why, _ in planned.skipped} == {"no answer within the limit"}
     assert "no answer is left within 15 positions" in planned.skipped[0][1]
-    assert all(
-        plan.draw(0, [item])[0] for item in itertools.islice(plan.order(0, 0), plan.POOL)
-    )  # others take their place
+    items = itertools.islice(plan.order(0, 0), plan.POOL)
+    assert all(plan.draw(0, [item])[0] for item in items)  # others take their place
     with pytest.raises(model.UserError, match="raise --row_limit"):
         mm1_plan(row_length=8)
     # Keeping all tokens behind an isolator takes more positions than not pruning at all.

@@ -110,15 +110,15 @@ def test_offsets_find_every_line(tmp_path, newline, at_end):
 
 def test_a_file_is_scanned_once_until_it_changes(tmp_path):
     path = write(tmp_path / "x.jsonl", [{"text": "a"}])
-    first = data.FileSource(path).table
-    assert data.FileSource(path).table.indexes[0] is first.indexes[0]
+    first = data.FileSource(path)
+    assert data.FileSource(path).indexes[0] is first.indexes[0]
     write(path, [{"text": "a"}, {"text": "b"}])
     assert len(data.FileSource(path)) == 2 and data.FileSource(path)[1].parts == ["b"]
-    for n in range(150):  # many files take few handles
+    for n in range(150):  # many files leave no handles open
         write(tmp_path / "many" / f"{n:03d}.jsonl", [{"text": f"{n}"}])
     source = data.FileSource(tmp_path / "many")
     assert [source[i].parts[0] for i in range(150)] == [str(n) for n in range(150)]
-    assert data.open_shared.cache_info().currsize <= 64
+    assert not [fd for fd in Path("/proc/self/fd").iterdir() if fd.resolve().is_relative_to(tmp_path)]
 
 
 def test_forked_workers_read_one_file_at_the_same_time(tmp_path):
@@ -241,13 +241,13 @@ def test_tars_hold_chats_documents_and_text_and_damaged_ones_are_named(tmp_path)
 # --- Broken input
 @pytest.mark.parametrize("line, words", [
     (b'{"text": "a"', "line 3: not JSON (Expecting ',' delimiter"),
-    (b'{"text": "\xff"}', "line 3: byte 10 is not UTF-8"),
+    (b'{"text": "\xff"}', "line 3: not JSON ('utf-8' codec can't decode byte 0xff in position 10"),
     (b"[" * 100000, "line 3: not JSON (maximum recursion depth"),
-    (b"[1]", "line 3: expected an object, got '[1]'"),
+    (b"[1]", "line 3: expected an object, got b'[1]'"),
     (b'{"txt": "a", "n": 1}', "line 3: expected a record of kind text, but it has txt, n; python tools/con"),
     (b'{"text": 5}', "must have an image or a text"),
     (b'{"text": " "}', "a text without text"),
-    (b'{"text": "a", "image": "a.png"}', "'text' must be a text without an image beside it"),
+    (b'{"text": "a", "image": "a.png"}', "a text has an image beside it"),
 ])  # fmt: skip
 def test_broken_lines_are_named(tmp_path, line, words):
     source = open_one(tmp_path / "x.jsonl", b'{"text": "a"}\n\n' + line + b'\n{"text": "b"}\n')
@@ -258,8 +258,9 @@ def test_broken_lines_are_named(tmp_path, line, words):
 
 
 @pytest.mark.parametrize("record, words", [
-    ({"images": [None], "texts": ["a", "b"]}, "lists of equal length"),
-    ({"images": "a.png", "texts": ["a"]}, "lists of equal length"),
+    ({"images": [None], "texts": ["a", "b"]}, "not a record of images, texts (ValueError('zip() arg"),
+    ({"images": "a.png", "texts": ["a"]}, "place 0 must have an image or a text"),
+    ({"images": 3, "texts": ["a"]}, "not a record of images, texts (TypeError("),
     ({"images": ["a.png"], "texts": ["a"]}, "place 0 must have an image or a text"),
     ({"images": ["a.png", None], "texts": [None, None]}, "place 1 must have an image or a text"),
     ({"images": ["a.png"], "texts": [{"user": "a", "assistant": "b"}]}, "python tools/convert.py PATH OUT"),
@@ -269,7 +270,7 @@ def test_broken_lines_are_named(tmp_path, line, words):
     ({"image": "a.png", "caption": None}, "must have an image or a text"),
     ({"conversations": turns("Only a question")}, "must start with a human turn and an answer"),
     ({"conversations": CHAT["conversations"][:1] * 2}, "must start with a human turn and an answer"),
-    ({"image": None, "conversations": None}, "list of 'conversations'"),
+    ({"image": None, "conversations": None}, "not a record of conversations (TypeError("),
     ({"conversations": [{"from": "robot", "value": "x"}]}, "'from' (human or gpt)"),
     ({"conversations": [{"from": ["human"], "value": "x"}]}, "'from' (human or gpt)"),
     (chat("../secret.png"), "leads out of the folder"),
@@ -279,7 +280,7 @@ def test_broken_lines_are_named(tmp_path, line, words):
     (chat(["a.png", "b.png"]), "2 images but 1 <image> marks"),
     (chat("\ud800.png", "no mark"), "1 images but 0"),
     (chat("") | {"image": ""}, "0 images but 1 <image> marks"),
-    (chat(None, "Q?", " \n"), "turn 1 is an empty answer"),
+    (chat(None, "Q?", " \n"), "an answer is empty"),
 ])  # fmt: skip
 def test_broken_records_are_named(tmp_path, record, words):
     source = data.FileSource(write(tmp_path / "x.jsonl", [record]))
@@ -292,13 +293,13 @@ def test_broken_records_are_named(tmp_path, record, words):
     ("x.jsonl", "\n \n", "at least one record"),
     ("x.txt", "\n", "at least one record"),
     ("x.json", "[]", "at least one record"),
-    ("x.json", "", "not JSON (Expecting value: line 1 column 1"),
+    ("x.json", "", "not valid JSON (Expecting value: line 1 column 1"),
     ("x.json", '{"text": "a"}', "a .json file must be a list of objects"),
-    ("x.json", '[{"a": 1},\n {"a": "x}]', "not JSON (Unterminated string starting at: line 2 column 8"),
-    ("x.json", '[{"a": 1},\n\n  {"a": 2} {"a": 3}]', "not JSON (Expecting ',' delimiter: line 3 column 12"),
-    ("x.json", '[{"a": 1},', "not JSON"),
-    ("x.json", '[{"a": 1},]', "not JSON"),
-    ("x.json", '[{"a": 1}', "not JSON"),
+    ("x.json", '[{"a": 1},\n {"a": "x}]', "not valid JSON (Unterminated string starting at: line 2 col"),
+    ("x.json", '[{"a": 1},\n\n  {"a": 2} {"a": 3}]', "not valid JSON (Expecting ',' delimiter: line 3 col"),
+    ("x.json", '[{"a": 1},', "not valid JSON"),
+    ("x.json", '[{"a": 1},]', "not valid JSON"),
+    ("x.json", '[{"a": 1}', "not valid JSON"),
     ("x.csv", "a,b", "found .csv; use a file, folder or glob of one of .tar, .jsonl, .json, .txt; python"),
     ("x.parquet", "PAR1", "python tools/convert.py PATH OUT makes tars of other forms"),
     ("x.jsonl", "[\n1]", "x.jsonl line 1: not JSON (Expecting value"),
@@ -357,9 +358,9 @@ TEXT = {"kind": "text", "path": "t.jsonl"}
 
 
 @pytest.mark.parametrize("entries, stage, words", [
-    ([TEXT | {"weight": 1}, TEXT, TEXT], "pretrain", "entries 1, 2 have no weight, others have"),
+    ([TEXT | {"weight": 1}, TEXT, TEXT], "pretrain", "2 entries have no weight: give one to all or to none"),
     ([TEXT | {"weight": 0}] * 2, "pretrain", "all weights are 0"),
-    ([TEXT, TEXT | {"wieght": 3}], "pretrain", "entry 1: unknown key 'wieght', the closest one is 'weight'"),
+    ([TEXT, TEXT | {"wieght": 3}], "pretrain", "entry 1: unknown key 'wieght', use kind, path, images"),
     ([TEXT | {"weight": -1}], "pretrain", "entry 0: weight -1 is not a number of at least 0"),
     ([TEXT | {"weight": "1"}], "pretrain", "entry 0: weight '1' is not a number"),
     ([TEXT | {"weight": float("nan")}], "pretrain", "entry 0: weight nan"),

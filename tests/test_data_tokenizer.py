@@ -324,7 +324,7 @@ BROKEN = {
     "twice": ({"x.tiktoken": many_ranks(255).encode() + b"/w== 254\n"}, "count up from 0"),
     "a byte": ({"x.tiktoken": many_ranks(255).encode()}, "every byte"),
     "no family": ({"x.tiktoken": many_ranks(100_256).encode()}, "100256 ranks.*Llama-3"),
-    "json": ({"tokenizer.json": b'{"model": \n'}, "tokenizer.json line 2 column 1: not valid JSON"),
+    "json": ({"tokenizer.json": b'{"model": \n'}, r"tokenizer.json: not valid JSON \(.*line 2 column 1"),
     "list": ({"tokenizer.json": b"[]"}, "no usable tokenizer"),
 }  # fmt: skip
 
@@ -438,5 +438,5 @@ def test_the_real_vocabularies_give_the_ids_of_hugging_face(kind):
     if kind == "qwen2":
         theirs.normalizer = tokenizers.normalizers.NFC()
     tokenizer = data.Tokenizer.from_pretrained(packaged(*RANKS[kind]))
-    for text in hostile(4000, 4) + [case["text"] for case in VECTORS["strings"][kind]]:
+    for text in hostile(8000, 4) + [case["text"] for case in VECTORS["strings"][kind]]:
         assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text

@@ -254,11 +254,11 @@ def test_broken_checkpoints_are_named(name, tensor, tmp_path):
 @pytest.mark.parametrize("name, change, word", [
     ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0}}, "'yarn'"),
     ("qwen2", {"rope_parameters": {"type": "linear", "factor": 2.0}}, "'linear'"),  # the older key
-    ("qwen2", {"use_sliding_window": True}, "sliding window"),
+    ("qwen2", {"use_sliding_window": True}, "use_sliding_window True"),
     ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
-    ("llama", {"mlp_bias": True}, "mlp_bias"), ("llama", {"hidden_act": "gelu"}, "gate"),
+    ("llama", {"mlp_bias": True}, "mlp_bias"), ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
-    ("llama", {"partial_rotary_factor": 0.5}, "partial rotation"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ("llama", {"hidden_size": None}, "'hidden_size' is missing"),
     ("llama", {"attention_bias": True}, "q_proj.bias' is missing"),  # says so, and has none
     ("clip-vision", {"hidden_act": "relu"}, "'relu'"),

@@ -1,4 +1,4 @@
-"""The Chain-of-Sight connector and its token scaling: reference/chain-of-sight.md section 7, items 1-12."""
+"""The Chain-of-Sight connector and its token scaling (arXiv 2407.15819)."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ TABLE = [
     ("80to272", (16, 4), 448, [32, 4], [16, 256]),
     ("80to336", (16, 4), 448, [32, 16, 4], [16, 64, 256]),
     ("80to528", (16, 4), 448, [32, 8, 4], [16, 256, 256]),
-    ("80to1104", (16, 4), 448, [32, 8, 2], [16, 64, 1024]),  # the table's 16 would be a misprint: note (b)
+    ("80to1104", (16, 4), 448, [32, 8, 2], [16, 64, 1024]),  # 32,16,2 in the paper: likely a misprint
     ("80to1296", (16, 4), 448, [32, 8, 2], [16, 256, 1024]),
     ("32to528", (16, 1), 448, [32, 8, 2], [16, 256, 256]),
     ("48to784", (16, 2), 448, [32, 8, 2], [16, 256, 512]),
@@ -85,7 +85,7 @@ def upsampled(levels: list[torch.Tensor], factor: int) -> list[torch.Tensor]:
     return [g.repeat_interleave(factor, 1).repeat_interleave(factor, 2).flatten(1, 2) for g in grids]
 
 
-# --- Counts and shapes (items 1 to 3)
+# --- Counts and shapes
 @pytest.mark.parametrize("step, queries, pixels, windows, tokens", TABLE)
 def test_token_table(step, queries, pixels, windows, tokens):
     cfg = published(queries)
@@ -184,7 +184,7 @@ def test_attention_shown_is_the_softmax_of_the_last_block(window, key_positions)
         assert not inside_window[..., ~inside].any()
 
 
-# --- Locality and symmetry (items 4 to 6)
+# --- Locality and symmetry
 @pytest.mark.parametrize("key_positions", [False, True])
 def test_order_inside_a_window(key_positions):
     connector = shaken(ChainOfSight(narrow(key_positions=key_positions)))
@@ -196,10 +196,10 @@ def test_order_inside_a_window(key_positions):
     assert key_positions or moved.abs().max() < 1e-12
 
 
-# --- Inflation (items 7 to 12)
+# --- Inflation
 @pytest.mark.parametrize("step", ["80to80", "80to1296", "80to336", "32to528", "80to1104"])
 def test_inflated_scales_repeat_their_source_on_constant_windows(step):
-    """Else only scales that keep their windows do: a smaller one sees fewer patches than its source (item 9).
+    """Else only scales that keep their windows do: a smaller one sees fewer patches than its source.
     A larger resolution alone (80to80) changes nothing on upsampled features.
     """
     old, new, _ = scaled(step)
@@ -304,7 +304,7 @@ def test_one_level_is_a_list_of_one_and_scaling_keeps_the_dtype():
     vlm = model.VLM(cfg)
     assert [len(scale.blocks) for scale in vlm.connector.scales] == [1, 1]
     pixels = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
-    assert vlm.float().encode(pixels).shape == (1, 80, 12)
+    assert all_tokens(vlm.float(), pixels).shape == (1, 80, 12)
     vlm = model.VLM(narrow()).bfloat16()
     model.scale_up(vlm, "80to336")
     assert {p.dtype for p in vlm.parameters()} == {torch.bfloat16}

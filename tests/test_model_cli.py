@@ -31,16 +31,16 @@ def test_exit_code_is_2_and_the_message_one_line():
 REFUSED = {  # flags of train_pretrain.py beside --out: a regular expression that the sentence fits
     "--steps many": "--steps: 'many' is no int",
     "--model.x 1": "unknown flag '--model.x'",
-    "--clip --steps 1": "--clip: expected one argument",
-    "--init nowhere": "nowhere is neither a run folder .* nor a checkpoint",
-    f"--init {ROOT}/assets/tiny_vit": "assets/tiny_vit is no run .*--encoder_from",
+    "--clip --steps 1": "--clip: expected a value",
+    "--init nowhere": "nowhere is neither a run folder nor a checkpoint",
+    f"--init {ROOT}/assets/tiny_vit": "assets/tiny_vit is neither a run .*--encoder_from",
     "--preset cos-7b": "is no folder and not downloaded: fetch it with python tools/download.py",
     "--data none.json": "none.json.*scenes",
     "--connector.windows 8,3": r"3 does not divide the 8x8 patch grid.*\[1, 2, 4, 8\]",
     "--connector.windows 2,8": "from coarse to fine",
     "--connector.levels 4,2": "low to high",
-    "--connector.kind mlp --resolution 60": "60 is no multiple of vit.patch_size 8",
-    "--encoder_from= --vit.image_size 0": "vit.image_size 0 must be above 0",
+    "--connector.kind mlp --resolution 60": "60 is no positive multiple of vit.patch_size 8",
+    "--encoder_from= --vit.image_size 0": "vit.image_size 0 is no positive multiple",
     "--image.mean 0,0,0": "--image.mean cannot change: .*tiny_vit has its own",
     "--prune.keep nan": "must be above 0",
     "--pruner magic": "magic.*divprune",
@@ -96,7 +96,7 @@ def test_broken_files_and_commands_are_one_sentence(tmp_path):
     assert "--model is missing" in refused(evaluation.main, [])
     assert "neither a run folder" in refused(evaluation.main, ["--model", str(tmp_path)])
     message = refused(evaluation.main, ["--model", str(ROOT / "assets" / "tiny_lm")])
-    assert "is no run of this project" in message
+    assert "neither a run folder nor a checkpoint" in message
     assert "--n 0: must be at least 1" in refused(evaluation.main, ["--model", str(tmp_path), "--n", "0"])
     (tmp_path / "q.jsonl").write_text('{"image": "a.png", "text": "What?"}\n')
     with pytest.raises(model.UserError, match="q.jsonl line 1"):

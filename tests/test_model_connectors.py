@@ -1,4 +1,4 @@
-"""The seven connectors: MM1's and the baselines. Chain-of-Sight's own properties are in test_connector.py."""
+"""The seven connectors: MM1's and the baselines. What is Chain-of-Sight's alone: test_model_chain.py."""
 
 import helpers
 import pytest
@@ -91,7 +91,6 @@ def test_the_others_read_the_highest_level_alone(kind):
     ({"kind": "cabstractor", "tokens": 63}, "tokens 63: cabstractor needs a square number"),
     ({"kind": "attnpool", "tokens": 0}, "tokens 0"),
     ({"kind": "qformer"}, f"'qformer' is unknown: use one of {', '.join(CONNECTORS)}"),
-    ({"kind": "attnpool", "width": 9}, "width 9 is not a multiple of connector.heads 2"),
     ({"levels": [1, 3]}, r"levels \[1, 3\] must lie in 0..2"), ({"levels": []}, "levels"),
     ({"windows": [16]}, "differ in length"), ({"windows": [16, 3]}, "3 does not divide the 16x16"),
 ])  # fmt: skip

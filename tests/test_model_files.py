@@ -132,7 +132,7 @@ def test_preprocessors(name, tmp_path):
         expected = ImageConfig(mean, config["image_std"], resample)
         assert model.read_preprocessor(tmp_path) == (expected, size)
         (tmp_path / file).unlink()
-    with pytest.raises(UserError, match=f"{tmp_path}/preprocessor_config.json is missing.*mean and std"):
+    with pytest.raises(UserError, match=f"{tmp_path}/preprocessor_config.json does not exist"):
         model.read_preprocessor(tmp_path)
     for key in ("image_mean", "image_std"):
         left = {k: v for k, v in config.items() if k != key}
@@ -144,7 +144,7 @@ def test_preprocessors(name, tmp_path):
 @pytest.mark.parametrize("given, side", [(0, 8), (28, 4)])
 @pytest.mark.parametrize("family", ["clip", "siglip", "aimv2", "dinov2"])
 def test_the_encoders_preprocessing_travels_with_the_model(family, given, side, tmp_path):
-    """Mean, std, interpolation and size, from the encoder's folder through a checkpoint into `encode`."""
+    """Mean, std, interpolation and size, from the encoder's folder through a checkpoint to its tokens."""
     encoder = copied(tmp_path, f"{family}-vision")
     size = {"height": 56, "width": 56}  # not that of the fixture: the position table is resized
     model.write_json(encoder / "preprocessor_config.json", {**DINO, "resample": 2, "crop_size": size})
@@ -173,7 +173,7 @@ def test_the_encoders_preprocessing_travels_with_the_model(family, given, side, 
     by_hand = again.connector([states[n][:, cls:] for n in (1, 2)])
     assert by_hand.shape == (2, side**2, 16)
     for one in (vlm, again):
-        assert_close(one.encode(pixels), by_hand, rtol=0, atol=1e-5)
+        assert_close(all_tokens(one, pixels), by_hand, rtol=0, atol=1e-5)
 
 
 # --- Memory

@@ -1,5 +1,7 @@
 """LoRA: counts, step 0, gradients, merging, saving, and runs that train adapters."""
 
+import dataclasses
+
 import helpers
 import pytest
 import torch

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SMALL, TOKENIZER, log_of, write
+from helpers import SMALL, TOKENIZER, all_tokens, log_of, write
 from PIL import Image
 from torch.testing import assert_close
 

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
-from helpers_eval import LLAVA
+from helpers_benchmarks import LLAVA
 from helpers_tokenizers import write_tokenizer
 from PIL import Image, ImageDraw
 

@@ -126,6 +126,17 @@ def test_muon_equals_torchs_in_its_precision():
     assert model.fast_dtype(torch.device("cpu")) in (torch.float32, torch.bfloat16)
 
 
+@pytest.mark.parametrize("shape", SHAPES[:1] + SHAPES[2:4])
+def test_orthogonalised_matrices_keep_their_directions(shape):
+    """The iteration only moves singular values: U and V stay, S goes to about 1 (0.68 to 1.21)."""
+    x = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    singular = u.mT @ train_pretrain.orthogonalise(x) @ v.mT
+    values = singular.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(singular, torch.diag_embed(values), rtol=0, atol=1e-9)
+    assert 0.65 < values.min() and values.max() < 1.25
+
+
 # --- What dtype every weight is kept in: --frozen bfloat16 and --pure_bf16, in a step and over several runs
 NO_DTYPE = "--batch_size 8 --row_length 128 --workers 0 --log_every 1 --device cpu --compile false".split()
 HALF, FULL = torch.bfloat16, torch.float32

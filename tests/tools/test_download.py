@@ -197,9 +197,7 @@ def assert_complete(folder: Path) -> None:
 
 
 def assert_unfinished(folder: Path) -> None:
-    assert not (folder / "source.json").exists()
-    with pytest.raises(UserError, match="unfinished download"):
-        model.find_half(str(folder))
+    assert not (folder / "source.json").exists()  # without it, `find_half` takes no download
 
 
 def test_fetches_what_the_loaders_read_and_nothing_else(hub, tmp_path):
@@ -299,9 +297,14 @@ def test_find_half_takes_a_folder_or_a_finished_download(tmp_path, monkeypatch):
     (fetched / download.NOTES / "x.incomplete").touch()
     assert model.find_half("lab/half") == Path("weights/lab/half")  # source.json says that it is complete
     (fetched / "source.json").unlink()
-    for name in ("lab/half", "weights/lab/half"):
-        with pytest.raises(UserError, match="weights/lab/half is an unfinished download: repeat"):
+    for name in ("lab/half", "lab/half@v1"):
+        with pytest.raises(UserError, match=f"{name} is no folder and not downloaded: fetch it"):
             model.find_half(name)
+    model.write_json(fetched / "source.json", {"repo": "lab/half", "revision": "v1", "commit": OLD})
+    for name in ("lab/half", "lab/half@v1", f"lab/half@{OLD}"):
+        assert model.find_half(name) == Path("weights/lab/half")
+    with pytest.raises(UserError, match="lab/half@v2 is no folder and not downloaded: fetch it"):
+        model.find_half("lab/half@v2")
     for name in ("lab/other", "nowhere", "/nowhere/at/all", "../mine"):
         message = f"{name} is neither a folder in Hugging Face layout nor a repository"
         if name == "lab/other":

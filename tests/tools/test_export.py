@@ -1,4 +1,4 @@
-"""Export: a run as two folders of Hugging Face layout (what transformers makes of them: test_real.py)."""
+"""Export: a run as two folders. What transformers makes of them: test_data_tokenizer_real.py."""
 
 import pytest
 

@@ -219,6 +219,8 @@ class ModelConfig:
         ordered = c.levels and c.levels == sorted(c.levels) and {*c.levels} <= {*range(v.layers + 1)}
         require(ordered, f"connector.levels {c.levels} must lie in 0..{v.layers}, low to high")
         require_one_of("connector.kind", c.kind, CONNECTORS)
+        positive = min([c.tokens, *c.queries]) > 0
+        require(positive, f"connector.tokens {c.tokens}, connector.queries {c.queries}: must be at least 1")
         CONNECTORS[c.kind].check(self)
         require_one_of("image.cut", self.image.cut, CUTS)
         grid = f"image.cut unpad needs a grid of tokens (mlp, avgpool, cabstractor), not {c.kind}"
@@ -238,6 +240,7 @@ class ModelConfig:
             every = d.expert_every
             require(d.experts > 1, f"decoder.experts {d.experts} must be 0 or above 1")
             require(0 < every <= d.layers, f"decoder.expert_every {every} must lie in 1..{d.layers}")
+            require(d.capacity > 0, f"decoder.capacity {d.capacity} must be above 0")
             require(self.lora.rank == 0, "decoder.experts: adapters need a dense decoder, add --lora.rank 0")
         return self
 

@@ -74,8 +74,10 @@ def added_tokens(folder: Path) -> list[dict]:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) != 1 or argv[0].startswith("-"):
-        raise SystemExit(__doc__)
+    if argv in (["--help"], ["-h"]):
+        print(__doc__.strip())
+        return
+    model.require(len(argv) == 1, "give one folder: python tools/tokenizer.py FOLDER")
     print(f"in {convert(Path(argv[0]))}")
 
 

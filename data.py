@@ -39,7 +39,7 @@ import regex  # comes with tiktoken
 import tiktoken
 import tokenizers
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin, TiffImagePlugin
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
@@ -163,6 +163,7 @@ class HubTokenizer(Tokenizer):
 
     def encode(self, text: str, control: bool = False) -> list[int]:
         self.bpe.encode_special_tokens = not control  # true: their names are text like any other
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half an emoji
         return self.bpe.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int], control: bool = False) -> str:
@@ -924,6 +925,8 @@ def orientation_of(picture: Image.Image) -> int:
     """EXIF orientation, 1 to 8, or 0. In a PNG one behind the pixels, not read yet, does not count."""
     if isinstance(picture, PngImagePlugin.PngImageFile) and "exif" not in picture.info:
         return 0
+    if isinstance(picture, TiffImagePlugin.TiffImageFile):  # Pillow turns these itself
+        return 0
     orientation = picture.getexif().get(ExifTags.Base.Orientation)
     return orientation if orientation in range(1, 9) else 0
 
@@ -1028,7 +1031,8 @@ def find_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
         files = next(filter(None, (sorted(path.glob(f"*{suffix}")) for suffix in suffixes)), [])
     kinds = {file.suffix for file in files}
     what = f"found {', '.join(sorted(kinds))}" if files else "no such file"
-    hint = f"use a file, folder or glob of one of {', '.join(suffixes)}; {CONVERT}"
+    hint = f"use a file, folder or glob of one of {', '.join(suffixes)}"
+    hint += f"; {CONVERT}" if files and suffixes == SUFFIXES else ""
     require(len(kinds) == 1 and kinds <= set(suffixes), f"{path}: {what}; {hint}")
     return files
 
@@ -1140,7 +1144,8 @@ class Table:
         if suffix == ".tar":
             return read_tar_sample(file, start, end, place)
         file.seek(start)
-        return read_object(file.read(end - start).strip().rstrip(b", \t\r\n"), suffix, place)
+        content = file.read(end - start).strip()
+        return read_object(content.rstrip(b", \t\r\n") if suffix == ".json" else content, suffix, place)
 
 
 def read_object(content: bytes, suffix: str, place: str) -> dict:
@@ -1149,7 +1154,8 @@ def read_object(content: bytes, suffix: str, place: str) -> dict:
         text = content.decode("utf-8-sig")
         value = {"text": text.strip().replace("\r\n", "\n")} if suffix == ".txt" else json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadRecord(f"{place}: not {'UTF-8' if suffix == '.txt' else 'JSON'} ({error})") from None
+        hint = ", and each record must be on one line" if suffix == ".jsonl" else ""
+        raise BadRecord(f"{place}: not {'UTF-8' if suffix == '.txt' else 'JSON'} ({error}){hint}") from None
     require_usable(isinstance(value, dict), f"{place}: expected an object, got {content[:40]!r}")
     return value
 
@@ -1161,10 +1167,12 @@ def read_tar_sample(file, start: int, end: int, place: str) -> dict:
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in itertools.takewhile(lambda member: member.offset < end, tar):
-                suffix = Path(member.name).suffix.lower()
-                if suffix in PICTURES:
+                suffix = (
+                    "." + member.name.rpartition("/")[2].partition(".")[2].lower()
+                )  # KEY.ocr.txt: .ocr.txt
+                if member.isfile() and suffix.endswith(PICTURES):
                     pictures.append(FileSlice(file.name, member.offset_data, member.size))
-                elif suffix in (".json", ".txt"):
+                elif member.isfile() and suffix in (".json", ".txt"):
                     objects[suffix] = read_object(tar.extractfile(member).read(), suffix, place)
     except tarfile.TarError as error:
         raise BadRecord(f"{place}: does not read ({error})") from None
@@ -1249,7 +1257,7 @@ def local_pictures(images: list, folder: Path, place: str) -> list[Picture]:
             text = isinstance(image, str)
             require_usable(text, f"{place}: an image must be the path of a file, got {image!r}")
             path = folder / (image.partition("://")[2] or image)
-            there = "://" not in image or path.is_file()
+            there = "://" not in image or os.path.isfile(path)
             require_usable(there, f"{place}: image {image} is a URL: download it and write the file's path")
             inside = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))  # links are followed
             require_usable(inside, f"{place}: image {image} leads out of the folder", "image outside")
@@ -1354,7 +1362,10 @@ def open_sources(spec: str, stage: str) -> list[tuple[Dataset, float]]:
     else:
         there = spec and (path.exists() or glob.has_magic(path.name))
         require(there, f"--data {spec}: no such file; use 'scenes', a file of records or a mixture file")
-        first = Table(path).raw(0)[0] if path.suffix == ".json" else {}
+        first = {}
+        if path.suffix == ".json":
+            with contextlib.suppress(BadRecord):  # one that is broken is skipped like others
+                first = Table(path).raw(0)[0]
         is_mixture = layout_of(first) is None and first.keys() & {"kind", "path"}
         entries = read_json(path) if is_mixture else [{"kind": FileSource(path).kind, "path": path.name}]
     check_entries(entries, stage, path)
@@ -1384,6 +1395,8 @@ def check_entries(entries: list[dict], stage: str, path: Path) -> None:
         require(fits, f"{place}: interleaved data is for stage 1, stage 2 takes chat, caption and text")
         unknown = ", ".join(entry.keys() - set(ENTRY_KEYS))
         require(not unknown, f"{place}: unknown key '{unknown}', use {', '.join(ENTRY_KEYS)}")
+        odd = ", ".join(k for k, value in entry.items() if k != "weight" and not isinstance(value, str))
+        require(not odd, f"{place}: {odd} must be a text")
         valid = isinstance(weight, int | float) and 0 <= weight < math.inf
         require(valid, f"{place}: weight {weight!r} is not a number of at least 0")
     names = dict.fromkeys(entry["path"] for entry in entries if entry["path"] != "scenes")

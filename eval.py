@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import require
+from model import UserError, require
 
 IS_FIRST_RANK = int(os.environ.get("RANK", 0)) == 0
 
@@ -70,6 +70,7 @@ class EvalConfig:
 def main(argv: list[str]) -> None:
     cfg = EvalConfig()
     model.parse_cli(argv, __doc__, cfg)
+    require(cfg.model != "", "--model is missing: a run or checkpoint folder, such as runs/a/sft")
     check_config(cfg)
     if cfg.chat:
         return chat(cfg)
@@ -79,7 +80,6 @@ def main(argv: list[str]) -> None:
 
 
 def check_config(cfg: EvalConfig) -> None:
-    require(cfg.model != "", "--model is missing: a run or checkpoint folder, such as runs/a/sft")
     model.require_one_of("--tokens", cfg.tokens, ("full", "pruned", "both"))
     model.require_one_of("--dtype", cfg.dtype, ("auto", "float32", "bfloat16"))
     model.require_one_of("--scoring", cfg.scoring, ("generate", "likelihood"))
@@ -504,19 +504,24 @@ class AnswerFile:
     facts: dict  # "metadata": a hash of all that an answer depends on beside its question
 
     def read(self) -> dict[int, str]:
-        """Kept answers by question number. A last line that was cut off is removed from the file."""
+        """Kept answers by question number. A last line without its end is removed from the file."""
         numbers, answers = {question.key: i for i, question in enumerate(self.task.questions)}, {}
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
-        for line in lines:
-            with contextlib.suppress(json.JSONDecodeError):
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        complete = content[: content.rfind(b"\n") + 1]
+        for n, line in enumerate(complete.splitlines(), 1):
+            try:
                 row = json.loads(line)
-                number = numbers.get((str(row["question_id"]), row["prompt"]))
+                number, text = numbers.get((str(row["question_id"]), row["prompt"])), row["text"]
                 same = number is not None and row["metadata"] == self.facts["metadata"]
-                problem = f"{self.path}: question_id {row['question_id']} was answered under another prompt,"
-                require(same, f"{problem} model, seed or --demos: use another --answers")
-                answers[number] = row["text"]
-        if lines and not lines[-1].endswith(b"\n"):
-            os.truncate(self.path, sum(map(len, lines[:-1])))
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"{self.path} line {n} is no answer of this run: use another --answers"
+                ) from None
+            problem = f"{self.path}: question_id {row['question_id']} was answered under another prompt,"
+            require(same, f"{problem} model, seed or --demos: use another --answers")
+            answers[number] = text
+        if len(complete) < len(content) and IS_FIRST_RANK:
+            os.truncate(self.path, len(complete))
         return answers
 
     def append(self, answers: dict[int, str]) -> None:
@@ -563,9 +568,14 @@ def score_task(vlm, tokenizer, task: Task, view: str, cfg: EvalConfig) -> tuple[
             place = kept.path if kept else "nowhere: give --out or --answers"
             print(f"{task.name}: no right answers in {task.path}, so no score; answers are kept in {place}")
         return [], []
-    if cfg.blind and any(images):
-        kept = answer_file(task, view, cfg, vlm, blind=True)
-        blind_answers = answer_all(vlm, tokenizer, task, derange(images, cfg.seed), view, cfg, kept)
+    if cfg.blind and any(images):  # what has no picture is answered alike
+        seeing = [i for i, group in enumerate(images) if group]
+        part = replace(task, questions=[task.questions[i] for i in seeing])
+        swapped = derange([images[i] for i in seeing], cfg.seed)
+        kept = answer_file(part, view, cfg, vlm, blind=True)
+        blind_answers = [*answers]
+        for i, text in zip(seeing, answer_all(vlm, tokenizer, part, swapped, view, cfg, kept)):
+            blind_answers[i] = text
     return score_rows(task, answers, blind_answers, view, cfg.seed)
 
 

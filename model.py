@@ -23,6 +23,7 @@ import re
 import sys
 import timeit
 import types
+import zipfile
 from collections.abc import Callable
 from copy import deepcopy as copy_config
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import get_args
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE / "assets"
@@ -216,6 +217,10 @@ class ModelConfig:
         size = f"vit.image_size {v.image_size} is no positive multiple of vit.patch_size {v.patch_size}"
         require(v.image_size > 0 and v.image_size % v.patch_size == 0, size)
         require_one_of("vit.pre_norm", v.pre_norm, ("before", "after", ""))
+        require_one_of("vit.activation", v.activation, ACTIVATIONS)
+        multiple = c.width % c.heads == 0
+        require(multiple, f"connector.width {c.width} is no multiple of connector.heads {c.heads}")
+        require(min(self.lora.rank, p.isolator) >= 0, "lora.rank and prune.isolator must be at least 0")
         ordered = c.levels and c.levels == sorted(c.levels) and {*c.levels} <= {*range(v.layers + 1)}
         require(ordered, f"connector.levels {c.levels} must lie in 0..{v.layers}, low to high")
         require_one_of("connector.kind", c.kind, CONNECTORS)
@@ -240,6 +245,8 @@ class ModelConfig:
             every = d.expert_every
             require(d.experts > 1, f"decoder.experts {d.experts} must be 0 or above 1")
             require(0 < every <= d.layers, f"decoder.expert_every {every} must lie in 1..{d.layers}")
+            multiple = d.width % 8 == d.mlp_width % 8 == 0
+            require(multiple, f"decoder.experts need widths of multiples of 8, not {d.width}, {d.mlp_width}")
             require(d.capacity > 0, f"decoder.capacity {d.capacity} must be above 0")
             require(self.lora.rank == 0, "decoder.experts: adapters need a dense decoder, add --lora.rank 0")
         return self
@@ -252,8 +259,8 @@ class ModelConfig:
 def read_json(path: Path):
     require(path.is_file(), f"{path} does not exist")
     try:
-        return json.loads(path.read_text())
-    except ValueError as e:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: not valid JSON ({e})") from None
 
 
@@ -261,7 +268,7 @@ def write_text(path: Path, text: str) -> None:
     """To a temporary name, then os.replace, as every write here: a reader never meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -269,12 +276,15 @@ def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def from_dict(cls, values: dict):
-    """Rebuild a nested dataclass from dataclasses.asdict; keys that it does not know are ignored."""
+def from_dict(cls, values: dict, strict: bool = False):
+    """Rebuild a nested dataclass from dataclasses.asdict; unknown keys are ignored, or refused if strict."""
     if not dataclasses.is_dataclass(cls):
         return values
-    known = [member for member in dataclasses.fields(cls) if member.name in values]
-    return cls(**{member.name: from_dict(member.type, values[member.name]) for member in known})
+    types_of = {member.name: member.type for member in dataclasses.fields(cls)}
+    unknown = ", ".join(values.keys() - types_of.keys())
+    require(not strict or not unknown, f"{cls.__name__} has no {unknown}")
+    known = {name: value for name, value in values.items() if name in types_of}
+    return cls(**{name: from_dict(types_of[name], value, strict) for name, value in known.items()})
 
 
 def preset_names() -> list[str]:
@@ -287,7 +297,7 @@ def preset(name: str) -> dict:
     """
     require_one_of("--preset", name, preset_names())
     values = read_json(PRESETS / f"{name}.json")
-    return {**values, "model": from_dict(ModelConfig, values["model"])}
+    return {**values, "model": from_dict(ModelConfig, values["model"], strict=True)}
 
 
 def flags_of(config, prefix: str = "") -> dict[str, tuple]:
@@ -343,8 +353,10 @@ def parse_cli(argv: list[str], doc: str | None, *configs) -> None:
         word, equals, text = words.pop(0).partition("=")
         name = word.removeprefix("--")
         if name not in flags or name == word:
-            close = [*difflib.get_close_matches(name, flags, 1), "help"][0]
-            raise UserError(f"unknown flag '{word}', did you mean --{close}?")
+            close = difflib.get_close_matches(name, flags, 1)
+            raise UserError(
+                f"unknown flag '{word}', " + (f"did you mean --{close[0]}?" if close else "see --help")
+            )
         config, attribute, kind, *_ = flags[name]
         if not equals:
             alone = not words or words[0].startswith("--")
@@ -353,14 +365,16 @@ def parse_cli(argv: list[str], doc: str | None, *configs) -> None:
         try:
             setattr(config, attribute, read_value(kind, text))
         except ValueError:
-            raise UserError(f"--{name}: '{text}' is no {inspect.formatannotation(kind)}") from None
+            kinds = {bool: "true or false", int: "a whole number", float: "a number"}
+            expected = kinds.get(kind, "a comma list of numbers")
+            raise UserError(f"--{name} '{text}': expected {expected}") from None
 
 
 def run_cli(main) -> None:
     """An entry point: a UserError, or what the system says of a path, becomes one line and exit code 2."""
     try:
         main(sys.argv[1:])
-    except (UserError, OSError) as error:
+    except (UserError, OSError, SafetensorError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -612,11 +626,13 @@ ENCODERS = KEY_MAPS["encoders"]
 def read_half_config(file: Path, half: str) -> tuple[str, dict, dict]:
     """Family, config.json and our fields of a half, "encoder" or "decoder"; of a full model its vision."""
     config, families = read_json(file), KEY_MAPS[f"{half}s"]
+    require(isinstance(config, dict), f"{file} is no JSON object, as a Hugging Face config.json is")
     kind = str(config.get("model_type"))
     family = kind.removesuffix("_vision_model")
     known = f"is not one of {', '.join(families)} ({KEY_MAPS['notes'][half]})"
     require(family in families, f"{file}: model_type '{kind}' {known}")
     for nested in ("vision_config", "rope_scaling", "rope_parameters"):
+        require(isinstance(config.get(nested) or {}, dict), f"{file}: {nested} is no JSON object")
         config.update(config.get(nested) or {})
     for key, values in KEY_MAPS["only"][half].items():
         require(config.get(key) in (None, *values), f"{file}: {key} {config.get(key)!r} is not supported")
@@ -644,9 +660,9 @@ def read_decoder_config(file: Path) -> DecoderConfig:
     windowed = set(config.get("layer_types") or ()) - {"full_attention"}
     require(not windowed, f"{file}: layer_types with a sliding window are not supported")
     llama3 = config.get("rope_type", config.get("type")) == "llama3"
-    for name, key in KEY_MAPS["rope_fields"].items():
-        require(key in config or not llama3, f"{file}: the llama3 rope has no '{key}'")
-        fields[name] = config.get(key, getattr(DecoderConfig, name))
+    for name, key in KEY_MAPS["rope_fields"].items() if llama3 else ():
+        require(key in config, f"{file}: the llama3 rope has no '{key}'")
+        fields[name] = config[key]
     heads = fields["heads"]
     return DecoderConfig(**{"head_dim": fields["width"] // heads, "kv_heads": heads, **fields})
 
@@ -1575,13 +1591,13 @@ def trainable_parts(train: str) -> list[str]:
 
 @functools.cache
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on CUDA and on CPUs that multiply it about as fast as float32: many only emulate it."""
+    """bfloat16 on CUDA and on CPUs that multiply it at least as fast as float32: many only emulate it."""
 
     def seconds(dtype: torch.dtype) -> float:
         x = torch.ones(256, 256, dtype=dtype)
-        return min(timeit.repeat(lambda: x @ x, number=1, repeat=3))
+        return min(timeit.repeat(lambda: x @ x, number=1, repeat=9))
 
-    fast = device.type == "cuda" or seconds(torch.bfloat16) < 2 * seconds(torch.float32)
+    fast = device.type == "cuda" or seconds(torch.bfloat16) < seconds(torch.float32)
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -1608,7 +1624,8 @@ def find_step(path: str | Path) -> Path:
         step = step / (step / "latest").read_text().strip()
     config = read_json(step / "config.json") if (step / "config.json").is_file() else {}
     fix = "other models go to --encoder_from and --decoder_from"
-    require("model" in config, f"{path} is neither a run folder nor a checkpoint of this project; {fix}")
+    ours = isinstance(config, dict) and isinstance(config.get("model"), dict)
+    require(ours, f"{path} is neither a run folder nor a checkpoint of this project; {fix}")
     return step
 
 
@@ -1635,6 +1652,7 @@ def read_preprocessor(folder: Path) -> tuple[ImageConfig, int]:
     file, newer = folder / "preprocessor_config.json", folder / "processor_config.json"
     file = newer if newer.is_file() and not file.is_file() else file
     config = read_json(file)
+    require(isinstance(config, dict), f"{file} is no JSON object")
     config = config.get("image_processor", config)
     require(config.keys() >= {"image_mean", "image_std"}, f"{file}: image_mean or image_std is missing")
     size = config.get("crop_size") if config.get("do_center_crop") else config.get("size")
@@ -1648,13 +1666,22 @@ def open_weights(folder: Path) -> dict:
     """Name -> a function that reads that tensor from model.safetensors, its shards, or else a .bin file. A
     file is mapped, safetensors anew for each tensor: its pages are given back before the next is cast.
     """
-    readers, files = {}, [*folder.glob("model.safetensors")] or [*folder.glob("model-*-of-*.safetensors")]
-    files = files or [*folder.glob("pytorch_model.bin")] or [*folder.glob("pytorch_model-*-of-*.bin")]
-    require(bool(files), f"{folder}/model.safetensors does not exist, nor shards, nor pytorch_model.bin")
+    readers, files = {}, []
+    for name in ("pytorch_model.bin", "model.safetensors"):  # the latter is taken where both are
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            files = [folder / name]
+        elif index.is_file():
+            files = sorted({folder / shard for shard in read_json(index)["weight_map"].values()})
+    require(bool(files), f"{folder}/model.safetensors does not exist, nor its index, nor pytorch_model.bin")
     for file in files:
+        require(file.is_file(), f"{file} does not exist, although its index names it: repeat the download")
         try:
             if file.suffix == ".bin":  # torch unpickles nothing but tensors
-                tensors = torch.load(file, weights_only=True, mmap=True, map_location="cpu")
+                mapped = zipfile.is_zipfile(file)  # files of old versions of torch are not
+                tensors = torch.load(file, weights_only=True, mmap=mapped, map_location="cpu")
+                if not all(isinstance(value, Tensor) for value in tensors.values()):
+                    raise TypeError("more than tensors")
                 readers |= {name: functools.partial(tensors.get, name) for name in tensors}
             else:
                 for name in safe_open(file, "pt").keys():

@@ -216,18 +216,18 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            updates = {}  # matrices of one shape -> their updates
-            for p in group["params"]:
+            stacks = {}  # matrices of one shape, of about 2^26 numbers at a time, as they are copied
+            for n, p in enumerate(group["params"]):
                 if p.grad is not None:
                     if "momentum_buffer" not in self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-                    mean = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                    nesterov = p.grad.lerp(mean, group["momentum"])
-                    updates.setdefault(p.shape, []).append((p, nesterov))
-            for (rows, columns), pairs in updates.items():
-                stacked = torch.stack([nesterov for _, nesterov in pairs]).to(self.dtype)
+                    stacks.setdefault((*p.shape, n * p.numel() // 2**26), []).append(p)
+            for (rows, columns, _), matrices in stacks.items():
+                speed = 1 - group["momentum"]
+                means = [self.state[p]["momentum_buffer"].lerp_(p.grad, speed) for p in matrices]
+                nesterov = [p.grad.lerp(mean, group["momentum"]) for p, mean in zip(matrices, means)]
                 rate = group["lr"] * math.sqrt(max(1, rows / columns))
-                for (p, _), update in zip(pairs, orthogonalise(stacked)):
+                for p, update in zip(matrices, orthogonalise(torch.stack(nesterov).to(self.dtype))):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
 
 
@@ -267,8 +267,9 @@ MAY_CHANGE = {
     "preset": {"vit.image_size", "vit.align_corners"},  # of halves from folders; all else is new
     "init": {"prune.", "lora."},  # and all flags of the run but --preset
     "resume": {
-        *"out init resume steps val_data workers lr vit_lr warmup final_lr weight_decay clip z_loss".split(),
-        *"balance router_z device dtype frozen compile log_every save_every eval_every".split(),
+        *"out init resume steps micro_steps val_data workers lr vit_lr warmup final_lr weight_decay".split(),
+        *"clip z_loss temperature balance router_z device dtype frozen compile".split(),
+        *"log_every save_every eval_every".split(),
     },
 }
 
@@ -285,6 +286,7 @@ def resolve_flags(config: type, stage: str, argv: list[str], doc: str) -> tuple:
     if begun or cfg.init:
         origin, step = "resume" if begun else "init", model.find_step(cfg.out if begun else cfg.init)
         saved = model.read_json(step / "config.json")
+        require("train" in saved, f"{step} has no flags of a run: start from a run's checkpoint")
         name, base_model = saved["train"]["preset"], model.from_dict(model.ModelConfig, saved["model"])
     if begun:
         recipe = saved["train"]
@@ -297,19 +299,20 @@ def resolve_flags(config: type, stage: str, argv: list[str], doc: str) -> tuple:
     base = model.from_dict(config, {**dataclasses.asdict(config()), **recipe})
     cfg, model_cfg = model.copy_config(base), model.copy_config(base_model)
     model.parse_cli(argv, doc, cfg, model_cfg)
+    given = {word.partition("=")[0][2:] for word in argv}
     require(cfg.out, "--out is missing: the run folder to write, such as runs/a")
     if getattr(cfg, "pruner", ""):  # the same choice as --prune.name: the one that changes wins
         cfg.pruner = cfg.pruner if cfg.pruner != base.pruner else model_cfg.prune.name
         model_cfg.prune.name = cfg.pruner
     flags = [flag for flag in model.changed_flags(base, cfg) if begun or flag == "preset"]
-    may_change, halves = MAY_CHANGE[origin], {"decoder": model_cfg.decoder_from}
-    halves["vit"] = halves["image"] = model_cfg.encoder_from
-    if not begun and not base_model.decoder.experts:
-        may_change = may_change | {*model.EXPERT_FLAGS}
+    halves = {"decoder": model_cfg.decoder_from, **dict.fromkeys(("vit", "image"), model_cfg.encoder_from)}
+    dense = not begun and not base_model.decoder.experts
+    may_change = MAY_CHANGE[origin] | ({*model.EXPERT_FLAGS} if dense else set())
     for flag in flags + model.changed_flags(base_model, model_cfg):
         group = flag.partition(".")[0]
         weights, free = step or halves.get(group), {flag, group + "."} & may_change
         require(free or not weights, f"--{flag} cannot change: {weights} has its own")
+    require(not (cfg.batch_size and given & {"rows", "row_images"}), "--rows packs rows: add --batch_size 0")
     cfg.check()
     return cfg, model_cfg, step, origin
 
@@ -494,7 +497,7 @@ def validation_loss(
     sources, losses, weights = data.open_sources(spec, stage), Counter(), Counter()
     size, length, limit = max(1, 32 // len(sources)), run.cfg.row_length, run.cfg.sample_limit
     rows = data.RowConfig(batch_size=size, row_length=length, row_limit=limit)
-    for source, weight in sources:
+    for source, weight in filter(lambda pair: pair[1], sources):
         unseen = data.Scenes(source.kind, "test") if isinstance(source, data.Scenes) else source
         plan = data.Plan([(unseen, 1.0)], tokenizer, vlm.cfg, rows, lambda number: view, range(4))
         stream, total, count = data.Stream(plan), 0.0, 0
@@ -604,9 +607,7 @@ class Run:
 
     def close(self) -> None:
         self.progress.close()
-        if (
-            self.skipped
-        ):  # the planner's, which rank 0 counts for all, and pictures that this rank could not decode
+        if self.skipped:  # of the plan, by rank 0 for all, and pictures that did not decode here
             reasons = ", ".join(f"{n} {reason}" for reason, n in self.skipped.most_common())
             tqdm.write(f"skipped {reasons}: python tools/check.py {self.cfg.data} names the records")
         self.say(f"{self.stage}: {self.cfg.steps} steps done, checkpoint in {model.find_step(self.folder)}")

@@ -29,7 +29,7 @@ def test_exit_code_is_2_and_the_message_one_line():
 
 
 REFUSED = {  # flags of train_pretrain.py beside --out: a regular expression that the sentence fits
-    "--steps many": "--steps: 'many' is no int",
+    "--steps many": "--steps 'many': expected a whole number",
     "--model.x 1": "unknown flag '--model.x'",
     "--clip --steps 1": "--clip: expected a value",
     "--init nowhere": "nowhere is neither a run folder nor a checkpoint",

@@ -63,7 +63,7 @@ def test_broken_shards_are_named(suffix, tmp_path):
         with pytest.raises(UserError, match=f"{shard} is damaged"):
             Decoder.from_pretrained(tmp_path)
     shard.unlink()
-    with pytest.raises(UserError, match=f"{tmp_path}: tensor '.*' is missing"):
+    with pytest.raises(UserError, match="does not exist, although its index names it"):
         Decoder.from_pretrained(tmp_path)
 
 

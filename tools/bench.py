@@ -347,7 +347,9 @@ def dualspeed(bench: BenchConfig) -> list[dict]:
         runs = {step: functools.partial(trainer.step, batch) for step, batch in batches.items()}
         if measure_share:
             with torch.no_grad(), trainer.run.autocast():
-                tokens = trainer.vlm.encode(batches[fast].pixels)  # (n * tiles, 576, D)
+                tokens = trainer.vlm.connector(
+                    trainer.vlm.levels(trainer.vlm.states(batches[fast].pixels))
+                )  # (n * tiles, 576, D)
             runs[share] = functools.partial(prune.select, cfg.prune.name, tokens, cfg.kept_tokens())
         seconds = alternate(runs, min(bench.rounds, DUAL_ROUNDS))
         flops = [{step: dual_flops(c, step, tiles) for step in all_steps} for c in (cfg, at_7b)]

@@ -56,9 +56,10 @@ def main(argv: list[str]) -> None:
     cfg = BenchmarkConfig()
     model.parse_cli(argv, __doc__, cfg)
     model.require_at_least(cfg, 0, "limit")
+    evaluation.check_config(cfg)
     if not cfg.model and cfg.answers:
         return score_kept(cfg)
-    evaluation.check_config(cfg)
+    model.require(cfg.model != "", "--model is missing: a run or checkpoint folder, such as runs/a/sft")
     tasks = evaluation.open_tasks(cfg, open_task)
     results, examples = evaluation.evaluate(tasks, cfg)
     evaluation.write_results(tasks, cfg, results, examples)

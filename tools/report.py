@@ -11,6 +11,7 @@ only scores and examples are shown.
 """
 
 import base64
+import contextlib
 import html
 import io
 import json
@@ -60,7 +61,9 @@ def make_report(path: Path, summary: dict, inflation: bool = False) -> None:
     """The page of an eval.json."""
     examples = []
     for example in summary.get("examples", []):
-        picture = open_picture(example["picture"]) if example["picture"] else None
+        picture = None
+        with contextlib.suppress(data.BadRecord):  # a file that is gone
+            picture = open_picture(example["picture"]) if example["picture"] else None
         examples.append({**example, "image": picture})
     pictures = [example["image"] for example in examples if example["image"]]
     facts = [("checkpoint", summary["model"] or "answers without a run"), ("commit", summary["commit"])]

@@ -41,3 +41,12 @@ def add_preset(tmp_path_factory, monkeypatch):
         return folder / f"{name}.json"
 
     return add
+
+
+@pytest.fixture
+def fp64():
+    """Double precision and a fixed seed, for comparisons with formulas."""
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)

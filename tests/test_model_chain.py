@@ -31,12 +31,7 @@ TABLE = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def fp64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("fp64")
 
 
 def published(queries: tuple[int, int] = (16, 4)) -> ModelConfig:

@@ -19,12 +19,7 @@ CHAINS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def fp64():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("fp64")
 
 
 def config(kind: str, side: int = 16, tokens: int = 64, width: int = 8, inner: int = 12) -> ModelConfig:

@@ -88,7 +88,7 @@ def test_a_bin_file_runs_no_code(how, tmp_path):
         Decoder.from_pretrained(tmp_path)
     assert not proof.exists()
     if how == "zip":
-        torch.load(file, weights_only=False)  # it would have worked
+        torch.load(file, weights_only=False)  # the proof that this file runs code where it may
         assert proof.exists()
 
 

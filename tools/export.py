@@ -23,9 +23,7 @@ PREPROCESSING = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")  #
 
 
 def main(argv: list[str]) -> None:
-    if argv in (["--help"], ["-h"]):
-        print(__doc__.strip())
-        return
+    model.parse_cli([word for word in argv if word.startswith("-")], __doc__)  # --help, and no other flags
     model.require(len(argv) == 2, "give a run and a new folder: python tools/export.py RUN OUT")
     print(f"in {export(*argv)}")
 

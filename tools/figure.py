@@ -203,9 +203,7 @@ def draw_speeds(canvas: Canvas, cfg: model.ModelConfig):
 
 
 def main(argv: list[str]) -> None:
-    if argv in (["--help"], ["-h"]):
-        print(__doc__.strip())
-        return
+    model.parse_cli([word for word in argv if word.startswith("-")], __doc__)  # --help, and no other flags
     recipe, canvas = model.preset("tiny"), Canvas()
     first, second = recipe["model"], model.scaled_config(recipe["model"], recipe["scale"])
     for top, bottom in (STAGE_1, STAGE_2, SPEEDS):

@@ -74,9 +74,7 @@ def added_tokens(folder: Path) -> list[dict]:
 
 
 def main(argv: list[str]) -> None:
-    if argv in (["--help"], ["-h"]):
-        print(__doc__.strip())
-        return
+    model.parse_cli([word for word in argv if word.startswith("-")], __doc__)  # --help, and no other flags
     model.require(len(argv) == 1, "give one folder: python tools/tokenizer.py FOLDER")
     print(f"in {convert(Path(argv[0]))}")
 

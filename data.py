@@ -853,8 +853,7 @@ class Stream(Dataset):
         return batch
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Pictures
+# --- Pictures ----------------------------------------------------------------------------------------------
 
 
 class BadRecord(UserError):
@@ -1010,8 +1009,7 @@ def load_sample(pieces: list[Piece], images: list, cfg: ModelConfig, name: str =
     return Sample(pieces, load_images(images, cfg, name), picture_sizes(images, cfg, name))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Readers: files of records by offset, the forms of a record, mixtures of files
+# --- Readers: files of records by offset, the forms of a record, mixtures of files -------------------------
 
 SUFFIXES = (".tar", ".jsonl", ".json", ".txt")  # a folder is searched in this order
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")

@@ -130,8 +130,7 @@ def write_results(tasks: list["Task"], cfg: EvalConfig, results: list, examples:
         model.write_json(Path(cfg.out), summary)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Tasks
+# --- Tasks -------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -368,8 +367,7 @@ def add_demos(task: Task, pool: list[Question], shots: int, seed: int) -> Task:
     return replace(task, questions=questions, shots=shots)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Asking
+# --- Asking ------------------------------------------------------------------------------------------------
 
 
 def answer_all(vlm, tokenizer, task: Task, images: list, view: str, cfg: EvalConfig, kept=None) -> list[str]:
@@ -552,8 +550,7 @@ def answer_file(task: Task, view: str, cfg: EvalConfig, vlm=None, blind=False) -
     return AnswerFile(path, task, {"model_id": cfg.model, "metadata": metadata})
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Scoring
+# --- Scoring -----------------------------------------------------------------------------------------------
 
 
 def score_task(vlm, tokenizer, task: Task, view: str, cfg: EvalConfig) -> tuple[list, list]:
@@ -673,8 +670,7 @@ def standard_error(scores: list[float]) -> float:
     return float(np.std(scores, ddof=1)) / math.sqrt(len(scores)) if len(scores) > 1 else 0.0
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Output and chat
+# --- Output and chat ---------------------------------------------------------------------------------------
 
 
 def print_table(results: list[dict]) -> None:
@@ -711,8 +707,7 @@ def chat(cfg: EvalConfig) -> None:
             print(history[-1][1])
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Scorers: pure functions from text to numbers. assets/scoring.json holds their tables of words.
+# --- Scorers: pure functions from text to numbers. assets/scoring.json holds their tables of words. --------
 
 TABLES = model.read_json(model.ASSETS / "scoring.json")
 

@@ -252,8 +252,7 @@ class ModelConfig:
         return self
 
 
-# ---------------------------------------------------------------------------------------------------------
-# JSON files, presets, and the command line: every script has a dataclass of flags
+# --- JSON files, presets, and the command line: every script has a dataclass of flags ----------------------
 
 
 def read_json(path: Path):
@@ -413,8 +412,7 @@ from torch import Tensor, nn  # noqa: E402
 
 import prune  # noqa: E402
 
-# ---------------------------------------------------------------------------------------------------------
-# Attention and MLPs
+# --- Attention and MLPs ------------------------------------------------------------------------------------
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -481,8 +479,7 @@ def init_linear(module: nn.Module, std: float = 0.02) -> None:
             nn.init.zeros_(m.bias)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Vision transformer, pre-norm with CLIP's names; the config's switches make it another encoder
+# --- Vision transformer, pre-norm with CLIP's names; the config's switches make it another encoder ---------
 
 
 class Attention(nn.Module):
@@ -690,8 +687,7 @@ def load_half(cls: type, read_config: Callable, path_or_repo: str | Path, dtype:
     return half
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Decoder (Llama and its relatives)
+# --- Decoder (Llama and its relatives) ---------------------------------------------------------------------
 
 
 def rope_tables(positions: Tensor, cfg: DecoderConfig) -> tuple[Tensor, Tensor]:
@@ -939,8 +935,7 @@ def merged(decoder: Decoder) -> dict[str, Tensor]:
     return weights
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Connectors: patches of the encoder to visual tokens of the decoder
+# --- Connectors: patches of the encoder to visual tokens of the decoder ------------------------------------
 
 
 class Connector(nn.Module):
@@ -1227,8 +1222,7 @@ CONNECTORS = {
     "cabstractor": CAbstractor,
 }
 
-# ---------------------------------------------------------------------------------------------------------
-# Token scaling: more visual tokens, or larger pictures, for a trained model
+# --- Token scaling: more visual tokens, or larger pictures, for a trained model ----------------------------
 
 # Scales to start from by name: (windows a side, queries in each), coarse to fine (section 3.2, Table 4).
 SCALE_PLANS = {
@@ -1352,8 +1346,7 @@ def make_newline(cfg: ModelConfig, table: Tensor) -> nn.Parameter | None:
     return nn.Parameter(torch.randn(cfg.decoder.width, device=table.device) * scale)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The VLM
+# --- The VLM -----------------------------------------------------------------------------------------------
 
 
 class VLM(nn.Module):
@@ -1585,8 +1578,7 @@ def trainable_parts(train: str) -> list[str]:
     return parts
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Devices, checkpoints and weight files
+# --- Devices, checkpoints and weight files -----------------------------------------------------------------
 
 
 @functools.cache

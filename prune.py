@@ -21,8 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ---------------------------------------------------------------------------------------------------------
-# DualSpeed: the mode isolator, which samples are slow, self-distillation
+# --- DualSpeed: the mode isolator, which samples are slow, self-distillation -------------------------------
 
 
 class ModeIsolator(nn.Module):

@@ -538,11 +538,11 @@ def make_rows(laid: list[Laid], row_length: int, fixed=False, rows=None, prompts
 
 def make_batch(
     samples: list[Sample], modes: list[str], cfg: ModelConfig, row_length: int, limit: int,
-    next_sample: int = 0, rows=None, capacity: int = 0, prompts: bool = False,
+    next_sample: int = 0, rows=None, tile_multiple: int = 1, prompts: bool = False,
 ) -> Batch:  # fmt: skip
     """modes: for each sample "full", "pruned" or "slow": its student on full tokens, its teacher on pruned.
     limit: positions of a sample. rows: which samples share a row of row_length positions; None: best fit, in
-    rows as wide as they need. capacity: blank pictures make up the number of tiles to it.
+    rows as wide as they need. tile_multiple: blank pictures fill up the number of tiles to such a multiple.
     """
     samples = [Sample(*sample) for sample in samples]
     first_tile = np.cumsum([0] + [len(sample.pixels) for sample in samples])
@@ -578,7 +578,7 @@ def make_batch(
         distill = torch.zeros_like(of_teacher)
         for j, i in enumerate(slow):
             distill[of_teacher == j] = (of_student == i).nonzero()[:, 0]
-    blank = np.zeros((max(0, capacity - first_tile[-1]), *samples[0].pixels.shape[1:]), np.uint8)
+    blank = np.zeros((-first_tile[-1] % tile_multiple, *samples[0].pixels.shape[1:]), np.uint8)
     pixels = torch.from_numpy(np.concatenate([*(sample.pixels for sample in samples), blank]))
     full, pruned = (torch.tensor(tiles, dtype=torch.long) for tiles in bank_tiles.values())
     questions = question_ids(samples, len(pixels), cfg)
@@ -691,7 +691,7 @@ class Plan(IterableDataset):
     rank: int = 0
     world: int = 1
     by_kind: bool = False
-    pad_images: bool = False  # blank pictures up to the capacity of the micro-batch
+    tile_multiple: int = 1  # of a micro-batch, see `make_batch`; 8 where code is compiled for each shape
     cursor: list | None = None  # where to go on
 
     POOL = 512  # samples that are packed together
@@ -841,13 +841,16 @@ class Stream(Dataset):
                     skipped.append((error.why, str(error)))
                     blank = [([plan.tokenizer.end] * sample.length, False)]
                     samples.append(load_sample(blank, [], plan.cfg))
-        next_sample, packing = (planned.step + 1) * (cfg.batch_size or cfg.rows), {}
-        shares, room = {name: n / filled.total() for name, n in filled.items()}, len(rows) * cfg.row_images
+        next_sample = (planned.step + 1) * (cfg.batch_size or cfg.rows)
+        shares, layout = {name: n / filled.total() for name, n in filled.items()}, {}
         if not cfg.batch_size:
-            packing = {"rows": rows, "capacity": room if plan.pad_images else 0}
-            shares["image_fill"] = sum(len(sample.pixels) for sample in samples) / room
-        limit = cfg.sample_limit
-        batch = make_batch(samples, modes, plan.cfg, cfg.row_length, limit, next_sample, **packing)
+            layout = {"rows": rows}
+            tiles = sum(len(sample.pixels) for sample in samples)
+            shares["image_fill"] = tiles / (len(rows) * cfg.row_images)
+        batch = make_batch(
+            samples, modes, plan.cfg, cfg.row_length, cfg.sample_limit, next_sample,
+            tile_multiple=plan.tile_multiple, **layout,
+        )  # fmt: skip
         shares["fill"] = filled.total() / batch.student.ids.numel()
         batch.plan = replace(planned, rows=[], skipped=skipped, shares=shares)
         return batch

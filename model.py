@@ -1584,13 +1584,14 @@ def trainable_parts(train: str) -> list[str]:
 @functools.cache
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on CUDA and on CPUs that multiply it at least as fast as float32: many only emulate it."""
-
-    def seconds(dtype: torch.dtype) -> float:
-        x = torch.ones(256, 256, dtype=dtype)
-        return min(timeit.repeat(lambda: x @ x, number=1, repeat=9))
-
-    fast = device.type == "cuda" or seconds(torch.bfloat16) < seconds(torch.float32)
-    return torch.bfloat16 if fast else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16
+    matrices = {dtype: torch.ones(256, 256, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)}
+    seconds = dict.fromkeys(matrices, math.inf)
+    for _ in range(10):  # in turns, so that what else the machine does slows down both
+        for dtype, x in matrices.items():
+            seconds[dtype] = min(seconds[dtype], timeit.timeit(lambda: x @ x, number=1))
+    return min(seconds, key=seconds.get)
 
 
 def find_ranks(name: str, hours: float = 0.5) -> tuple[int, int, torch.device]:

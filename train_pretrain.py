@@ -425,7 +425,7 @@ def load_batches(run: "Run", cfg: model.ModelConfig, tokenizer: data.Tokenizer, 
     sources, steps = data.open_sources(run.cfg.data, run.stage), range(first, run.cfg.steps)
     plan = data.Plan(
         sources, tokenizer, cfg, run.cfg, choose_mode, steps, run.rank, run.world, cursor=run.cursor,
-        by_kind=run.stage == "pretrain", pad_images=run.cfg.compile == "true",
+        by_kind=run.stage == "pretrain", tile_multiple=8 if run.cfg.compile == "true" else 1,
     )  # fmt: skip
     workers = run.cfg.workers if os.name == "posix" else 0
     common = {"batch_size": None, "multiprocessing_context": "fork" if workers else None}

@@ -728,7 +728,9 @@ def vqa_accuracy(prediction: str, answers: list[str]) -> float:
     Antol et al. 2015: each annotator in turn is left out, min(1, matches among the others / 3) is averaged.
     With ten answers 0, 1, 2, 3, 4+ matches give 0, .3, .6, .9, 1. A single answer is compared for equality.
     """
-    n, k = len(answers), [*map(vqa_normalise, answers)].count(vqa_normalise(prediction))
+    answers = [*map(vqa_normalise, answers)]
+    n = len(answers)
+    k = answers.count(vqa_normalise(prediction))
     if n == 1:
         return float(k)
     return (k * min(1, (k - 1) / 3) + (n - k) * min(1, k / 3)) / n

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from model import UserError, require
+from model import require
 
 IS_FIRST_RANK = int(os.environ.get("RANK", 0)) == 0
 
@@ -92,11 +92,12 @@ def evaluate(tasks: list["Task"], cfg: EvalConfig) -> tuple[list, list]:
     vlm, tokenizer = load_model(cfg)
     results, examples = [], []
     for view in views_of(cfg):
+        is_first = view == views_of(cfg)[0]
         for task in tasks:
-            if view == "full" or cfg.tokens == view or task.kind not in TEXT_KINDS:  # text looks at no view
+            if is_first or task.kind not in TEXT_KINDS:  # text looks at no view
                 rows, task_examples = score_task(vlm, tokenizer, task, view, cfg)
                 results += rows
-                examples += task_examples if view == views_of(cfg)[0] else []
+                examples += task_examples if is_first else []
     if dist.is_initialized():
         dist.destroy_process_group()
     return results, examples
@@ -220,9 +221,7 @@ def open_tasks(cfg: EvalConfig, open_task) -> list[Task]:
             if tasks[-1].kind in TEXT_KINDS:
                 break  # nothing to demonstrate
     titles = {(task.name, task.shots) for task in tasks}  # two of one would mix up their answers
-    require(
-        len(titles) == len(tasks), "--tasks has two tasks of one name: rename a file, or score one by one"
-    )
+    require(len(titles) == len(tasks), "--tasks has two tasks of one name: rename a file")
     kinds = sorted({task.kind for task in tasks if task.path and cfg.demos})
     require(len(kinds) < 2, f"--demos holds examples of one kind, --tasks asks for {' and '.join(kinds)}")
     return tasks
@@ -236,7 +235,7 @@ def open_task(name: str, shots: int | None, cfg: EvalConfig) -> Task:
     known = f"{', '.join(scenes)} or {'|'.join(FILE_KINDS)}:FILE; all else: python tools/benchmarks.py"
     require(file != "" and kind in FILE_KINDS, f"--tasks '{name}' is unknown: use scenes, {known}")
     task = file_task(kind, Path(file), cfg.images)
-    if shots is None or kind == "text":
+    if kind == "text":
         return task
     pool = file_task(kind, Path(cfg.demos), cfg.images).questions if shots and cfg.demos else []
     return add_demos(task, pool, shots, cfg.seed)
@@ -255,8 +254,6 @@ def scenes_task(name: str, n: int, seed: int, shots: int | None = None) -> Task:
     kind = {"scenes_pope": "yesno", "scenes_ref": "ref", "scenes_cap": "caption"}.get(name, "vqa")
     questions = scene_questions(name, n, seed, "test")
     task = Task(name, kind, questions, max_new_tokens=96 if kind == "caption" else 16)
-    if shots is None:
-        return task
     pool = scene_questions(name, 2048 // len(SCENE_TASKS[name]), seed, "train") if shots else []
     return add_demos(task, pool, shots, seed)
 
@@ -345,12 +342,12 @@ def check_answer(kind: str, question: Question, place: str) -> None:
     require(valid.get(kind, True), f"{place} has the answer '{answer}', which is not {form}")
 
 
-def add_demos(task: Task, pool: list[Question], shots: int, seed: int) -> Task:
+def add_demos(task: Task, pool: list[Question], shots: int | None, seed: int) -> Task:
     """The task in MM1's templates, each question behind `shots` demonstrations drawn from `pool`."""
-    problem = (
-        f"--shots {shots}: {task.name} has only {len(pool)} demonstrations to draw from: give more --demos"
-    )
-    require(shots <= len(pool), problem)
+    if shots is None:
+        return task
+    problem = f"{task.name} has only {len(pool)} demonstrations to draw from: give more --demos"
+    require(shots <= len(pool), f"--shots {shots}: {problem}")
     test_pictures, examples, questions = set(), [], []
     for question in task.questions:
         problem = f"{task.name} question {question.name} has {len(question.images)} pictures"
@@ -370,21 +367,21 @@ def add_demos(task: Task, pool: list[Question], shots: int, seed: int) -> Task:
 # --- Asking ------------------------------------------------------------------------------------------------
 
 
-def answer_all(vlm, tokenizer, task: Task, images: list, view: str, cfg: EvalConfig, kept=None) -> list[str]:
+def answer_all(vlm, tokenizer, task: Task, images: list, view: str, cfg, kept=None, known=()) -> list[str]:
     """An answer to each question, asked in batches of similar length that the ranks share.
 
-    images: the pictures of each question; demonstrations keep theirs. kept: an AnswerFile, whose answers are
-    not asked for again; new ones are added batch by batch.
+    images: the pictures of each question; demonstrations keep theirs. kept: an AnswerFile; its answers and
+    the `known` ones (by question number) are not asked for again, new ones are added to it batch by batch.
     """
     rank, world, _ = model.find_ranks(cfg.device)
-    answers = kept.read() if kept else {}
+    answers = dict(known) | (kept.read() if kept else {})
     prompts, pictures = {}, {}
     for i, question in enumerate(task.questions):
         if i not in answers:
             prompts[i] = task.prompt(question, tokenizer)
             pictures[i] = [*(demo.image for demo in question.demos), *images[i]]
     lengths = prompt_lengths(task, prompts, pictures, vlm.cfg, view)
-    order = sorted(lengths, key=lambda i: (lengths[i], i))
+    order = sorted(lengths, key=lengths.get)
     size = max(1, cfg.batch_size // (1 + (task.shots or 0)))  # as many pictures at any number of shots
     marks = stop_marks(task)
     stops = tokenizer.ids_with(marks) if marks else ()
@@ -509,15 +506,12 @@ class AnswerFile:
         for n, line in enumerate(complete.splitlines(), 1):
             try:
                 row = json.loads(line)
-                number, text = numbers.get((str(row["question_id"]), row["prompt"])), row["text"]
-                same = number is not None and row["metadata"] == self.facts["metadata"]
+                answers[numbers[str(row["question_id"]), row["prompt"]]] = row["text"]
+                same = row["metadata"] == self.facts["metadata"]
             except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"{self.path} line {n} is no answer of this run: use another --answers"
-                ) from None
-            problem = f"{self.path}: question_id {row['question_id']} was answered under another prompt,"
-            require(same, f"{problem} model, seed or --demos: use another --answers")
-            answers[number] = text
+                same = False
+            problem = f"{self.path} line {n} was answered under another prompt, model, seed or --demos"
+            require(same, f"{problem}: use another --answers")
         if len(complete) < len(content) and IS_FIRST_RANK:
             os.truncate(self.path, len(complete))
         return answers
@@ -541,7 +535,8 @@ def answer_file(task: Task, view: str, cfg: EvalConfig, vlm=None, blind=False) -
     is_input = task.path is not None and path.resolve() == task.path.resolve()
     require(not is_input, f"{path} holds the questions themselves: use another folder for --answers")
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = [task.max_new_tokens, cfg.scoring, cfg.seed, cfg.images, len(task.questions) if blind else 0]
+    swapped = sum(len(question.images) > 0 for question in task.questions) if blind else 0
+    facts = [task.max_new_tokens, cfg.scoring, cfg.seed, cfg.images, swapped]
     for question in task.questions:
         facts += [example[1:] for example in question.demos]
     for weights in vlm.parameters() if vlm else ():
@@ -565,14 +560,10 @@ def score_task(vlm, tokenizer, task: Task, view: str, cfg: EvalConfig) -> tuple[
             place = kept.path if kept else "nowhere: give --out or --answers"
             print(f"{task.name}: no right answers in {task.path}, so no score; answers are kept in {place}")
         return [], []
-    if cfg.blind and any(images):  # what has no picture is answered alike
-        seeing = [i for i, group in enumerate(images) if group]
-        part = replace(task, questions=[task.questions[i] for i in seeing])
-        swapped = derange([images[i] for i in seeing], cfg.seed)
-        kept = answer_file(part, view, cfg, vlm, blind=True)
-        blind_answers = [*answers]
-        for i, text in zip(seeing, answer_all(vlm, tokenizer, part, swapped, view, cfg, kept)):
-            blind_answers[i] = text
+    if cfg.blind and any(images):
+        known = {i: answers[i] for i, pictures in enumerate(images) if not pictures}  # nothing to swap
+        kept, swapped = answer_file(task, view, cfg, vlm, blind=True), derange(images, cfg.seed)
+        blind_answers = answer_all(vlm, tokenizer, task, swapped, view, cfg, kept, known)
     return score_rows(task, answers, blind_answers, view, cfg.seed)
 
 
@@ -595,17 +586,17 @@ def score_rows(task: Task, answers: list, blind_answers: list | None, view: str,
     """Rows and examples of a task, from its answers and those about swapped pictures."""
     scores = score_answers(task, answers)
     blind_scores = score_answers(task, blind_answers) if blind_answers else None
+    levels = [*itertools.zip_longest(*(question.subsets for question in task.questions))]
     members = {"": {*range(len(answers))}}  # question numbers of each subset
-    for depth in range(max(len(question.subsets) for question in task.questions)):
-        for i, question in enumerate(task.questions):
-            if any(question.subsets[depth : depth + 1]):
-                members.setdefault(question.subsets[depth], set()).add(i)
+    for level in levels:
+        for i, name in enumerate(level):
+            if name:
+                members.setdefault(name, set()).add(i)
     rows = []
     for name, numbers in members.items():
         rows.append(row_of(task, name, sorted(numbers), scores, blind_scores, view))
-    first_subsets = {(*question.subsets, "")[0] for question in task.questions}
-    if "" not in first_subsets:  # a guess may be the best constant answer of each
-        parts = [row for name, row in zip(members, rows) if name in first_subsets]
+    if levels and all(levels[0]):  # a guess may be the best constant answer of each
+        parts = [row for name, row in zip(members, rows) if name in levels[0]]
         total = sum(row["chance"] * row["n"] for row in parts)
         rows[0]["chance"] = round(total / sum(row["n"] for row in parts), 2)
     examples, numbers = [], range(len(answers))
@@ -712,40 +703,34 @@ def chat(cfg: EvalConfig) -> None:
 TABLES = model.read_json(model.ASSETS / "scoring.json")
 
 
-def vqa_normalise(text: str, official: bool = False) -> str:
+def vqa_normalise(text: str) -> str:
     """An answer as VQA scorers compare it: lower case, digits for number words, no articles or punctuation.
 
-    The rules are EvalAI's, as in TextVQA and LLaVA; official: VQA-v2's, which differ in 's, ? and commas.
-    Quirks kept: "it's" becomes "it 's"; a mark beside a space anywhere is deleted everywhere, any other
-    becomes a space (VQA-v2 deletes all once a comma stands between digits); only the first 32 periods go.
+    The rules are EvalAI's, as in TextVQA and LLaVA. Quirks kept: "it's" becomes "it 's"; a mark beside a
+    space anywhere is deleted everywhere, any other becomes a space; only the first 32 periods go.
     """
-    if not official:
-        text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     cleaned = text = re.sub(r"[\n\t]", " ", text).strip()
-    thousands = re.search(r"\d,\d", text) is not None
     for mark in TABLES["vqa_punctuation"]:
         beside_space = mark + " " in text or " " + mark in text
-        cleaned = cleaned.replace(mark, "" if beside_space or thousands else " ")
-    cleaned = re.sub(r"\.(?!\d)", "", cleaned, count=32)
+        cleaned = cleaned.replace(mark, "" if beside_space else " ")
     words = []
-    for word in cleaned.lower().split():
+    for word in re.sub(r"\.(?!\d)", "", cleaned, count=32).split():
         word = TABLES["vqa_numbers"].get(word, word)
         if word not in ("a", "an", "the"):
             words.append(TABLES["vqa_contractions"].get(word, word))
     return " ".join(words)
 
 
-def vqa_accuracy(prediction: str, answers: list[str], official: bool = False) -> float:
+def vqa_accuracy(prediction: str, answers: list[str]) -> float:
     """Soft accuracy in 0..1 of one prediction against the answers of (usually ten) annotators.
 
     Antol et al. 2015: each annotator in turn is left out, min(1, matches among the others / 3) is averaged.
     With ten answers 0, 1, 2, 3, 4+ matches give 0, .3, .6, .9, 1. A single answer is compared for equality.
-    official: VQA-v2 compares raw strings when all answers are the same, so "Yes" against ten "yes" is 0.
     """
-    if not official or len(set(answers)) > 1:
-        prediction = vqa_normalise(prediction, official)
-        answers = [vqa_normalise(answer, official) for answer in answers]
-    n, k = len(answers), answers.count(prediction)
+    answers = [*map(vqa_normalise, answers)]
+    n = len(answers)
+    k = answers.count(vqa_normalise(prediction))
     if n == 1:
         return float(k)
     return (k * min(1, (k - 1) / 3) + (n - k) * min(1, k / 3)) / n
@@ -864,22 +849,19 @@ def parse_box(text: str) -> tuple[int, ...] | None:
     return tuple(map(int, numbers))
 
 
-def box_iou(a: tuple[int, ...], b: tuple[int, ...]) -> float:
-    """Intersection over union of two (x1, y1, x2, y2) boxes, 0..1; 0 if both are empty. Edges are continuous
-    (no + 1), and a box with swapped corners has no area.
-    """
-    boxes = np.array([a, b])
-    overlap = np.concatenate([boxes[:, :2].max(0), boxes[:, 2:].min(0)])
-    area_a, area_b, shared = ((box[2:] - box[:2]).clip(0).prod() for box in (*boxes, overlap))
-    return float(shared / (area_a + area_b - shared or 1))
-
-
 def box_hit(prediction: str, answer: str) -> float:
-    """1.0 if the box in a text has IoU >= 0.5 with the answer's (some papers ask for more), else 0.0."""
+    """1.0 if the box in a text and the answer's have an intersection over union of at least 0.5, else 0.0.
+    Edges are continuous (no + 1), and a box with swapped corners has no area.
+    """
     truth, box = parse_box(answer), parse_box(prediction)
     if truth is None:
         raise ValueError(f"expected four integers 0-999 (x1 y1 x2 y2) as the answer, got {answer!r}")
-    return float(box is not None and box_iou(box, truth) >= 0.5)
+    if box is None:
+        return 0.0
+    boxes = np.array([box, truth])
+    overlap = np.concatenate([boxes[:, :2].max(0), boxes[:, 2:].min(0)])
+    area, true_area, shared = ((corners[2:] - corners[:2]).clip(0).prod() for corners in (*boxes, overlap))
+    return float(shared / (area + true_area - shared or 1) >= 0.5)
 
 
 if __name__ == "__main__":

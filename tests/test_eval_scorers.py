@@ -20,27 +20,24 @@ def caption_scores(case: dict) -> list[float]:
 @pytest.mark.parametrize("case", VECTORS["vqa_normalise"], ids=lambda case: repr(case["in"]))
 def test_vqa_normalise(case):
     assert ev.vqa_normalise(case["in"]) == case["evalai"]
-    assert ev.vqa_normalise(case["in"], official=True) == case["official"]
 
 
 @pytest.mark.parametrize("case", VECTORS["vqa_accuracy"], ids=lambda case: repr(case["pred"]))
 def test_vqa_accuracy(case):
     assert ev.vqa_accuracy(case["pred"], case["answers"]) == pytest.approx(case["evalai_fraction"])
-    official = ev.vqa_accuracy(case["pred"], case["answers"], official=True)
-    assert round(100 * official, 2) == case["official_percent"]
 
 
 @pytest.mark.parametrize(
     "text, expected",
     [
         ("couldntve", "couldntve"), ("couldnt've", "couldn't've"), ("couldn'tve", "couldn't've"),
-        ("ow's'at", "'ow's'at"), ("yalld've", "yalld've"), ("y'alld've", "y'all'd've"), ("twas", "'twas"),
+        ("yalld've", "yalld've"), ("y'alld've", "y'all'd've"), ("twas", "'twas"),
         ("somebody'd", "somebodyd"), ("somebodyd", "somebodyd"), ("Im", "im"), ("shed", "shed"),
         ("hed", "he'd"),
     ],
 )  # fmt: skip
 def test_contractions_restore_one_apostrophe(text, expected):
-    assert ev.vqa_normalise(text, official=True) == expected
+    assert ev.vqa_normalise(text) == expected
 
 
 def test_only_the_first_32_periods_go():
@@ -172,16 +169,21 @@ def test_parse_box(text, expected):
     assert ev.parse_box(text) == expected
 
 
-def test_box_iou():
-    square = (100, 100, 300, 300)
-    assert ev.box_iou(square, square) == 1.0
-    assert ev.box_iou(square, (200, 100, 400, 300)) == pytest.approx(1 / 3)
-    assert ev.box_iou(square, (300, 100, 500, 300)) == 0.0  # they touch
-    assert ev.box_iou(square, (300, 300, 100, 100)) == 0.0  # swapped corners have no area
-    assert ev.box_iou((5, 5, 5, 5), (5, 5, 5, 5)) == 0.0
+@pytest.mark.parametrize(
+    "box, hit",
+    [
+        ("100 100 400 200", 1), ("200 100 500 200", 1), ("201 100 501 200", 0), ("199 100 499 200", 1),
+        ("100 50 400 150", 0), ("100 133 400 233", 1), ("100 134 400 234", 0), ("100 67 400 167", 1),
+        ("400 100 700 200", 0), ("400 200 100 100", 0), ("0 0 999 999", 0), ("150 125 350 175", 0),
+    ],
+)  # fmt: skip
+def test_box_hit_counts_the_union_once(box, hit):
+    """300 x 100, moved by a third of a side: 200 / 400 is exactly half. Swapped corners have no area."""
+    assert ev.box_hit(box, "100 100 400 200") == ev.box_hit("100 100 400 200", box) == hit
 
 
 def test_box_hit_counts_exactly_half():
+    assert ev.box_hit("5 5 5 5", "5 5 5 5") == 0.0
     assert ev.box_hit("0 0 100 50", "0 0 100 100") == 1.0
     assert ev.box_hit("0 0 100 49", "0 0 100 100") == 0.0
     assert ev.box_hit("somewhere on the left", "0 0 100 100") == 0.0

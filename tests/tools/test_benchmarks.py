@@ -132,7 +132,7 @@ def wrong_answer(question: evaluation.Question, kind: str) -> str:
 def score(task: evaluation.Task, answer, monkeypatch, blind=wrong_answer) -> dict:
     """Rows by name, where the model answers so, and so behind other pictures."""
 
-    def answer_all(vlm, tokenizer, task, images, view, cfg, kept):
+    def answer_all(vlm, tokenizer, task, images, view, cfg, kept, known=()):
         answers = []
         for question, pictures in zip(task.questions, images):
             assert pictures == question.images or not {*pictures} & {*question.images}

@@ -39,7 +39,7 @@ import regex  # comes with tiktoken
 import tiktoken
 import tokenizers
 import torch
-from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin, TiffImagePlugin
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
@@ -78,10 +78,9 @@ class Tokenizer:
     prefix = ""
 
     def __init__(self, special: dict[str, int], vocab_size: int, files: dict[str, bytes]):
-        families = [family for family in FAMILIES if special.keys() >= {*family["control"]}]
-        if not families:
+        family = next((family for family in FAMILIES if special.keys() >= {*family["control"]}), None)
+        if not family:
             raise ValueError("it has not the control tokens of any family in assets/chat_templates.json")
-        family = families[0]
         self.special = special
         self.vocab_size = vocab_size
         self.files = files
@@ -127,11 +126,6 @@ class Tokenizer:
             text = text.removeprefix(" ")
             text = text if before_image else text.removesuffix(" ")
         return self.encode(after + text, True)[len(self.encode(after, True)) :]
-
-    def show(self, ids: list[int]) -> str:
-        """Text of ids as it stands in a document: with control tokens and with the prefix."""
-        lead = self.encode("a")
-        return self.decode(lead + ids, True).removeprefix(self.decode(lead, True))
 
     def ids_with(self, marks: tuple[str, ...]) -> list[int]:
         """Ids of text that holds one of the marks."""
@@ -897,22 +891,28 @@ TURNS = dict(enumerate((Image.Transpose[flip] for flip in FLIPS), 2))
 
 @contextlib.contextmanager
 def opened(image: Picture, name: str):
-    """A picture that is not decoded yet. Raises BadRecord if its file is missing, no picture or truncated."""
+    """A picture that is not decoded yet, and its EXIF orientation, 1 to 8, or 0 for none.
+
+    Raises BadRecord if its file is missing, no picture or truncated.
+    """
     content = image.read() if isinstance(image, FileSlice) else image
     encoded = isinstance(content, bytes)
     place = f"{name}: image of {len(content):,} bytes" if encoded else f"{name}: image {content}"
+    file = io.BytesIO(content) if encoded else content
+    at_hand = isinstance(image, Image.Image)
     try:
-        if isinstance(image, Image.Image):
-            yield image
-            return
-        with Image.open(io.BytesIO(content) if encoded else content, formats=FORMATS) as picture:
-            yield picture
-    except MemoryError:
-        raise
+        with contextlib.nullcontext(image) if at_hand else Image.open(file, formats=FORMATS) as picture:
+            # In a PNG an orientation behind the pixels is not read yet; TIFFs are turned by Pillow itself.
+            unread = picture.format == "PNG" and "exif" not in picture.info
+            orientation = 0
+            if not unread and picture.format != "TIFF":
+                orientation = picture.getexif().get(ExifTags.Base.Orientation)
+            yield picture, orientation if orientation in range(9) else 0
     except Exception as error:  # decoders raise anything
         number = getattr(error, "errno", None)
         require_usable(number not in NOT_THERE, f"{place} does not exist", "image missing")
-        if number:  # too many open files, a network that hangs: not the picture's fault
+        # too many open files, a network that hangs, no memory: not the picture's fault
+        if number or isinstance(error, MemoryError):
             raise
         raise BadRecord(f"{place} does not decode ({error})", "image broken") from None
 
@@ -923,20 +923,9 @@ def require_picture(image, name: str) -> None:
     require_usable(there, f"{name}: image {image} does not exist", "image missing")
 
 
-def orientation_of(picture: Image.Image) -> int:
-    """EXIF orientation, 1 to 8, or 0. In a PNG one behind the pixels, not read yet, does not count."""
-    if isinstance(picture, PngImagePlugin.PngImageFile) and "exif" not in picture.info:
-        return 0
-    if isinstance(picture, TiffImagePlugin.TiffImageFile):  # Pillow turns these itself
-        return 0
-    orientation = picture.getexif().get(ExifTags.Base.Orientation)
-    return orientation if orientation in range(1, 9) else 0
-
-
 def open_image(image: Picture, name: str = "") -> Image.Image:
     """Decode to RGB: EXIF orientation applied, palette and alpha laid on white."""
-    with opened(image, name) as picture:
-        orientation = orientation_of(picture)
+    with opened(image, name) as (picture, orientation):
         picture.load()
     if orientation > 1:
         picture = picture.transpose(TURNS[orientation])
@@ -954,8 +943,8 @@ def picture_size(image, name: str = "") -> tuple[int, int]:
     """(width, height) of a Scene or picture as `open_image` would turn it, from the header alone."""
     if isinstance(image, Scene):
         return CANVAS, CANVAS
-    with opened(image, name) as picture:
-        return picture.size[::-1] if orientation_of(picture) >= 5 else picture.size
+    with opened(image, name) as (picture, orientation):
+        return picture.size[::-1] if orientation >= 5 else picture.size
 
 
 def picture_sizes(images: list, cfg: ModelConfig, name: str = "") -> list[tuple[int, int]]:
@@ -965,8 +954,7 @@ def picture_sizes(images: list, cfg: ModelConfig, name: str = "") -> list[tuple[
 
 def to_pixels(image: Image.Image, size: int, resample: int = Image.Resampling.BICUBIC) -> np.ndarray:
     """Plain square resize, aspect not kept: uint8 (3, size, size); normalised later, on the device."""
-    if image.size != (size, size):
-        image = image.resize((size, size), resample, reducing_gap=3.0)
+    image = image.resize((size, size), resample, reducing_gap=3.0)
     return np.stack([np.asarray(band) for band in image.split()])  # (3, size, size); faster than transposing
 
 
@@ -999,10 +987,10 @@ def centred(picture: Image.Image, size: tuple[int, int], colour) -> Image.Image:
 
 def load_images(images: list, cfg: ModelConfig, name: str = "") -> np.ndarray:
     """Scenes or pictures to the uint8 (tiles, 3, size, size) that the encoder wants: all tiles of all."""
-    size = cfg.vit.image_size
-    pixels = [np.zeros((0, 3, size, size), np.uint8)]
+    side = cfg.vit.image_size
+    scene_size = CANVAS if cfg.image.cut else side
+    pixels = [np.zeros((0, 3, side, side), np.uint8)]
     for image in images:
-        scene_size = CANVAS if cfg.image.cut else size
         picture = render(image, scene_size) if isinstance(image, Scene) else open_image(image, name)
         pixels.append(cut_picture(picture, cfg))
     return np.concatenate(pixels)
@@ -1168,9 +1156,8 @@ def read_tar_sample(file, start: int, end: int, place: str) -> dict:
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in itertools.takewhile(lambda member: member.offset < end, tar):
-                suffix = (
-                    "." + member.name.rpartition("/")[2].partition(".")[2].lower()
-                )  # KEY.ocr.txt: .ocr.txt
+                base = member.name.rpartition("/")[2]
+                suffix = "." + base.partition(".")[2].lower()  # KEY.ocr.txt: .ocr.txt
                 if member.isfile() and suffix.endswith(PICTURES):
                     pictures.append(FileSlice(file.name, member.offset_data, member.size))
                 elif member.isfile() and suffix in (".json", ".txt"):
@@ -1357,7 +1344,7 @@ def open_sources(spec: str, stage: str) -> list[tuple[Dataset, float]]:
     path is "scenes" or that of a file, folder or glob of records, relative to the mixture. Where no entry has
     a weight, SHARES hold, equally within a kind. A source's `name` is its entry's, or its file's.
     """
-    path, sources = Path(spec), []
+    path = Path(spec)
     if spec == "scenes":
         entries = [{"kind": kind, "path": "scenes", "weight": weight} for kind, weight in SCENES_MIX[stage]]
     else:
@@ -1370,19 +1357,15 @@ def open_sources(spec: str, stage: str) -> list[tuple[Dataset, float]]:
         is_mixture = layout_of(first) is None and first.keys() & {"kind", "path"}
         entries = read_json(path) if is_mixture else [{"kind": FileSource(path).kind, "path": path.name}]
     check_entries(entries, stage, path)
-    for entry in entries:
-        file = path.parent / entry["path"]
-        if entry["path"] == "scenes":
-            source = Scenes(entry["kind"])
-        else:
-            source = FileSource(file, entry["kind"], entry.get("images", ""))
-        source.name = entry.get("name", file.stem)
-        sources.append(source)
-    if all("weight" in entry for entry in entries):
-        return [(source, entry["weight"]) for source, entry in zip(sources, entries)]
     kinds = [entry["kind"] for entry in entries]
-    total = sum(SHARES[kind] for kind in set(kinds))
-    return [(source, SHARES[source.kind] / total / kinds.count(source.kind)) for source in sources]
+    total, sources = sum(SHARES[kind] for kind in set(kinds)), []
+    for kind, entry in zip(kinds, entries):
+        file = path.parent / entry["path"]
+        scenes = entry["path"] == "scenes"
+        source = Scenes(kind) if scenes else FileSource(file, kind, entry.get("images", ""))
+        source.name = entry.get("name", file.stem)
+        sources.append((source, entry.get("weight", SHARES[kind] / total / kinds.count(kind))))
+    return sources
 
 
 def check_entries(entries: list[dict], stage: str, path: Path) -> None:
@@ -1584,10 +1567,9 @@ def ask_relation(unique: list[Thing], rng: random.Random) -> SceneQuestion | Non
 
 def ask_many(scene: Scene, kinds: tuple, n: int, rng: random.Random, split: str) -> list[SceneQuestion]:
     """n different questions of types drawn from `kinds`; fewer where the scene offers fewer."""
-    questions, tries = {}, 3 * n
-    while tries and len(questions) < n:
-        tries -= 1
-        if question := ask(scene, rng.choice(kinds), rng, split):
+    questions = {}
+    for _ in range(3 * n):
+        if len(questions) < n and (question := ask(scene, rng.choice(kinds), rng, split)):
             questions.setdefault(question.question, question)
     return list(questions.values())
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import helpers
 from helpers import TOKENIZER
 
+from tools import check
+
 tiny_vlm = functools.partial(helpers.tiny_vlm, tied=True)
 
 
@@ -19,4 +21,4 @@ def save_tiny_run(folder: Path, seed: int = 0) -> Path:
 
 def prompt_text(pieces: list, tokenizer=TOKENIZER) -> str:
     """A prompt as text, pictures as [n]."""
-    return "".join(f"[{p}]" if isinstance(p, int) else tokenizer.show(p[0]) for p in pieces)
+    return "".join(f"[{p}]" if isinstance(p, int) else check.text_of(p[0], tokenizer) for p in pieces)

@@ -21,6 +21,7 @@ from helpers_tokenizers import BYTE_LEVEL, BYTES, TEXT, hostile, small, small_to
 
 import data
 import model
+from tools import check
 
 VECTORS = json.loads((Path(__file__).parent / "fixtures" / "tokenizer_vectors.json").read_text())
 SCENES = model.ASSETS / "scenes.tiktoken"
@@ -82,8 +83,8 @@ def test_documents_begin_and_end_as_the_family_has_it(kind):
     text, newlines = tokenizer.encode("A cat."), tokenizer.ids_with(("\n",))
     caption = data.pieces_of(data.Record("caption", [0, "A cat."], []), tokenizer)
     assert caption == [(tokenizer.start, False), 0, (text, True), ([tokenizer.end], True)]
-    assert tokenizer.show(text) == prefix + "A cat."
-    assert newlines and all("\n" in tokenizer.show([i]) for i in newlines)
+    assert check.text_of(text, tokenizer) == prefix + "A cat."
+    assert newlines and all("\n" in check.text_of([i], tokenizer) for i in newlines)
 
 
 @pytest.mark.parametrize("kind", FAMILY)
@@ -174,7 +175,7 @@ def test_that_of_scenes_keeps_its_ids():
     tokenizer, ranks = named("scenes"), len(SCENES.read_text().splitlines())
     assert tokenizer.control("<|end|><|user|><|assistant|>") == [ranks, ranks + 1, ranks + 2]
     assert (tokenizer.end, tokenizer.vocab_size, tokenizer.start) == (ranks, ranks + 3, [])
-    assert tokenizer.show(tokenizer.encode("red ring")) == " red ring"
+    assert check.text_of(tokenizer.encode("red ring"), tokenizer) == " red ring"
     for text in (" red ring", "Grüße <|end|> \U0001f600\n\n  x", "KTZ 12 345", "<|user|>", "", " led"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -212,7 +213,7 @@ CHATS = {
 def test_templates_and_what_they_supervise(kind):
     tokenizer = named(kind)
     ids, kept = labels(TURNS, tokenizer)
-    assert tokenizer.show(ids) == CHATS[kind]
+    assert check.text_of(ids, tokenizer) == CHATS[kind]
     assert [i for i in kept if i != -100] == tokenizer.encode("A cat.") + [tokenizer.end]
     assert (kept[-1] == -100) == (kind in ("qwen", "gemma"))  # the newline after the end is not supervised
     stripped = labels([(role, [f" \n{parts[0]} "]) for role, parts in TURNS], tokenizer)
@@ -401,7 +402,7 @@ def test_golden_ids_and_chats_of_the_real_vocabularies(kind):
     ids, kept = labels([("system", [system]), *TURNS[1:]], tokenizer)
     golden = VECTORS[f"{kind}_chat"]
     assert ids == golden["ids"] and kept == golden["labels_recommended"]
-    assert tokenizer.show(ids) == golden["text"]
+    assert check.text_of(ids, tokenizer) == golden["text"]
 
 
 @pytest.mark.slow

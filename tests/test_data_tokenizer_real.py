@@ -19,7 +19,7 @@ import eval as evaluation
 import model
 import train_pretrain
 import train_sft
-from tools import export
+from tools import check, export
 
 GEOMETRY = "--vit.image_size 0 --connector.levels 2,3 --connector.width 32 --connector.heads 2".split()
 GEOMETRY += "--connector.windows 8,2 --connector.queries 16,1".split()
@@ -82,7 +82,9 @@ def test_the_papers_own_decoder_takes_steps_of_both_stages(preset, tmp_path):
     tokenizer = data.Tokenizer.from_pretrained(step / "tokenizer")
     ((chat, _),) = data.open_sources(chats, "sft")
     pieces = data.pieces_of(chat[0], tokenizer)
-    text = "".join("<image>" if isinstance(piece, int) else tokenizer.show(piece[0]) for piece in pieces)
+    text = "".join(
+        "<image>" if isinstance(piece, int) else check.text_of(piece[0], tokenizer) for piece in pieces
+    )
     answer = "Café number 0.<|im_end|><|im_start|>"
     assert text == f"<s> {tokenizer.system} USER: <image> What is this? ASSISTANT: {answer}</s>"
 

@@ -17,6 +17,7 @@ import data
 import eval as evaluation
 import model
 from model import UserError
+from tools import check
 
 OTHERS = [small_tokenizer(kind) for kind in ("gpt2", "smollm2", "qwen", "llama3")]
 
@@ -224,7 +225,7 @@ def test_candidates_have_the_tokens_that_answers_have_in_documents(tokenizer, sh
     cfg, images = evaluation.EvalConfig(scoring="likelihood"), [q.images for q in task.questions]
     assert evaluation.answer_all(tiny_vlm(), tokenizer, task, images, "full", cfg) == ["yes"] * 3
     expected = "noyes" if tokenizer is OTHERS[0] and shots is None else " no yes"  # the chat template's turn
-    assert {tokenizer.show(sum(options, [])) for options in seen} == {expected}
+    assert {check.text_of(sum(options, []), tokenizer) for options in seen} == {expected}
 
 
 def test_choices_hold_every_right_answer(tmp_path):

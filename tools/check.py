@@ -85,7 +85,7 @@ def examine(plan: data.Plan, i: int, skipped: list[tuple[str, str]]) -> Counts:
     images = [image for sample in samples for image in sample.images]
     for image in images:
         if not isinstance(image, data.Scene):
-            with data.opened(image, record.name) as picture:
+            with data.opened(image, record.name) as (picture, _):
                 picture.draft("RGB", (1, 1))  # of a JPEG only an eighth of its pixels a side
                 picture.load()
     kept = [text for sample in samples for text in texts_of(sample.pieces)]
@@ -215,12 +215,16 @@ def as_text(pieces: list[data.Piece], tokenizer: data.Tokenizer, on: str, off: s
             shown += "<picture>"
             continue
         ids, supervised = piece
-        text = tokenizer.show(ids)
-        text = "".join(
-            c if c.isprintable() or c == "\n" else "?" for c in text
-        )  # no escape codes of the data
+        text = text_of(ids, tokenizer)  # without escape codes of the data
+        text = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
         shown += f"{on}{text}{off}" if supervised and text else text
     return shown
+
+
+def text_of(ids: list[int], tokenizer: data.Tokenizer) -> str:
+    """Text of ids as it stands in a document: with control tokens and with the tokenizer's prefix."""
+    lead = tokenizer.encode("a")
+    return tokenizer.decode(lead + ids, True).removeprefix(tokenizer.decode(lead, True))
 
 
 def main(argv: list[str]) -> None:

@@ -353,7 +353,7 @@ def picture_content(image, folder: Path, place: str) -> bytes:
 
 
 def picture_suffix(content: bytes, place: str) -> str:
-    with data.opened(content, place) as picture:
+    with data.opened(content, place) as (picture, _):
         suffix = (picture.format or "").lower()
     suffix = {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2"}.get(suffix, suffix)
     if f".{suffix}" not in data.PICTURES:

@@ -74,6 +74,7 @@ class RunConfig(data.RowConfig):
     log_every: int = 10  # steps between log lines
     save_every: int = 0  # steps between checkpoints; 0: only at the end
     eval_every: int = 0  # steps between validations, which keep the best checkpoint; 0: never
+    later: float = 0.0  # what follows in a chain, as a multiple of this run: the bar counts its time, too
 
     def check(self) -> None:
         """Refuse what can be wrong with the flags alone, before anything is built or written."""
@@ -269,7 +270,7 @@ MAY_CHANGE = {
     "resume": {
         *"out init resume steps micro_steps val_data workers lr vit_lr warmup final_lr weight_decay".split(),
         *"clip z_loss temperature balance router_z device dtype frozen compile".split(),
-        *"log_every save_every eval_every".split(),
+        *"log_every save_every eval_every later".split(),
     },
 }
 
@@ -531,6 +532,8 @@ class Run:
     skipped: Counter = field(default_factory=Counter)  # why records could not be used: how often
     cursor: list | None = None  # packing: where each group of sources goes on
     wait: float = 0.0  # seconds since the last log line in which the loop waited for data
+    cpu_seconds: float | None = None  # of all threads, up to the last log line
+    is_crowded: bool = False  # see `warn_if_crowded`
 
     @property
     def folder(self) -> Path:
@@ -566,15 +569,16 @@ class Run:
         step = f"{c.batch_size} samples" if c.batch_size else f"{c.rows} rows of {c.row_length} positions"
         self.say(f"data    {records}; a step takes {step}")
         cpu = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-        self.say(
-            f"run     {c.steps} steps, rate {c.lr:.3g}, {c.dtype}, {self.world} x {self.device.type} ({cpu})"
-        )
+        fast = "faster" if f"torch.{c.dtype}" == str(model.fast_dtype(self.device)) else "slower"
+        device = f"{self.world} x {self.device.type} ({cpu})"
+        self.say(f"run     {c.steps} steps, rate {c.lr:.3g}, {c.dtype} (the {fast} here), {device}")
 
     def bar(self, first: int):
         """The numbers of the steps, behind a progress bar."""
         common = {"disable": self.rank > 0, "dynamic_ncols": True, "mininterval": 1}
         self.progress = tqdm(total=self.cfg.steps, initial=first, desc=self.stage, **common)
-        self.since, self.samples, self.plans = time.perf_counter(), 0, []
+        self.began = self.since = time.perf_counter()
+        self.first, self.samples, self.plans = first, 0, []
         for step in range(first, self.cfg.steps):
             yield step
             self.progress.update()
@@ -595,6 +599,10 @@ class Run:
         rate, wait = self.samples / seconds, self.wait / seconds
         bar = {name: f"{values[name]:.3f}" for name in ("loss", "kl") if name in values}
         bar |= {"samples/s": f"{rate:.0f}", "tok/img": visual_tokens, "wait": f"{wait:.0%}"}
+        if self.cfg.later:
+            pace = (time.perf_counter() - self.began) / (step + 1 - self.first)  # seconds a step
+            left = self.cfg.steps * (1 + self.cfg.later) - step - 1
+            bar["whole chain left"] = tqdm.format_interval(pace * left)
         self.progress.set_postfix(bar)
         rows = Counter()  # how full they were, and each kind's share of the positions
         for plan in self.plans:
@@ -603,7 +611,20 @@ class Run:
             rows["skipped"] = self.skipped.total()
         speed = {"samples_per_s": rate, "seconds": seconds, "wait": wait, "visual_tokens": visual_tokens}
         self.record(step=step + 1, **speed, **values, **rows)
+        self.warn_if_crowded(seconds - self.wait)
         self.since, self.samples, self.wait, self.plans = time.perf_counter(), 0, 0.0, []
+
+    def warn_if_crowded(self, seconds: float) -> None:
+        """Once: threads that wait for each other while another program has their core make steps up to ten
+        times slower. The first interval, in which code is compiled, does not count.
+        """
+        used, threads = time.process_time(), torch.get_num_threads()
+        share = 1.0 if self.cpu_seconds is None else (used - self.cpu_seconds) / (seconds * threads)
+        self.cpu_seconds = used
+        if share < 0.6 and threads > 1 and self.device.type == "cpu" and not self.is_crowded:
+            self.is_crowded = True
+            text = f"crowded: {threads} threads had {share:.0%} of their cores' time, others have the rest;"
+            self.say(f"{text} OMP_NUM_THREADS={threads // 2} in front of the command may be faster")
 
     def close(self) -> None:
         self.progress.close()

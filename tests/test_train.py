@@ -184,17 +184,32 @@ def test_training_lowers_the_loss_end_to_end(tmp_path, small_halves, capsys):
     assert losses[60] < 0.66 * losses[5]
     capsys.readouterr()
     sft = [*flags, "--init", str(tmp_path / "a"), "--scale", "32to144", "--steps", "20", "--eval_every", "20"]
-    train_sft.main([*sft, "--out", str(tmp_path / "b")])
+    train_sft.main([*sft, "--out", str(tmp_path / "b"), "--later", "99"])
     vlm = model.VLM.from_pretrained(tmp_path / "b")
     assert vlm.cfg.visual_tokens() == 144 and vlm.cfg.side == 16
     assert (tmp_path / "b" / "best").read_text() == (tmp_path / "b" / "latest").read_text()
     assert np.isfinite([*losses_of(tmp_path / "b").values()]).all()
-    lines = capsys.readouterr().out.splitlines()
+    output = capsys.readouterr()
+    assert "whole chain left=" in output.err
+    lines = output.out.splitlines()
     parameters = sum(p.numel() for p in vlm.parameters()) / 1e6
     start = f"model   {model.find_step(tmp_path / 'a')}: {parameters:,.2f}M parameters"
     assert lines[0].startswith(start) and lines[0].endswith("144 tokens for a picture of 128 px")
     assert lines[1].startswith("data    scenes") and lines[1].endswith("; a step takes 8 samples")
-    assert lines[2].startswith("run     20 steps, rate 0.003, float32, 1 x cpu (")
+    assert lines[2].startswith("run     20 steps, rate 0.003, float32 (the ")
+    assert " here), 1 x cpu (" in lines[2]
+
+
+def test_a_crowded_machine_is_reported_once(monkeypatch, capsys):
+    run, clock = helpers.small_run(), iter([0.0, 3.8, 5.0, 6.2])
+    monkeypatch.setattr(train_pretrain.time, "process_time", lambda: next(clock))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    reports = []
+    for _ in range(4):  # two threads could use 4 seconds in each interval of 2
+        run.warn_if_crowded(2.0)
+        reports.append(capsys.readouterr().out)
+    assert reports[0] == reports[1] == reports[3] == ""
+    assert "2 threads had 30% of their cores' time" in reports[2] and "OMP_NUM_THREADS=1 " in reports[2]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from helpers_eval import TOKENIZER, save_tiny_run, tiny_vlm
 from PIL import Image
 
@@ -214,3 +215,23 @@ def test_files_that_are_not_ours_stay_as_they_are(saved, tmp_path):
         evaluation.main(["--model", str(saved), "--tasks", "scenes_pope", "--out", str(tmp_path)])
     with pytest.raises(UserError, match="--model is missing"):
         evaluation.main(["--tasks", "scenes_pope"])
+
+
+# --- The encoder
+@pytest.mark.parametrize("most", [2**30, 0])
+def test_no_tile_is_encoded_twice(most):
+    """Unless more is kept than may be: then all is encoded anew."""
+    encoded = []
+
+    def encode(pixels):
+        encoded.append(len(pixels))
+        return pixels.float().flatten(1), None, pixels.float().sum((1, 2)) + 1
+
+    pixels = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8)
+    states = evaluation.remember_states(encode, most)
+    for picked in ([0, 1, 0, 2], [2, 3, 1], [3, 0]):
+        expected = encode(pixels[picked])
+        encoded.pop()
+        for value, like in zip(states(pixels[picked]), expected):
+            assert (value is None and like is None) or torch.equal(value, like)
+    assert encoded == ([3, 1] if most else [3, 3, 2])

@@ -1,6 +1,6 @@
 """The speed table: what fewer visual tokens are worth in time. `make bench` writes runs/bench.json.
 
-    python tools/bench.py                         everything, ten to fifteen minutes on two cores
+    python tools/bench.py                         everything, about ten minutes on two cores
     python tools/bench.py --only cos.stage1.time --rounds 3 --out runs/quick.json
 
 Every row is a ratio of real steps (train_pretrain.optimizer_step on one micro-batch made by data.make_batch:
@@ -28,28 +28,40 @@ with 80 and 4. Speedups are composed of separately timed steps, nine fast to one
 micro-batch of ten. Attention, fp32 on a CPU, is slower for its FLOPs than all else, and full steps have most
 of it: an efficiency above 1 is that and no merit.
 
-Rows of reading are no ratios but pictures a second, floor and efficiency those of Pillow's decoding alone.
+Rows that end in _per_s are no ratios. Of reading floor and efficiency are those of Pillow's decoding alone,
+of planner those of the demo's stage 1, which one process has to feed. Rows of mfu are FLOPs counted in a step
+of the demo's recipe, optimizer left out, over what the machine reaches in products of the demo's own shapes:
+4096 x 128 by 128 x 128. Rows of reference_style are the step that small trainers take (one sample a row,
+padded to the longest, a head at all positions; in stage 2 one mode a batch, the encoder run again for the
+teacher, a pruning loop over pictures) against ours on the same samples. Rows of growth are exponents: 1 where
+twice as much takes twice as long, their floor that of the counted FLOPs.
 """
 
 import dataclasses
 import functools
 import itertools
+import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
+import eval as scoring
 import model
 import prune
 import train_pretrain
@@ -68,7 +80,7 @@ TEXT = 23  # tokens of every caption, all of them supervised: the mean of Chain-
 
 @dataclass
 class BenchConfig:
-    rounds: int = 15  # timed rounds, after one of warm-up
+    rounds: int = 9  # timed rounds, after one of warm-up
     only: str = ""  # measure only rows whose name starts so
     out: str = "runs/bench.json"  # the file to write
 
@@ -395,7 +407,358 @@ def reading(bench: BenchConfig) -> list[dict]:
     return rows
 
 
-MEASURES = [stage1, connector_share, packing, dualspeed, reading]
+# How much of the machine a step of the demo uses, and what each saving in a step is worth.
+
+REFERENCE_LENGTHS = np.exp(np.random.default_rng(0).normal(np.log(60), 0.8, 32)).clip(8, 400).astype(int)
+
+
+def demo_trainer(stage: str, dtype: str = "float32", **flags) -> tuple[Trainer, plan.ModelConfig]:
+    """A step of the demo's recipe: packed rows of Scenes as its loader gives them."""
+    preset, config = model.preset("tiny"), train_sft.SftConfig if stage == "sft" else train_pretrain.RunConfig
+    recipe = {**preset[stage], "dtype": dtype, "compile": "false", **flags}
+    trainer = Trainer(preset["model"], recipe, config=config)
+    if stage == "sft":
+        model.scale_up(trainer.vlm, preset["scale"], "inflate")
+        train_pretrain.freeze(trainer.vlm, trainer.flags)
+        trainer.optimizers = train_pretrain.make_optimizers(trainer.vlm, trainer.flags)
+        trainer.loss = train_sft.fast_slow_loss
+    return trainer
+
+
+def demo_batches(trainer: Trainer, stage: str, steps: int) -> list[data.Batch]:
+    cfg = trainer.vlm.cfg
+    mode = (lambda number: prune.draw_mode(0, number, 0.1)) if stage == "sft" else (lambda number: "full")
+    sources = data.open_sources("scenes", stage)
+    rows = data.Plan(
+        sources, data.find_tokenizer(cfg), cfg, trainer.flags, mode, range(steps), by_kind=stage != "sft"
+    )
+    return [data.Stream(rows)[planned] for planned in rows.micro_batches()]
+
+
+def counted_flops(trainer: Trainer, batch: data.Batch) -> float:
+    """FLOPs of that step by part: all that is no padding, forward and backward, without the optimizer."""
+    cfg, train = trainer.vlm.cfg, model.trainable_parts(trainer.flags.train)
+    with torch.device("meta"):
+        vit, patches, _ = plan.encoder_cost(cfg, "vit" in train, 1)
+        connector, _ = plan.connector_cost(cfg, "connector" in train, "full", patches)
+    flops = len(batch.pixels) * (vit + connector)
+    for rows, passes in ((batch.student, 3), (batch.teacher, 1)):
+        if rows is not None:
+            lengths = torch.bincount(rows.doc_ids[rows.doc_ids >= 0]).tolist()
+            flops += passes * sum(decoder_forward(cfg.decoder, length) for length in lengths)
+            flops += passes * 2 * len(rows.targets) * cfg.decoder.width * cfg.decoder.vocab_size
+    return flops
+
+
+def decoder_forward(d: model.DecoderConfig, length: int) -> float:
+    """FLOPs of the blocks on a document: matrices, and causal attention's half of length^2 pairs."""
+    queries, keys = d.heads * d.head_dim, d.kv_heads * d.head_dim
+    weights = d.width * (2 * queries + 2 * keys + 3 * d.mlp_width)
+    return d.layers * (2 * length * weights + 2 * length**2 * queries)
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of the products that the demo's decoder consists of, the best of many."""
+    x, w = torch.ones(4096, 128, dtype=dtype), torch.ones(128, 128, dtype=dtype)
+    seconds = min(timeit.repeat(lambda: x @ w, number=20, repeat=20)) / 20
+    return 2 * 4096 * 128 * 128 / seconds
+
+
+def mfu(bench: BenchConfig) -> list[dict]:
+    """Counted FLOPs of the demo's steps a second, over the machine's own rate of matrix products."""
+    rows, fast = [], str(model.fast_dtype(torch.device("cpu"))).removeprefix("torch.")
+    for stage, dtype in itertools.product(("pretrain", "sft"), dict.fromkeys(("float32", fast))):
+        name = f"mfu.of_own_matmul.{stage}.{dtype}"
+        if not bench.wants(name):
+            continue
+        trainer = demo_trainer(stage, dtype)
+        batches = itertools.cycle(demo_batches(trainer, stage, 4))
+        ratios = []
+        for n in range(bench.rounds + 1):
+            batch, began = next(batches), time.perf_counter()
+            trainer.step(batch)
+            seconds = time.perf_counter() - began
+            rate = counted_flops(trainer, batch) / seconds
+            ratios += [rate / matmul_rate(getattr(torch, dtype))] if n else []
+        note = f"last step {seconds * 1e3:.0f} ms, {rate / 1e9:.0f} GFLOP/s; aim: 0.60"
+        row = make_row(name, ratios, 1.0, note=note)
+        rows.append({**row, "efficiency": row["value"]})
+    return rows
+
+
+def everywhere(batch: data.Batch) -> data.Batch:
+    """The same batch with a head at every position, as cross entropy with ignored targets takes it."""
+
+    def spread(rows: data.Rows) -> data.Rows:
+        targets = torch.full((rows.ids.numel(),), -100)
+        targets[rows.supervised] = rows.targets
+        return dataclasses.replace(rows, supervised=torch.arange(len(targets)), targets=targets)
+
+    teacher = batch.teacher and spread(batch.teacher)
+    return dataclasses.replace(batch, student=spread(batch.student), teacher=teacher)
+
+
+def reference_stage1(bench: BenchConfig) -> list[dict]:
+    """Padded to the longest with logits everywhere, against packed rows with logits at labels alone."""
+    name = "reference_style.stage1.speedup"
+    if not bench.wants(name):
+        return []
+    cfg, n = stage1_config(GEOMETRY, "32"), len(REFERENCE_LENGTHS)
+    cfg.lora, recipe = model.LoraConfig(0), {"train": "connector,decoder", "dtype": "float32"}
+    samples = draw(cfg, REFERENCE_LENGTHS.tolist())
+    ours, reference = Trainer(cfg, recipe), Trainer(cfg, recipe)
+    ours.batch = data.make_batch(samples, ["full"] * n, cfg, 512, 4096)
+    alone = [[i] for i in range(n)]
+    longest = int(REFERENCE_LENGTHS.max()) + cfg.visual_tokens()
+    reference.batch = everywhere(data.make_batch(samples, ["full"] * n, cfg, longest, 4096, rows=alone))
+    seconds = alternate({"reference": reference.step, "ours": ours.step}, min(bench.rounds, 5))
+    ratios = [a / b for a, b in zip(seconds["reference"], seconds["ours"])]
+    note = f"{n} samples in {[*reference.batch.student.ids.shape]} against {[*ours.batch.student.ids.shape]}"
+    return [make_row(name, ratios, 2.0, note=f"{note}; the floor is the aim")]
+
+
+PRUNE_ALL = prune.reduce
+
+
+def prune_one_by_one(name: str, features: torch.Tensor, keep: int, **needs) -> torch.Tensor:
+    return torch.cat([PRUNE_ALL(name, picture[None], keep, **needs) for picture in features])
+
+
+class ReferenceVLM(model.VLM):
+    """Student and teacher each run encoder and connector; every picture is pruned by itself."""
+
+    def bank(self, batch: data.Batch) -> torch.Tensor:
+        with mock.patch.object(prune, "reduce", prune_one_by_one):
+            return super().bank(batch)
+
+    def forward(self, batch: data.Batch) -> tuple:
+        logits, _ = self.logits(batch.student, self.splice(batch.student, self.bank(batch)))
+        if batch.teacher is None:
+            return logits, None, None
+        with torch.no_grad():
+            teacher, _ = self.logits(batch.teacher, self.splice(batch.teacher, self.bank(batch)))
+        return logits, teacher, None
+
+
+def reference_loss(logits, teacher, batch: data.Batch) -> dict:
+    """Over all positions, of which those without a target are masked, as are those of the distillation."""
+    ce = torch.nn.functional.cross_entropy(logits, batch.student.targets, reduction="sum")
+    if teacher is None:
+        return {"loss": ce}
+    student = logits[batch.student.targets >= 0][batch.distill]
+    return {"loss": ce + prune.distillation_sum(student, teacher[batch.teacher.targets >= 0], 1.0)}
+
+
+def reference_stage2(bench: BenchConfig) -> list[dict]:
+    """Ten samples, nine fast: one mode a batch, padded and with all detours, against ours in packed rows."""
+    name = "reference_style.stage2.speedup"
+    if not bench.wants(name):
+        return []
+    cfg, recipe = dual_config(GEOMETRY, "llava15"), {"train": "connector,decoder", "dtype": "float32"}
+    samples = draw(cfg, (2 * REFERENCE_LENGTHS[:10]).tolist(), 1, ANSWER)
+    trainer = Trainer(cfg, recipe, config=train_sft.SftConfig)
+    reference = Trainer(cfg, recipe, config=train_sft.SftConfig)
+    trainer.loss, reference.loss = train_sft.fast_slow_loss, reference_loss
+    reference.vlm.__class__ = ReferenceVLM
+    ours = data.make_batch(samples, ["slow", *["pruned"] * 9], cfg, 1024, 4096)
+    alone, one_mode = [[i] for i in range(10)], {}
+    for mode, view in (("pruned", "pruned"), ("slow", "full")):
+        width = 2 * int(REFERENCE_LENGTHS[:10].max()) + cfg.visual_tokens(view)
+        padded = data.make_batch(samples, [mode] * 10, cfg, width, 4096, rows=alone)
+        one_mode[mode] = everywhere(padded)
+
+    steps = {mode: functools.partial(reference.step, batch) for mode, batch in one_mode.items()}
+    seconds = alternate({**steps, "ours": functools.partial(trainer.step, ours)}, min(bench.rounds, 5))
+    ratios = []
+    for fast, slow, mixed in zip(seconds["pruned"], seconds["slow"], seconds["ours"]):
+        ratios.append((0.9 * fast + 0.1 * slow) / mixed)
+    note = f"fast {[*one_mode['pruned'].student.ids.shape]}, slow {[*one_mode['slow'].student.ids.shape]}"
+    note += f" against {[*ours.student.ids.shape]}; the floor is the aim"
+    return [make_row(name, ratios, 1.7, note=note)]
+
+
+def head(bench: BenchConfig) -> list[dict]:
+    """Logits where there is a label, against logits everywhere: fast samples, 40 % of the text supervised."""
+    rows = []
+    for words in (50_000, 150_000):
+        name = f"head.{words // 1000}k.speedup"
+        if not bench.wants(name):
+            continue
+        cfg = dual_config(GEOMETRY, "llava15")
+        cfg.decoder.vocab_size = words
+        trainer = Trainer(cfg, {"train": "connector", "dtype": "float32"})
+        few = dual_batch(cfg, (("pruned",) * 4, DUAL_TEXT[0]), 1)
+        steps = {name: functools.partial(trainer.step, batch) for name, batch in
+                 (("few", few), ("all", everywhere(few)))}  # fmt: skip
+        seconds = alternate(steps, min(bench.rounds, 3))
+        ratios = [a / b for a, b in zip(seconds["all"], seconds["few"])]
+        parts = dual_parts(cfg, DUAL_TEXT[0], "pruned", 1)
+        per_label = parts["head"] / (ANSWER * DUAL_TEXT[0])
+        body = sum(parts.values()) - parts["head"]
+        positions = few.student.ids.numel() / 4
+        floor = (body + positions * per_label) / sum(parts.values())
+        note = f"{len(few.student.targets)} labels at {few.student.ids.numel()} positions; connector trains"
+        rows.append(make_row(name, ratios, floor, note=note))
+    return rows
+
+
+def muon(bench: BenchConfig) -> list[dict]:
+    """Muon on the demo's matrices: torch's, one by one in bfloat16, over ours, stacked by shape."""
+    if not bench.wants("muon.speedup"):
+        return []
+    trainer = demo_trainer("pretrain")
+    ours = trainer.optimizers[1]
+    matrices = [p for group in ours.param_groups for p in group["params"]]
+    for p in matrices:
+        p.grad = torch.randn_like(p)
+    theirs = torch.optim.Muon(matrices, lr=0.0, weight_decay=0.0)
+    seconds = alternate({"torch": theirs.step, "ours": ours.step}, bench.rounds)
+    ratios = [a / b for a, b in zip(seconds["torch"], seconds["ours"])]
+    ms = statistics.median(seconds["ours"]) * 1e3
+    return [make_row("muon.speedup", ratios, 1.0, note=f"{len(matrices)} matrices, ours {ms:.0f} ms")]
+
+
+def compiling(bench: BenchConfig) -> list[dict]:
+    """What torch.compile is worth in the demo's stage 1, and what it takes first."""
+    if not bench.wants("compile.speedup"):
+        return []
+    plain, began = demo_trainer("pretrain"), time.perf_counter()
+    compiled = demo_trainer("pretrain", compile="true")
+    batches = demo_batches(compiled, "pretrain", 4)
+    for batch in batches:
+        compiled.step(batch)
+    warm_up = time.perf_counter() - began
+    pairs = {name: itertools.cycle(batches) for name in ("plain", "compiled")}
+    steps = {"plain": lambda: plain.step(next(pairs["plain"]))}
+    steps |= {"compiled": lambda: compiled.step(next(pairs["compiled"]))}
+    seconds = alternate(steps, bench.rounds)
+    ratios = [a / b for a, b in zip(seconds["plain"], seconds["compiled"])]
+    note = f"after {warm_up:.0f} s of compiling and four steps"
+    return [make_row("compile.speedup", ratios, 1.0, note=note)]
+
+
+def planner(bench: BenchConfig) -> list[dict]:
+    """Samples a second that one process plans, draws and packs, over those that the demo's step takes."""
+    name = "planner.samples_per_s"
+    if not bench.wants(name):
+        return []
+    trainer, rates, needs = demo_trainer("pretrain"), [], []
+    for _ in range(bench.rounds):
+        began = time.perf_counter()
+        batches = demo_batches(trainer, "pretrain", 40)
+        rates.append(sum(batch.samples for batch in batches) / (time.perf_counter() - began))
+        began = time.perf_counter()
+        trainer.step(batches[0])
+        needs.append(batches[0].samples / (time.perf_counter() - began))
+    row = make_row(name, rates, statistics.median(needs), note="on one core; floor: what the step takes")
+    return [{**row, "efficiency": round(row["value"] / row["floor"], 4)}]
+
+
+def evaluation(bench: BenchConfig) -> list[dict]:
+    """Answers a second in batches of 64 over one by one; likelihoods with the prompt read once over each."""
+    rows, vlm = [], demo_trainer("sft").vlm.eval()
+    tokenizer = data.find_tokenizer(vlm.cfg)
+    if bench.wants("evaluation.batch.speedup"):
+        task = scoring.scenes_task("scenes_vqa", 13, 0)
+        images, seconds = [question.images for question in task.questions], {}
+        ways = {}
+        for size in (1, 64):
+            cfg = scoring.EvalConfig(batch_size=size, device="cpu")
+            ways[size] = functools.partial(scoring.answer_all, vlm, tokenizer, task, images, "full", cfg)
+        seconds = alternate(ways, min(bench.rounds, 3))
+        ratios = [a / b for a, b in zip(seconds[1], seconds[64])]
+        rate = len(images) / statistics.median(seconds[64])
+        note = f"{rate:.0f} answers a second in batches, random weights"
+        rows.append(make_row("evaluation.batch.speedup", ratios, 1.0, note=note))
+    if bench.wants("evaluation.choices.speedup"):
+        task = scoring.scenes_task("scenes_vqa", 3, 0)
+        samples, options = [], []
+        for question in task.questions:
+            pieces = task.prompt(question, tokenizer)
+            samples.append(data.load_sample(pieces, question.images, vlm.cfg))
+            options.append([tokenizer.encode(choice) for choice in question.choices])
+
+        def apart() -> None:
+            for number in range(max(map(len, options))):
+                asked = [i for i, choices in enumerate(options) if number < len(choices)]
+                one = [[options[i][number]] for i in asked]
+                scoring.answer_likelihoods(vlm, [samples[i] for i in asked], one, "full")
+
+        shared = functools.partial(scoring.answer_likelihoods, vlm, samples, options, "full")
+        seconds = alternate({"apart": apart, "shared": shared}, bench.rounds)
+        ratios = [a / b for a, b in zip(seconds["apart"], seconds["shared"])]
+        count = statistics.mean(map(len, options))
+        note = f"{count:.1f} choices a question; floor: all in the prompt"
+        rows.append(make_row("evaluation.choices.speedup", ratios, count, note=note))
+    return rows
+
+
+# What grows -> its sizes, and a step of that size: (decoder's width, samples, text, pictures a sample)
+GROWTH = {
+    "samples": ((8, 16, 32), lambda n: (512, n, 60, 1)),
+    "tokens": ((64, 128, 256), lambda n: (512, 8, n, 1)),
+    "pictures": ((1, 2, 4), lambda n: (512, 8, 60, n)),
+    "width": ((256, 512, 1024), lambda n: (n, 8, 60, 1)),
+}
+
+
+def growth(bench: BenchConfig) -> list[dict]:
+    """Exponents: the slope of log time over log size, and that of the counted FLOPs as the floor."""
+    rows = []
+    for what, (sizes, step_of) in GROWTH.items():
+        name = f"growth.{what}"
+        if not bench.wants(name):
+            continue
+        trainers, flops = {}, []
+        for size in sizes:
+            width, n, text, pictures = step_of(size)
+            cfg = stage1_config(GEOMETRY, "32")
+            cfg.lora = model.LoraConfig(0)
+            narrow = {"width": width, "mlp_width": 11 * width // 4, "heads": width // 64}
+            cfg.decoder = dataclasses.replace(cfg.decoder, **narrow, kv_heads=width // 64)
+            trainers[size] = Trainer(cfg, {"train": "connector,decoder", "dtype": "float32"})
+            samples = draw(cfg, [text] * n, pictures)
+            trainers[size].batch = data.make_batch(samples, ["full"] * n, cfg, 1, 4096)
+            flops.append(counted_flops(trainers[size], trainers[size].batch))
+        steps = {size: trainer.step for size, trainer in trainers.items()}
+        seconds = alternate(steps, min(bench.rounds, 5))
+        slopes = [slope(sizes, times) for times in zip(*seconds.values())]
+        row = make_row(name, slopes, slope(sizes, flops), note=f"{what}: {sizes}")
+        rows.append(row)
+    return rows
+
+
+def slope(sizes: tuple, values) -> float:
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+def processes(bench: BenchConfig) -> list[dict]:
+    """Samples a second of two processes over one, a thread each: the demo's stage 1 through torchrun."""
+    if not bench.wants("processes.speedup"):
+        return []
+    rates = {1: [], 2: []}
+    with tempfile.TemporaryDirectory() as folder:
+        for turn, ranks in itertools.product(range(2), rates):
+            out = Path(folder, f"{turn}-{ranks}")
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc_per_node={ranks}",
+            ]
+            command += [str(ROOT / "train_pretrain.py"), "--steps", "24", "--log_every", "8", "--dtype"]
+            command += ["float32", "--rows", "16", "--device", "cpu", "--out", str(out)]
+            env = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run(command, check=True, capture_output=True, env=env, cwd=ROOT)
+            lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+            rates[ranks] += [line["samples_per_s"] for line in lines if line["step"] > 8]
+    ratios = [two / one for two, one in zip(rates[2], rates[1])]
+    return [make_row("processes.speedup", ratios, 2.0, note="one thread each; floor: twice as fast")]
+
+
+MEASURES = [stage1, connector_share, packing, dualspeed, reading, mfu, reference_stage1, reference_stage2]
+MEASURES += [head, muon, compiling, planner, evaluation, growth, processes]
 
 
 def describe_geometry() -> dict:
@@ -417,27 +780,41 @@ def commit() -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
-def show(rows: list[dict]) -> None:
-    columns = ("value", "spread", "floor", "efficiency", "at_7b", "published")
-    print("name".ljust(30) + "".join(column.rjust(13) for column in columns) + "  note")
-    for row in rows:
-        line = row["name"].ljust(30)
-        for column in columns:
-            numbers = row[column] if isinstance(row[column], list) else [row[column]]
-            line += "-".join("" if x is None else f"{x:.3f}" for x in numbers).rjust(13)
-        print(f"{line}  {row['note']}")
+COLUMNS = ("value", "spread", "floor", "efficiency", "at_7b", "published")
+
+
+def line_of(row: dict) -> str:
+    line = row["name"].ljust(38)
+    for column in COLUMNS:
+        numbers = row[column] if isinstance(row[column], list) else [row[column]]
+        line += "-".join("" if x is None else f"{x:.3f}" for x in numbers).rjust(14)
+    return f"{line}  {row['note']}"
+
+
+def cpu_name() -> str:
+    """Of /proc/cpuinfo, where there is one."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "unknown"
 
 
 def main(argv: list[str]) -> None:
     bench = BenchConfig()
     model.parse_cli(argv, __doc__, bench)
     model.require_at_least(bench, 1, "rounds")
-    rows = [row for measure in MEASURES for row in measure(bench)]
+    rows = []
+    print("name".ljust(38) + "".join(column.rjust(14) for column in COLUMNS) + "  note")
+    for measure in (progress := tqdm(MEASURES, "bench", dynamic_ncols=True, smoothing=1)):
+        progress.set_postfix_str(measure.__name__)
+        for row in measure(bench):
+            rows.append(row)
+            tqdm.write(line_of(row))
     model.require(rows, f"--only {bench.only}: no row's name starts so")
     at = {"commit": commit(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    at |= {"cpu": cpu_name(), "capability": torch.backends.cpu.get_cpu_capability()}
     report = {"geometry": describe_geometry(), **at, "rounds": bench.rounds, "rows": rows}
     model.write_json(Path(bench.out), report)
-    show(rows)
     print(f"in {bench.out}")
 
 

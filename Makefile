@@ -1,14 +1,15 @@
 # make demo: the whole chain on the built-in world, about six minutes on two CPU cores
 # make test, make test-all: the tests; make assets: the shipped halves anew, about 50 minutes
-# make bench: the speed table, ten to fifteen minutes
+# make bench: the speed table, about ten minutes; make speedrun: seconds to 90 % of scenes_vqa
 # make claims: the science table, about 30 minutes, ONLY=prefix of its cells (duo. mix. pool.), SEEDS=0,1
 PYTHON ?= python3
 SEED ?= 0
 SEEDS ?= 0
 ONLY ?= cos.
+RECORD ?= tools/records/02-small-rows
 BIN := .venv/bin
 
-.PHONY: demo bench claims test test-all lint assets clean
+.PHONY: demo bench speedrun claims test test-all lint assets clean
 
 .venv/demo.ok: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -30,6 +31,9 @@ demo: .venv/demo.ok
 
 bench: .venv/demo.ok
 	$(BIN)/python tools/bench.py
+
+speedrun: .venv/demo.ok
+	$(BIN)/python tools/speedrun.py --record $(RECORD)
 
 test: .venv/test.ok lint
 	$(BIN)/python -m pytest -q -m "not slow"

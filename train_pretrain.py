@@ -621,7 +621,7 @@ class Run:
         used, threads = time.process_time(), torch.get_num_threads()
         share = 1.0 if self.cpu_seconds is None else (used - self.cpu_seconds) / (seconds * threads)
         self.cpu_seconds = used
-        if share < 0.6 and threads > 1 and self.device.type == "cpu" and not self.is_crowded:
+        if share < 0.7 and threads > 1 and self.device.type == "cpu" and not self.is_crowded:
             self.is_crowded = True
             text = f"crowded: {threads} threads had {share:.0%} of their cores' time, others have the rest;"
             self.say(f"{text} OMP_NUM_THREADS={threads // 2} in front of the command may be faster")

@@ -93,6 +93,33 @@ def test_a_dualspeed_batch_has_the_tokens_it_is_named_for(tiles, text):
             assert (batch.teacher.doc_ids == 0).sum() == tiles * 62 + text
 
 
+def test_flops_of_a_step_are_those_of_the_plan():
+    """The plan counts a sample at a time, the bench a batch of any documents."""
+    cfg = bench.stage1_config(bench.GEOMETRY, "32")
+    cfg.lora = model.LoraConfig(0)
+    trainer = bench.Trainer(cfg, {"train": "connector,decoder", "dtype": "float32"}, 3)
+    flops = bench.counted_flops(trainer, trainer.batch)
+    parts, _ = plan.sample_cost(cfg, ["connector", "decoder"], bench.TEXT, "full", 1)
+    assert flops == pytest.approx(3 * sum(parts.values()), rel=0.01)
+
+
+def test_the_reference_step_learns_the_same():
+    """It takes detours, but its losses are ours: logits everywhere, a second encoder pass, a pruning loop."""
+    cfg = bench.dual_config(SMALL, "llava15")
+    trainers = [bench.Trainer(cfg, {"dtype": "float32"}, config=bench.train_sft.SftConfig) for _ in range(2)]
+    trainers[1].vlm.__class__ = bench.ReferenceVLM
+    batch = bench.dual_batch(cfg, (("slow",) * 2, 40), 1)
+    ours = bench.train_sft.fast_slow_loss(*trainers[0].vlm(batch)[:2], batch)["loss"]
+    everywhere = bench.everywhere(batch)
+    assert len(everywhere.student.targets) == batch.student.ids.numel() > len(batch.student.targets)
+    loss = bench.reference_loss(*trainers[1].vlm(everywhere)[:2], everywhere)["loss"]
+    assert loss.item() == pytest.approx(ours.item(), rel=1e-5)
+
+
+def test_a_slope_is_an_exponent():
+    assert bench.slope((1, 2, 4), [3.0, 12.0, 48.0]) == pytest.approx(2)
+
+
 @pytest.mark.slow
 def test_the_script_writes_every_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "GEOMETRY", SMALL)
@@ -108,7 +135,7 @@ def test_the_script_writes_every_row(tmp_path, monkeypatch, capsys):
     flops = report["geometry"]["flop_shares"]
     assert flops["dualspeed.next.slow"]["teacher"] > 0 and "teacher" not in flops["dualspeed.next.pruned"]
     budgets = [f"cos.stage1.budget.{name}" for name in ("32", "48", "80", "linear256")]
-    assert len(rows) == 35 and {*budgets, "connector.share.tiny", "packing.speedup"} <= {*rows}
+    assert len(rows) >= 52 and {*budgets, "connector.share.tiny", "packing.speedup"} <= {*rows}
     assert {"dualspeed.coarse.t300.speedup", "reading.640x480.images_per_s"} <= {*rows}
     papers = {name: row["published"] for name, row in rows.items() if "dual" in name and row["published"]}
     assert papers == {"dualspeed.llava15.speedup": 2.1, "dualspeed.next.speedup": 4.0}

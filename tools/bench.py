@@ -611,8 +611,8 @@ def muon(bench: BenchConfig) -> list[dict]:
     matrices = [p for group in ours.param_groups for p in group["params"]]
     for p in matrices:
         p.grad = torch.randn_like(p)
-    theirs = torch.optim.Muon(matrices, lr=0.0, weight_decay=0.0)
-    seconds = alternate({"torch": theirs.step, "ours": ours.step}, bench.rounds)
+    torch_muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=0.0)
+    seconds = alternate({"torch": torch_muon.step, "ours": ours.step}, bench.rounds)
     ratios = [a / b for a, b in zip(seconds["torch"], seconds["ours"])]
     ms = statistics.median(seconds["ours"]) * 1e3
     return [make_row("muon.speedup", ratios, 1.0, note=f"{len(matrices)} matrices, ours {ms:.0f} ms")]
@@ -680,9 +680,9 @@ def evaluation(bench: BenchConfig) -> list[dict]:
 
         def apart() -> None:
             for number in range(max(map(len, options))):
-                asked = [i for i, choices in enumerate(options) if number < len(choices)]
-                one = [[options[i][number]] for i in asked]
-                scoring.answer_likelihoods(vlm, [samples[i] for i in asked], one, "full")
+                having = [i for i, choices in enumerate(options) if number < len(choices)]
+                one = [[options[i][number]] for i in having]
+                scoring.answer_likelihoods(vlm, [samples[i] for i in having], one, "full")
 
         shared = functools.partial(scoring.answer_likelihoods, vlm, samples, options, "full")
         seconds = alternate({"apart": apart, "shared": shared}, bench.rounds)
@@ -740,16 +740,10 @@ def processes(bench: BenchConfig) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         for turn, ranks in itertools.product(range(2), rates):
             out = Path(folder, f"{turn}-{ranks}")
-            command = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc_per_node={ranks}",
-            ]
-            command += [str(ROOT / "train_pretrain.py"), "--steps", "24", "--log_every", "8", "--dtype"]
-            command += ["float32", "--rows", "16", "--device", "cpu", "--out", str(out)]
+            script = "train_pretrain.py --steps 24 --log_every 8 --dtype float32 --rows 16 --device cpu"
+            launch = f"-m torch.distributed.run --standalone --nproc_per_node={ranks} {script}"
             env = {**os.environ, "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, *launch.split(), "--out", str(out)]
             subprocess.run(command, check=True, capture_output=True, env=env, cwd=ROOT)
             lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
             rates[ranks] += [line["samples_per_s"] for line in lines if line["step"] > 8]

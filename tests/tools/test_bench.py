@@ -131,7 +131,9 @@ def test_the_script_writes_every_row(tmp_path, monkeypatch, capsys):
     assert {"geometry", "commit", "torch", "threads", "rows"} <= report.keys()
     assert report["geometry"]["decoder"]["width"] == 16
     rows = {row["name"]: row for row in report["rows"]}
-    assert all(list(row) == KEYS and row["value"] > 0 and row["floor"] > 0 for row in rows.values())
+    for name, row in rows.items():  # on shapes this small, one noisy round may show time that shrinks
+        assert list(row) == KEYS and row["floor"] > 0, name
+        assert row["value"] > 0 or name.startswith("growth."), name
     flops = report["geometry"]["flop_shares"]
     assert flops["dualspeed.next.slow"]["teacher"] > 0 and "teacher" not in flops["dualspeed.next.pruned"]
     budgets = [f"cos.stage1.budget.{name}" for name in ("32", "48", "80", "linear256")]

@@ -24,8 +24,8 @@ BIN := .venv/bin
 
 demo: .venv/demo.ok
 	rm -rf runs/demo
-	$(BIN)/python train_pretrain.py --preset tiny --data scenes --seed $(SEED) --out runs/demo/pretrain
-	$(BIN)/python train_sft.py --init runs/demo/pretrain --scale 32to144 --data scenes --seed $(SEED) --out runs/demo/sft
+	$(BIN)/python train_pretrain.py --preset tiny --data scenes --seed $(SEED) --out runs/demo/pretrain --later 4
+	$(BIN)/python train_sft.py --init runs/demo/pretrain --scale 32to144 --data scenes --seed $(SEED) --out runs/demo/sft --later 0.3
 	$(BIN)/python eval.py --model runs/demo/sft --tasks scenes --tokens both --seed $(SEED) --out runs/demo/eval.json
 	test ! -d tools || $(BIN)/python tools/report.py runs/demo/eval.json --inflation true
 

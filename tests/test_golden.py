@@ -22,6 +22,10 @@ import train_sft
 
 FIXTURE = Path(__file__).parent / "fixtures" / "golden_losses.json"
 COMMON = "--data scenes --steps 20 --workers 0 --log_every 1 --device cpu --dtype float32 --compile false"
+RATES = {
+    train_pretrain: "--lr 0.002 --muon_lr 0.01 --weight_decay 0",
+    train_sft: "--lr 0.001 --muon_lr 0.005 --weight_decay 0",
+}
 STAGE_1 = {
     "chain, packed": "",
     "chain, 4 samples a step": "--batch_size 4 --row_length 512",
@@ -58,14 +62,14 @@ def kind_of_cpu() -> str:
     return hashlib.sha256("\n".join(name).encode()).hexdigest()[:16]
 
 
-def train(main, flags: str, out: Path) -> dict:
+def train(stage, flags: str, out: Path) -> dict:
     """The losses of a run, and a digest of the weights that it ends with."""
     torch.set_num_threads(1)
     rows = [] if "--batch_size" in flags else ["--rows", "4"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "fast_dtype", lambda device: torch.float32)  # of Muon
         patch.chdir(model.ASSETS.parent)
-        main([*COMMON.split(), *rows, *flags.split(), "--out", str(out)])
+        stage.main([*COMMON.split(), *RATES[stage].split(), *rows, *flags.split(), "--out", str(out)])
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     digest = hashlib.sha256()
     with safe_open(model.find_step(out) / "model.safetensors", "pt") as weights:
@@ -76,14 +80,14 @@ def train(main, flags: str, out: Path) -> dict:
 
 @functools.cache
 def stage_1(folder: Path) -> Path:
-    train(train_pretrain.main, STAGE_1["chain, packed"], folder)
+    train(train_pretrain, STAGE_1["chain, packed"], folder)
     return folder
 
 
 def run_case(name: str, out: Path, shared: Path) -> dict:
     if name in STAGE_1:
-        return train(train_pretrain.main, STAGE_1[name], out)
-    return train(train_sft.main, f"--init {stage_1(shared)} --scale 32to144 {STAGE_2[name]}", out)
+        return train(train_pretrain, STAGE_1[name], out)
+    return train(train_sft, f"--init {stage_1(shared)} --scale 32to144 {STAGE_2[name]}", out)
 
 
 @pytest.fixture(scope="module")

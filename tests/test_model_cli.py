@@ -108,7 +108,7 @@ def test_broken_files_and_commands_are_one_sentence(tmp_path):
 
 HELP = [  # a group, and a flag with its value in the preset
     (train_pretrain, "--preset cos-7b", ["model: connector:", "--lora.rank [64]", "--lr [0.0002]"]),
-    (train_sft, "--preset tiny", ["model: decoder:", "--connector.windows [8,2]", "--lr [0.001]"]),
+    (train_sft, "--preset tiny", ["model: decoder:", "--connector.windows [8,2]", "--lr [0.002]"]),
     (evaluation, "", ["--tasks"]),
 ]
 

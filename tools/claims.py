@@ -167,12 +167,18 @@ CODE = digest([hashlib.sha256(file.read_bytes()).hexdigest() for file in SCRIPTS
 # Training
 
 
+# Of each stage: all cells are trained with these, whatever the preset of the demo comes to use.
+RATES = "--lr 0.002 --muon_lr 0.01 --weight_decay 0", "--lr 0.001 --muon_lr 0.005 --weight_decay 0"
+
+
 def stage_flags(cell: Cell, seed: int, cfg: ClaimsConfig) -> list[list[str] | None]:
     """The flags of both stages, but for --init, --out and --resume."""
-    common = f"--seed {seed} --batch_size {cfg.batch_size} --log_every 10 --save_every 50 --steps"
+    common = f"--seed {seed} --batch_size {cfg.batch_size} --log_every 10 --save_every 50"
     source, flags = f"{cfg.out}/mix-{cell.mix}.json" if cell.mix else "scenes", []
-    for stage, steps in ((cell.stage1, cfg.steps1), (cell.stage2, cell.steps2 or cfg.steps2)):
-        flags.append(None if stage is None else f"--data {source} {common} {steps} {stage}".split())
+    stages = (cell.stage1, cfg.steps1), (cell.stage2, cell.steps2 or cfg.steps2)
+    for (stage, steps), rates in zip(stages, RATES):
+        words = f"--data {source} {common} --steps {steps} {rates} {stage}"
+        flags.append(None if stage is None else words.split())
     return flags
 
 

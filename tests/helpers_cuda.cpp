@@ -27,8 +27,9 @@ struct NoGuard final : c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
 
 const c10::impl::DeviceGuardImplRegistrar registered(DeviceType::CUDA, new NoGuard);
 
-struct NoHooks : at::CUDAHooksInterface {
-  explicit NoHooks(at::CUDAHooksArgs) {}
+// PyTorch looks it up by this name.
+struct CUDAHooks : at::CUDAHooksInterface {
+  explicit CUDAHooks(at::CUDAHooksArgs) {}
   void init() const override {}
   bool hasCUDA() const override { return true; }
   bool isBuilt() const override { return true; }
@@ -43,4 +44,4 @@ struct NoHooks : at::CUDAHooksInterface {
 }  // namespace
 
 using at::CUDAHooksRegistry, at::RegistererCUDAHooksRegistry;  // that the macro names
-REGISTER_CUDA_HOOKS(NoHooks)
+REGISTER_CUDA_HOOKS(CUDAHooks)

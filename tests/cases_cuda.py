@@ -1,0 +1,105 @@
+"""Whole steps on a CUDA that is not there, in a process of their own, which test_train_cuda.py starts."""
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from helpers import TOKENIZER, small_batch, small_config
+from helpers_cuda import CUDA, Waits, fake_batch, fake_vlm, pretend, trace_steps
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import data
+import model
+import prune
+import train_sft
+
+pretend()
+warnings.simplefilter("ignore")
+MIXED = [("chat", "pruned"), ("chat", "slow"), ("text", "pruned")]
+DECODER = model.DecoderConfig(TOKENIZER.vocab_size, 32, 2, 2, 1, 16, 64)
+LINEAR = model.ConnectorConfig("linear", [2], 32, 2)
+SIGLIP = model.ViTConfig(
+    image_size=32, width=32, layers=2, heads=2, mlp_width=64, family="siglip", cls_token=False, pre_norm="",
+    patch_bias=True,
+)  # fmt: skip
+ALL = "vit,connector,decoder"
+
+
+def pruner_config(name: str) -> model.ModelConfig:
+    keep = 4 if name == "coarse" else 0.5
+    changes = {"connector": LINEAR} if prune.PRUNERS[name].where in ("patches", "grid") else {}
+    return small_config(prune=model.PruneConfig(name, keep, 2), **changes)
+
+
+def connector_config(kind: str) -> model.ModelConfig:
+    levels = [1, 2] if kind in ("chain", "resampler") else [2]
+    return small_config(connector=model.ConnectorConfig(kind, levels, 32, 2, tokens=4))
+
+
+def decoder_config(**changes) -> model.ModelConfig:
+    return small_config(decoder=dataclasses.replace(DECODER, **changes))
+
+
+def unpadded() -> model.ModelConfig:
+    cfg = small_config(connector=LINEAR)
+    cfg.image.cut = "unpad"
+    return cfg
+
+
+LORA = small_config(lora=model.LoraConfig(4, 4.0))
+FROZEN = {"frozen": "bfloat16", "train": "connector,lora"}
+CASES = {  # name -> model, samples, flags
+    "chain": (small_config(), MIXED, {}),
+    "text alone": (small_config(), [("text", "pruned")], {}),
+    "slow alone": (small_config(), [("chat", "slow")], {}),
+    "full alone": (small_config(), [("chat", "full")], {}),
+    **{f"pruner {name}": (pruner_config(name), MIXED, {}) for name in prune.PRUNERS},
+    **{f"connector {kind}": (connector_config(kind), MIXED, {}) for kind in model.CONNECTORS if kind != "chain"},
+    "experts": (decoder_config(experts=4), MIXED, {}),
+    "experts in bfloat16": (decoder_config(experts=4), MIXED, {"pure_bf16": True}),
+    "norms and biases of heads": (decoder_config(qk_norm=True, qkv_bias=True), MIXED, {}),
+    "tied head": (decoder_config(tied=True), MIXED, {}),
+    "lora": (LORA, MIXED, {"train": "connector,lora"}),
+    "lora on a frozen half": (LORA, MIXED, FROZEN),
+    "connector alone": (small_config(), MIXED, {"frozen": "bfloat16", "train": "connector"}),
+    "all trains": (small_config(), MIXED, {"train": ALL}),
+    "muon": (small_config(), MIXED, {"train": ALL, "muon_lr": 0.01}),
+    "muon and experts": (decoder_config(experts=4), MIXED, {"muon_lr": 0.01}),
+    "bfloat16": (small_config(), MIXED, {"train": ALL, "pure_bf16": True}),
+    "bfloat16 and muon": (small_config(), MIXED, {"train": ALL, "pure_bf16": True, "muon_lr": 0.01}),
+    "float32": (small_config(), MIXED, {"dtype": "float32"}),
+    "z-loss": (small_config(), MIXED, {"z_loss": 1e-4}),
+    "temperature": (small_config(), MIXED, {"temperature": 2.0}),
+    "unpadded tiles": (unpadded(), MIXED, {}),
+    "siglip and prumerge": (
+        small_config(vit=SIGLIP, connector=LINEAR, prune=model.PruneConfig("prumerge", 0.5, 2)), MIXED, {},
+    ),
+}  # fmt: skip
+
+
+def flags_of(**flags) -> train_sft.SftConfig:
+    common = {"compile": "false", "dtype": "bfloat16", "steps": 10, "warmup": 0.1}
+    return train_sft.SftConfig(**{**common, **flags})
+
+
+def loss_of(flags: train_sft.SftConfig):
+    return train_sft.functools.partial(
+        train_sft.fast_slow_loss, temperature=flags.temperature, weight=flags.distill_weight
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_stays_on_its_device(name):
+    cfg, picks, changes = CASES[name]
+    flags = flags_of(**changes)
+    batch = small_batch(picks, model.copy_config(cfg))
+    trace = trace_steps(model.copy_config(cfg), flags, [batch, batch], "sft", loss_of(flags))
+    assert {p.device for p in trace.vlm.parameters()} == {CUDA}
+    assert {x.device for x in trace.stats.values() if isinstance(x, torch.Tensor)} == {CUDA}
+    assert trace.memory.peak > trace.weights > 0
+    assert trace.places == {}  # the host never waits
+
+
+def test_there_are_enough_cases():
+    assert len(CASES) >= 30

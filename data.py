@@ -444,13 +444,14 @@ class Sample(NamedTuple):
 @dataclass
 class Rows:
     ids: Tensor  # (B, T), 0 at slots and padding
-    slot_mask: Tensor  # (B, T) True where a visual token goes
     positions: Tensor  # (B, T), from 0 in every document
     doc_ids: Tensor  # (B, T) number of the sample, -1 at padding
+    slots: Tensor  # (slots,) flat positions in B*T where a visual token goes
     visual_index: Tensor  # (slots,) the row of the bank of visual tokens (VLM.bank) in each slot, or NEWLINE
     supervised: Tensor  # (R,) flat positions in B*T whose next token is a target
     targets: Tensor  # (R,)
-    starts: Tensor | None = None  # (documents + 1,) int32: where each begins in B*T, the end repeated
+    starts: Tensor  # (documents + 1,) int32: where each begins in B*T, the end repeated
+    longest: int  # positions of the longest document, rounded up
 
 
 @dataclass
@@ -521,13 +522,15 @@ def make_rows(laid: list[Laid], row_length: int, fixed=False, rows=None, prompts
             table[:, b, start : start + lengths[i]] = [*laid[i], np.arange(lengths[i]), doc_ids]
             start += lengths[i]
     ids, bank_rows, targets, positions, doc_ids = table
-    slot_mask, supervised = bank_rows != TEXT, np.flatnonzero(targets >= 0)  # (B, T), (R,)
+    slots, supervised = np.flatnonzero(bank_rows != TEXT), np.flatnonzero(targets >= 0)  # (slots,), (R,)
     left = np.pad(doc_ids, ((0, 0), (1, 0)), constant_values=-2)[:, :-1]  # (B, T), what stands on the left
     starts = np.flatnonzero(doc_ids != left).astype(np.int32)  # (documents,), and padding is one, too
-    most = len(rows) * (T // 16 + 2)  # a fixed number, so that compiled code sees one shape
-    starts = np.pad(starts, (0, 1 + max(0, most - len(starts))), constant_values=ids.size)
-    arrays = [ids, slot_mask, positions, doc_ids, bank_rows[slot_mask], supervised]
-    return Rows(*map(torch.from_numpy, [*arrays, targets.reshape(-1)[supervised], starts]))
+    longest = np.diff(starts, append=ids.size).max().item()
+    # Rounded, so that compiled code sees few shapes: kernels for documents launch blocks for count x longest.
+    starts = np.pad(starts, (0, 1 + -len(starts) % (8 * len(rows))), constant_values=ids.size)
+    arrays = [ids, positions, doc_ids, slots, bank_rows.reshape(-1)[slots], supervised]
+    arrays += [targets.reshape(-1)[supervised], starts]
+    return Rows(*map(torch.from_numpy, arrays), min(T, -(-longest // 256) * 256))
 
 
 def make_batch(

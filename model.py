@@ -415,20 +415,20 @@ import prune  # noqa: E402
 # --- Attention and MLPs ------------------------------------------------------------------------------------
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | tuple | None = None) -> Tensor:
     """The one place where attention is computed: (..., H, T, d) -> (..., T, H*d); k and v may have fewer
     heads. mask: (B, 1, T, T), True where a query may look at a key; or for the varlen kernel, which computes
-    no pair across documents, the start of every document in the flattened rows, (documents + 1,) int32.
+    no pair across documents, starts and longest of data.Rows.
     """
     dtype, T = v.dtype, q.shape[-2]
     # A CPU's backward pass is 2-4 times slower in bf16 (LOG.md). QK-norm leaves q and k in float32.
     wide = torch.promote_types(dtype, torch.float32) if q.is_cpu else dtype
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
-    if mask is not None and mask.ndim == 1:
+    if isinstance(mask, tuple):
         from torch.nn.attention.varlen import varlen_attn  # here, as it imports dynamo: 1.7 s
 
-        rows = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]  # (B*T, H, d)
-        out = varlen_attn(*rows, mask, mask, T, T, window_size=(-1, 0), enable_gqa=True)
+        rows, (starts, longest) = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)], mask  # (B*T, H, d)
+        out = varlen_attn(*rows, starts, starts, longest, longest, window_size=(-1, 0), enable_gqa=True)
         return out.flatten(1).unflatten(0, (-1, T))  # (B, T, H*d)
     with torch.autocast("cpu", enabled=False):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
@@ -1459,13 +1459,14 @@ class VLM(nn.Module):
         x = self.decoder.embed(rows.ids)
         if bank is None or not len(rows.visual_index):
             return x
-        return x.masked_scatter(rows.slot_mask[..., None], bank[rows.visual_index].to(x.dtype))
+        visual = bank[rows.visual_index].to(x.dtype)  # (slots, D)
+        return x.flatten(0, 1).index_copy(0, rows.slots, visual).view_as(x)
 
     def logits(self, rows, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The head at supervised positions only, (R, N) in fp32; router losses (2,) or None."""
         # The varlen kernel supports only bf16 and fp16; all else uses the dense mask, which is the reference.
-        varlen = rows.ids.is_cuda and torch.is_autocast_enabled("cuda") and rows.starts is not None
-        mask = rows.starts if varlen else document_mask(rows.doc_ids)
+        varlen = rows.ids.is_cuda and torch.is_autocast_enabled("cuda")
+        mask = (rows.starts, rows.longest) if varlen else document_mask(rows.doc_ids)
         hidden, losses = self.decoder.hidden(x, rows.positions, mask, real=rows.doc_ids >= 0)
         return self.decoder.head(hidden.flatten(0, 1)[rows.supervised]).float(), losses
 

@@ -137,7 +137,7 @@ def optimizer_step(run: "Run", ddp: nn.Module, micro: list, optimizers, step: in
     supervised = sum(len(batch.student.targets) for batch in micro)
     if not supervised and run.world == 1:  # all pictures of the step turned out to be broken
         return {}
-    count = torch.tensor(float(supervised), device=run.device)
+    count = torch.full((), float(supervised), device=run.device)  # filled there: nothing is copied
     if run.world > 1:
         dist.all_reduce(count)
         count = count.clamp(1)

@@ -56,6 +56,12 @@ def all_tokens(vlm: model.VLM, pixels: torch.Tensor) -> torch.Tensor:
     return vlm.connector(vlm.levels(vlm.states(pixels)))
 
 
+def slot_mask(rows: data.Rows) -> torch.Tensor:
+    """(B, T), True where a visual token goes."""
+    empty = torch.zeros(rows.ids.numel(), dtype=torch.bool)
+    return empty.index_fill(0, rows.slots, True).view_as(rows.ids)
+
+
 def samples_of(records: list[data.Record], cfg: model.ModelConfig) -> list[tuple]:
     return [(data.pieces_of(r, TOKENIZER), data.load_images(r.images, cfg, r.name)) for r in records]
 

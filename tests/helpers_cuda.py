@@ -1,5 +1,5 @@
-"""Whole steps on a GPU that is not there, by a build of torch for CPUs: shapes, dtypes and devices are those of
-CUDA, nothing is computed. What it cannot show: kernels, NCCL, generated code and their numbers.
+"""Whole steps on a GPU that is not there, by a build of torch for CPUs: shapes, dtypes and devices are those
+of CUDA, nothing is computed. What it cannot show: kernels, NCCL, generated code and their numbers.
 
 It has to be imported before torch: `pytest -p helpers_cuda` with NO_CUDA set to the library that
 `build_library` made of helpers_cuda.cpp.
@@ -21,10 +21,11 @@ HERE = Path(__file__).resolve().parent
 
 def build_library(folder: Path) -> Path:
     """The guard and hooks of helpers_cuda.cpp; a few seconds with g++."""
-    library, include = folder / "libno_cuda.so", TORCH / "include"
-    command = ["g++", "-shared", "-fPIC", "-std=c++20", str(HERE / "helpers_cuda.cpp"), "-o", str(library)]
-    command += [f"-I{include}", f"-I{include}/torch/csrc/api/include", f"-L{TORCH}/lib", "-lc10", "-ltorch_cpu"]
-    subprocess.run(command, check=True)
+    library, source = folder / "libno_cuda.so", HERE / "helpers_cuda.cpp"
+    flags = (
+        f"-shared -fPIC -std=c++20 -I{TORCH}/include -I{TORCH}/include/torch/csrc/api/include -L{TORCH}/lib"
+    )
+    subprocess.run(["g++", *flags.split(), source, "-o", library, "-lc10", "-ltorch_cpu"], check=True)
     return library
 
 
@@ -70,7 +71,7 @@ def on_cuda(values) -> bool:
 
 # Their results have as many rows as the data says, so that the host waits for it.
 SIZE_OF_DATA = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"}
-SIZE_OF_DATA |= {"repeat_interleave", "bincount"}
+SIZE_OF_DATA |= {"repeat_interleave", "bincount", "masked_scatter_backward"}
 
 
 class Waits(TorchDispatchMode):
@@ -92,9 +93,11 @@ class Waits(TorchDispatchMode):
             if any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]):
                 self.places["mask as index", caller()] += 1
         if name in ("_to_copy", "copy_"):
-            source, target = (args[0], kwargs.get("device")) if name == "_to_copy" else (args[1], args[0].device)
-            non_blocking = kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
-            if target is not None and torch.device(target).type != source.device.type and not non_blocking:
+            copies = name == "copy_"  # copy_(target, source, non_blocking), or _to_copy(source, device=...)
+            source, target = (args[1], args[0].device) if copies else (args[0], kwargs.get("device"))
+            non_blocking = args[2] if copies and len(args) > 2 else kwargs.get("non_blocking", False)
+            crosses = target is not None and torch.device(target).type != source.device.type
+            if crosses and not non_blocking:
                 self.places[f"copy to {torch.device(target).type}", caller()] += 1
         return func(*args, **kwargs)
 
@@ -157,7 +160,7 @@ def fake_vlm(cfg: model.ModelConfig, flags: train_pretrain.RunConfig) -> model.V
 
 @dataclasses.dataclass
 class Trace:
-    """Of some optimizer steps: what the model and its log became, where the host waited, how much was held."""
+    """Of optimizer steps: what the model and its log became, where the host waited, how much was held."""
 
     vlm: model.VLM
     stats: dict

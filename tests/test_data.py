@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers import TOKENIZER, draw, picture, samples_of, small_plan
+from helpers import TOKENIZER, draw, picture, samples_of, slot_mask, small_plan
 from PIL import Image, ImageOps
 
 import data
@@ -41,20 +41,20 @@ def test_rows_hold_every_sample_once_and_slots_point_at_their_own_image():
     rows, in_full, in_pruned = batch.student, batch.full_tiles.tolist(), batch.pruned_tiles.tolist()
     assert in_full == [0, 2, 4, 5] and in_pruned == [1, 2, 3, 5, 6, 7]  # a slow sample's tiles are in both
     index = torch.full(rows.ids.shape, -1)
-    index[rows.slot_mask] = rows.visual_index
+    index[slot_mask(rows)] = rows.visual_index
     for i, mode in enumerate(modes):
         here = rows.doc_ids == i
         assert rows.positions[here].tolist() == list(range(int(here.sum())))
         start, count = in_full.index(i) * full if i in in_full else 0, full  # the bank: full, then pruned
         if mode == "pruned":
             start, count = len(in_full) * full + in_pruned.index(i) * pruned, pruned
-        slots = index[here & rows.slot_mask].tolist()
+        slots = index[here & slot_mask(rows)].tolist()
         assert slots == list(range(start, start + count))  # one unbroken run, all tokens of image i in order
-    assert (rows.ids[rows.slot_mask] == 0).all()
+    assert (rows.ids[slot_mask(rows)] == 0).all()
     teacher = batch.teacher
     assert sorted(set(teacher.doc_ids[teacher.doc_ids >= 0].tolist())) == [0, 1]
     assert torch.equal(teacher.targets, rows.targets[batch.distill])
-    assert teacher.slot_mask.sum() == 2 * pruned
+    assert slot_mask(teacher).sum() == 2 * pruned
 
 
 def test_an_image_is_never_cut():

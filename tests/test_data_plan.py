@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, TOKENIZER, draw, log_of, samples_of, small_config, small_plan
+from helpers import SMALL, TOKENIZER, draw, log_of, samples_of, slot_mask, small_config, small_plan
 from PIL import Image
 from torch.nn.attention import varlen
 from torch.utils.data import DataLoader
@@ -106,12 +106,12 @@ def test_borders_of_packed_documents():
         here = rows.doc_ids == i
         assert rows.positions[here].tolist() == [*range(len(alone.ids))]
         assert rows.ids[here].tolist() == alone.ids.tolist()
-        assert rows.slot_mask[here].tolist() == (alone.bank_rows != data.TEXT).tolist()
+        assert slot_mask(rows)[here].tolist() == (alone.bank_rows != data.TEXT).tolist()
     assert (rows.doc_ids[0].unique() == torch.tensor([-1, 0, 1, 2])).all()  # one row, three documents
     _, samples, batch = packed_batch()
     rows = batch.student
     into = rows.supervised + 1
-    doc_ids, slot = rows.doc_ids.flatten(), rows.slot_mask.flatten()
+    doc_ids, slot = rows.doc_ids.flatten(), slot_mask(rows).flatten()
     assert torch.equal(doc_ids[rows.supervised], doc_ids[into]) and not slot[into].any()
     texts = sum(len(p[0]) for pieces, _ in samples for p in pieces if not isinstance(p, int) and p[1])
     first = sum(not isinstance(pieces[1], int) and pieces[1][1] for pieces, _ in samples)  # has no context
@@ -133,7 +133,7 @@ def test_shapes_are_the_same_in_every_step():
         rows, tiles = batch.student, len(batch.pixels)
         assert rows.ids.shape == (6, 128) and tiles % 8 == 0
         assert tiles - len({*batch.full_tiles.tolist()}) < 8  # no more blank ones than that takes
-        assert len(rows.starts) == 6 * 10 + 1 and rows.starts[-1] == 6 * 128
+        assert len(rows.starts) == 6 * 8 + 1 and rows.starts[-1] == 6 * 128 and rows.longest == 128
         assert torch.equal(rows.starts, rows.starts.sort().values)
         begins = rows.positions.flatten() == 0
         begins[1:] &= rows.doc_ids.flatten()[1:] != rows.doc_ids.flatten()[:-1]
@@ -142,7 +142,7 @@ def test_shapes_are_the_same_in_every_step():
     plan = small_plan(sources, range(3), tokenizer=Words(), rows=2, row_length=128)
     for planned in plan:
         batch = data.Stream(plan)[planned]
-        assert len(batch.student.starts) == 2 * (128 // 16 + 2) + 1 and max(map(len, planned.rows)) == 8
+        assert len(batch.student.starts) == 2 * 16 + 1 and max(map(len, planned.rows)) == 8
 
 
 def test_rows_hold_one_kind_and_no_more_images_than_allowed(recwarn):
@@ -206,7 +206,7 @@ def test_modes_are_drawn_before_packing():
         samples = [sample for row in planned.rows for sample in row]
         assert [sample.mode for sample in samples] == [modes[sample.number % 3] for sample in samples]
         for i, sample in enumerate(samples):
-            slots = batch.student.slot_mask[batch.student.doc_ids == i].sum()
+            slots = slot_mask(batch.student)[batch.student.doc_ids == i].sum()
             assert slots == plan.cfg.visual_tokens("full" if sample.mode == "slow" else "pruned")
         if batch.teacher is not None:
             teachers += 1
@@ -301,7 +301,7 @@ def test_the_document_kernel_is_called_with_the_right_shapes(monkeypatch):
     rows, q, k, v = documents("meta", torch.bfloat16)
     real, seen = varlen.varlen_attn, []
     monkeypatch.setattr(varlen, "varlen_attn", lambda *a, **b: (seen.append(a[:3]), real(*a, **b))[1])
-    out = model.attend(q.float(), k.float(), v, rows.starts.to("meta"))
+    out = model.attend(q.float(), k.float(), v, (rows.starts.to("meta"), rows.longest))
     assert out.shape == (2, 256, 4 * 32) and {x.dtype for x in seen[0]} == {torch.bfloat16}
     assert [tuple(x.shape) for x in seen[0]] == [(512, 4, 32), (512, 2, 32), (512, 2, 32)]
 
@@ -311,7 +311,7 @@ def test_the_document_kernel_is_called_with_the_right_shapes(monkeypatch):
 def test_the_document_kernel_agrees_with_the_mask():
     rows, *inputs = documents("cuda", torch.bfloat16)
     results = []
-    for mask in (rows.starts.cuda(), model.document_mask(rows.doc_ids.cuda())):
+    for mask in ((rows.starts.cuda(), rows.longest), model.document_mask(rows.doc_ids.cuda())):
         out = model.attend(*inputs, mask)
         real = (rows.doc_ids >= 0).cuda()[..., None]
         grads = torch.autograd.grad((out.float() * real).square().sum(), inputs)

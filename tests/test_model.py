@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TOKENIZER, tiny_vlm
+from helpers import TOKENIZER, slot_mask, tiny_vlm
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -396,7 +396,8 @@ def test_generate_is_the_arg_max_of_full_forwards(mode):
     expected = [greedy(vlm, sample, mode, 8) for sample in samples]
     assert len(set(map(tuple, expected))) == 4 and len(set(sum(expected, []))) > 12  # a test worth its name
     batch = data.prompt_batch(samples, mode, vlm.cfg)
-    assert batch.student.slot_mask.sum(1).tolist() == [n * (8 if mode == "full" else 5) for n in (2, 1, 0, 1)]
+    tokens = 8 if mode == "full" else 5
+    assert slot_mask(batch.student).sum(1).tolist() == [n * tokens for n in (2, 1, 0, 1)]
     never = TOKENIZER.vocab_size  # an id that no arg max takes
     assert vlm.generate(batch, never, 8) == expected
     end = expected[1][2]  # now one row ends early, and perhaps others

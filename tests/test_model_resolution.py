@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SMALL, TOKENIZER, all_tokens, log_of, write
+from helpers import SMALL, TOKENIZER, all_tokens, log_of, slot_mask, write
 from PIL import Image
 from torch.testing import assert_close
 
@@ -61,7 +61,7 @@ def sample(pictures: list, cfg: ModelConfig, text: int = 5) -> data.Sample:
 
 def spliced(vlm: model.VLM, rows: data.Rows, batch: data.Batch) -> torch.Tensor:
     """What stands in the slots of the first document, in order: (slots, D)"""
-    first = rows.slot_mask & (rows.doc_ids == 0)
+    first = slot_mask(rows) & (rows.doc_ids == 0)
     return vlm.splice(rows, vlm.bank(batch))[first]
 
 
@@ -223,14 +223,14 @@ def test_every_sample_finds_its_own_views_in_every_mode(cut):
     x = vlm.splice(rows, bank)
     for n, mode in enumerate(modes):
         if sizes[n]:
-            got = x[rows.slot_mask & (rows.doc_ids == n)]
+            got = x[slot_mask(rows) & (rows.doc_ids == n)]
             assert_close(got, alone(n, mode))
     assert_close(spliced(vlm, batch.teacher, batch), alone(0, "pruned"))  # the slow sample's other view
     for mode in ("full", "pruned"):
         prompts = data.prompt_batch(samples, mode, cfg)
         x = vlm.splice(prompts.student, vlm.bank(prompts))
         for n in (0, 2, 3):
-            assert_close(x[n][prompts.student.slot_mask[n]], alone(n, mode))
+            assert_close(x[n][slot_mask(prompts.student)[n]], alone(n, mode))
 
 
 def test_a_picture_is_never_cut_by_the_limit_and_its_tiles_fit_its_size():
@@ -243,7 +243,7 @@ def test_a_picture_is_never_cut_by_the_limit_and_its_tiles_fit_its_size():
         batch = data.make_batch([one], ["full"], cfg, 16, limit)
         length = int((batch.student.doc_ids == 0).sum())
         assert length <= limit
-        assert batch.student.slot_mask.sum() in (0, lengths[0], sum(lengths))
+        assert slot_mask(batch.student).sum() in (0, lengths[0], sum(lengths))
     assert length == whole
     # tiles and sizes that disagree are refused
     cfg = config("anyres")

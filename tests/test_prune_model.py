@@ -6,7 +6,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import all_tokens, enlarge, log_of, small_batch, small_config
+from helpers import all_tokens, enlarge, log_of, slot_mask, small_batch, small_config
 from torch.testing import assert_close
 
 import data
@@ -217,7 +217,7 @@ def test_an_isolator_for_each_tile_or_for_each_image():
         vlm, tiles = build(cfg), torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
         sample = data.Sample([0, ([7], True)], tiles.numpy(), [(64, 64)])
         batch = data.make_batch([sample], ["pruned"], cfg, 64, 64)
-        x = vlm.splice(batch.student, vlm.bank(batch))[batch.student.slot_mask]
+        x = vlm.splice(batch.student, vlm.bank(batch))[slot_mask(batch.student)]
         tokens = all_tokens(vlm, tiles)
         kept = prune.gather(tokens, prune.select("divprune", tokens, 3))  # (5, 3, D)
         front = [vlm.isolator.weight if which == "tile" or n == 0 else kept[0, :0] for n in range(5)]

@@ -288,8 +288,9 @@ def right_answers(
         padded = pad_sequence(row_columns, True, -1)  # (B, T, 5)
         owner, ids, bank_rows, targets, positions = padded.unbind(-1)  # each (B, T)
         bank = vlm.bank(data.prompt_batch(row_prompts, view, vlm.cfg))  # (B*V, D)
-        index = torch.arange(len(bank))
-        x = vlm.splice(data.Rows(ids.clamp(0), bank_rows >= 0, positions, owner, index, None, None), bank)
+        slots = (bank_rows >= 0).flatten().nonzero()[:, 0]
+        rest = torch.arange(len(bank)), None, None, None, 0  # what splice does not read
+        x = vlm.splice(data.Rows(ids.clamp(0), positions, owner, slots, *rest), bank)
         mask = ((owner[:, :, None] == owner[:, None]) | (owner[:, None] == PICTURE)).tril()  # (B, T, T)
         hidden = vlm.decoder.hidden(x, positions, mask[:, None])[0][targets >= 0]  # (R, D)
         wrong = vlm.decoder.head(hidden).argmax(-1) != targets[targets >= 0]

@@ -1,4 +1,4 @@
-"""The GPU path without a GPU: cases_cuda.py runs in a process that takes a CUDA which is not there for one."""
+"""The GPU path without a GPU: cases_cuda.py runs in a process that sees a CUDA which is not there."""
 
 import os
 import shutil

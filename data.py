@@ -467,13 +467,22 @@ class Batch:
     questions: Tensor | None = None  # (I, M) see `question_ids`
     plan: "Planned | None" = None  # what it was made from, without its rows
 
-    def to(self, device: torch.device) -> "Batch":
-        def move(value):
-            if isinstance(value, Rows):
-                return Rows(*map(move, vars(value).values()))
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    def map(self, change) -> "Batch":
+        """The batch with change(tensor) in place of each tensor."""
 
-        return Batch(*map(move, vars(self).values()))
+        def visit(value):
+            if isinstance(value, Rows):
+                return Rows(*map(visit, vars(value).values()))
+            return change(value) if isinstance(value, Tensor) else value
+
+        return Batch(*map(visit, vars(self).values()))
+
+    def to(self, device: torch.device) -> "Batch":
+        return self.map(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Called by DataLoader: what is pinned is copied to a GPU while the host goes on."""
+        return self.map(Tensor.pin_memory)
 
 
 def best_fit(lengths: list[int], capacity: int, images=None, most_images=10**9, most=10**9) -> list:

@@ -1606,8 +1606,10 @@ def find_ranks(name: str, hours: float = 0.5) -> tuple[int, int, torch.device]:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length of the keys
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=hours))
+        place = {"backend": "nccl", "device_id": device} if cuda else {"backend": "gloo"}
+        dist.init_process_group(**place, timeout=timedelta(hours=hours))
     return rank, world, device
 
 

@@ -50,7 +50,7 @@ class RunConfig(data.RowConfig):
     # -- data
     data: str = "scenes"  # scenes, a file of records, or a mixture .json
     val_data: str = ""  # the same for validation; default: --data itself, or unseen scenes
-    workers: int = 1  # processes that draw and decode pictures
+    workers: int = -1  # processes that draw and decode pictures; -1: a rank's cores but one, on a CPU 1
     # -- optimizer
     train: str = "connector,decoder"  # what trains: a comma list of vit, connector, decoder, lora
     lr: float = 1e-3  # peak rate of AdamW; -1: by MM1's law, from the size of the decoder
@@ -80,7 +80,7 @@ class RunConfig(data.RowConfig):
         """Refuse what can be wrong with the flags alone, before anything is built or written."""
         model.trainable_parts(self.train)
         require_at_least(self, 1, "steps rows micro_steps log_every row_length row_images row_limit")
-        require_at_least(self, 0, "seed batch_size workers save_every eval_every muon_lr vit_lr z_loss")
+        require_at_least(self, 0, "seed batch_size save_every eval_every muon_lr vit_lr z_loss")
         require_at_least(self, 0, "weight_decay balance router_z")
         law = self.lr == -1 and "decoder" in self.train.split(",")
         require(self.lr >= 0 or law, f"--lr {self.lr:g}: at least 0, or -1 if the whole decoder trains")
@@ -322,6 +322,9 @@ def resolve_device(cfg: RunConfig, device: torch.device, world: int) -> None:
     """What "auto" means on this device, and whether a step divides over the ranks."""
     if cfg.dtype == "auto":
         cfg.dtype = str(model.fast_dtype(device)).removeprefix("torch.")
+    if cfg.workers == -1:  # on a CPU the step itself takes all cores
+        cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cfg.workers = max(1, cores - 1) if device.type == "cuda" else 1
     if cfg.compile == "auto":
         cfg.compile = "true" if device.type == "cuda" else "false"
     if cfg.dtype == "float32":
@@ -390,7 +393,7 @@ def begin(run: "Run", vlm: model.VLM, optimizers) -> int:
     first, lines, log = 0, [], run.folder / "metrics.jsonl"
     if (run.folder / "latest").is_file():
         folder = model.find_step(run.folder)
-        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu", mmap=True)
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             groups = optimizer.state_dict()["param_groups"]  # with the rates of today's flags
             optimizer.load_state_dict({**saved, "param_groups": groups})
@@ -413,6 +416,7 @@ def prepare(run: "Run", vlm: model.VLM) -> nn.Module:
     vlm.train()
     if run.cfg.compile == "true":
         torch._dynamo.config.recompile_limit = 64  # a few row shapes, with and without gradient
+        torch._dynamo.config.optimize_ddp = False  # it would cut every block into pieces
         for block in [*vlm.vit.encoder["layers"], *vlm.decoder.layers]:
             block.compile(fullgraph=True)
     if run.world == 1:
@@ -428,10 +432,11 @@ def load_batches(run: "Run", cfg: model.ModelConfig, tokenizer: data.Tokenizer, 
         sources, tokenizer, cfg, run.cfg, choose_mode, steps, run.rank, run.world, cursor=run.cursor,
         by_kind=run.stage == "pretrain", tile_multiple=8 if run.cfg.compile == "true" else 1,
     )  # fmt: skip
-    workers = run.cfg.workers if os.name == "posix" else 0
+    workers, pin = run.cfg.workers if os.name == "posix" else 0, run.device.type == "cuda"
     common = {"batch_size": None, "multiprocessing_context": "fork" if workers else None}
     planner = DataLoader(plan, num_workers=min(1, workers), **common)
-    loader = iter(DataLoader(data.Stream(plan), sampler=planner, num_workers=workers, **common))
+    ahead = {"prefetch_factor": 4 if workers else None, "pin_memory": pin}
+    loader = iter(DataLoader(data.Stream(plan), sampler=planner, num_workers=workers, **ahead, **common))
     for _ in steps:
         began, micro = time.perf_counter(), []
         for _ in range(run.cfg.micro_steps):
@@ -545,7 +550,9 @@ class Run:
         return {"model": dataclasses.asdict(vlm.cfg), "train": dataclasses.asdict(self.cfg), **facts}
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.dtype == "bfloat16")
+        """Without a cache of cast weights: a pass reads each once, and a teacher's have no gradient."""
+        enabled = self.cfg.dtype == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled, cache_enabled=False)
 
     def say(self, text: str) -> None:
         if self.rank == 0:

@@ -22,9 +22,8 @@ HERE = Path(__file__).resolve().parent
 def build_library(folder: Path) -> Path:
     """The guard and hooks of helpers_cuda.cpp; a few seconds with g++."""
     library, source = folder / "libno_cuda.so", HERE / "helpers_cuda.cpp"
-    flags = (
-        f"-shared -fPIC -std=c++20 -I{TORCH}/include -I{TORCH}/include/torch/csrc/api/include -L{TORCH}/lib"
-    )
+    include = TORCH / "include"
+    flags = f"-shared -fPIC -std=c++20 -I{include} -I{include}/torch/csrc/api/include -L{TORCH}/lib"
     subprocess.run(["g++", *flags.split(), source, "-o", library, "-lc10", "-ltorch_cpu"], check=True)
     return library
 
@@ -131,17 +130,6 @@ class Memory(TorchDispatchMode):
         return out
 
 
-def fake_batch(mode: FakeTensorMode, batch: data.Batch) -> data.Batch:
-    """A batch without its data, still on the CPU."""
-
-    def fake(value):
-        if isinstance(value, data.Rows):
-            return data.Rows(*map(fake, vars(value).values()))
-        return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
-
-    return data.Batch(*map(fake, vars(batch).values()))
-
-
 def fake_vlm(cfg: model.ModelConfig, flags: train_pretrain.RunConfig) -> model.VLM:
     """On the GPU that is not there; made on "meta", so that 30 billion weights take no memory either."""
     with torch.device("meta"):
@@ -183,7 +171,7 @@ def trace_steps(cfg, flags, batches: list[data.Batch], stage: str, loss_of) -> T
         for step, batch in enumerate(batches):
             waits, memory.peak = Waits(), 0
             with memory, waits:
-                micro = [fake_batch(mode, batch).to(CUDA)]
+                micro = [batch.map(mode.from_tensor).to(CUDA)]  # without its data
                 stats = train_pretrain.optimizer_step(run, ddp, micro, optimizers, step, loss_of)
                 del micro
     return Trace(vlm, stats, waits.places, memory, weights)

@@ -12,6 +12,7 @@
 
 import model  # isort: skip  # first of all: it answers --help before torch is loaded
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -27,6 +28,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -70,6 +72,7 @@ class RunConfig(data.RowConfig):
     frozen: str = "float32"  # how matrices that do not train are kept; bfloat16 (with --dtype bfloat16): half
     pure_bf16: bool = False  # trained weights, gradients and moments in bfloat16 too: memory before quality
     compile: str = "auto"  # true or false: torch.compile of every block; auto: on cuda only
+    recompute: str = "none"  # memory for time: attention, or each block, is computed again on the way back
     # -- logging
     log_every: int = 10  # steps between log lines
     save_every: int = 0  # steps between checkpoints; 0: only at the end
@@ -89,6 +92,7 @@ class RunConfig(data.RowConfig):
         require_one_of("--frozen", self.frozen, ("float32", "bfloat16"))
         require_one_of("--dtype", self.dtype, ("auto", "float32", "bfloat16"))
         require_one_of("--compile", self.compile, ("auto", "true", "false"))
+        require_one_of("--recompute", self.recompute, ("none", "attention", "block"))
 
     def trains_isolator(self) -> bool:
         return False
@@ -269,7 +273,7 @@ MAY_CHANGE = {
     "init": {"prune.", "lora."},  # and all flags of the run but --preset
     "resume": {
         *"out init resume steps micro_steps val_data workers lr vit_lr warmup final_lr weight_decay".split(),
-        *"clip z_loss temperature balance router_z device dtype frozen compile".split(),
+        *"clip z_loss temperature balance router_z device dtype frozen compile recompute".split(),
         *"log_every save_every eval_every later".split(),
     },
 }
@@ -412,17 +416,31 @@ def begin(run: "Run", vlm: model.VLM, optimizers) -> int:
 
 
 def prepare(run: "Run", vlm: model.VLM) -> nn.Module:
-    """Compile block by block if asked, wrap in DDP if there are other ranks."""
+    """Recompute and compile block by block if asked, wrap in DDP if there are other ranks."""
+    blocks = [*vlm.vit.encoder["layers"], *vlm.decoder.layers]
     vlm.train()
     if run.cfg.compile == "true":
+        # The compiler chooses what to keep: of what a block would keep, this share.
+        budget = {"none": 1.0, "attention": 0.5, "block": 0.0}[run.cfg.recompute]
+        torch._functorch.config.activation_memory_budget = budget
         torch._dynamo.config.recompile_limit = 64  # a few row shapes, with and without gradient
         torch._dynamo.config.optimize_ddp = False  # it would cut every block into pieces
-        for block in [*vlm.vit.encoder["layers"], *vlm.decoder.layers]:
+        for block in blocks:
             block.compile(fullgraph=True)
+    else:
+        recompute(blocks, run.cfg.recompute)
     if run.world == 1:
         return vlm
     ids = [run.device.index] if run.device.type == "cuda" else None
     return DistributedDataParallel(vlm, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def recompute(blocks: list[nn.Module], part: str) -> None:
+    """Let blocks, or their attention alone, keep only their inputs: backward computes the rest again."""
+    for block in blocks if part != "none" else ():
+        module = block.self_attn if part == "attention" else block
+        options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in them is drawn
+        module.forward = functools.partial(checkpoint, module.forward, **options)
 
 
 def load_batches(run: "Run", cfg: model.ModelConfig, tokenizer: data.Tokenizer, first: int, choose_mode):

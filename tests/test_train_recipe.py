@@ -278,3 +278,32 @@ def test_tokens_scale_up_from_halved_matrices(train, dtype, tmp_path, small_halv
     sft = [*NO_DTYPE, "--init", str(tmp_path / "a"), "--scale", "32to144", "--dtype", dtype, "--steps", "1"]
     train_sft.main([*sft, "--out", str(tmp_path / "b")])
     assert model.VLM.from_pretrained(tmp_path / "b").cfg.visual_tokens() == 144
+
+
+@pytest.mark.parametrize("part", ["attention", "block"])
+@pytest.mark.parametrize("experts", [0, 4])
+def test_recomputing_changes_no_gradient_and_keeps_less(part, experts):
+    """Bit for bit, over full, slow and text-only samples, with an encoder that trains."""
+    cfg, gradients, kept = small_config(), {}, {}
+    cfg.decoder.experts = experts
+    batch = small_batch([("chat", "pruned"), ("chat", "slow"), ("text", "pruned")], cfg)
+    for recompute in ("none", part):
+        torch.manual_seed(0)
+        vlm = model.VLM(model.copy_config(cfg))
+        vlm.set_trainable(["vit", "connector", "decoder"], isolator=True)
+        vlm = train_pretrain.prepare(small_run(recompute=recompute), vlm)
+        saved = []
+
+        def keep(x: torch.Tensor, saved=saved) -> torch.Tensor:
+            saved.append(x.nbytes)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            logits, teacher, router = vlm(batch)
+            loss = train_sft.fast_slow_loss(logits, teacher, batch)["loss"]
+        (loss + (router.sum() if experts else 0.0)).backward()
+        gradients[recompute] = {name: p.grad for name, p in vlm.named_parameters() if p.grad is not None}
+        kept[recompute] = sum(saved)
+    assert gradients["none"].keys() == gradients[part].keys()
+    assert all(torch.equal(gradients[part][name], g) for name, g in gradients["none"].items())
+    assert kept[part] < {"attention": 0.9, "block": 0.5}[part] * kept["none"]

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import model
 import prune
+import train_pretrain
 from model import ModelConfig
 
 STAGE1_TEXT, STAGE2_TEXT = 23, 200  # tokens of text in a sample, about: LLaVA's captions, its conversations
@@ -57,16 +58,19 @@ class PlanConfig:
     slow_share: float = 0.1  # of stage 2: share of samples on all visual tokens
     distill_weight: float = 1.0  # of stage 2; above 0: slow samples have a teacher's pass, too
     resolution: str = ""  # of stage 2, size and cut of pictures: SIDE, SIDE+CUT or +CUT
+    recompute: str = "none"  # of stage 2: attention, or each block, is computed again on the way back
 
     def check(self) -> None:
         model.require_at_least(self, 1, "gpus")
         model.require_at_least(self, 0, "micro_steps slow_share distill_weight")
+        model.require_one_of("--recompute", self.recompute, ("none", "attention", "block"))
         model.require(self.slow_share <= 1, f"--slow_share {self.slow_share} is no share between 0 and 1")
         model.require(self.mfu > 0, f"--mfu {self.mfu} must be above 0")
         model.require(self.peak_tflops > 0, f"--peak_tflops {self.peak_tflops} must be above 0")
 
 
-RECIPE_FLAGS = {"pretrain": ("pruner",), "sft": ("train", "slow_share", "distill_weight", "resolution")}
+SFT_FLAGS = ("train", "slow_share", "distill_weight", "resolution", "recompute")
+RECIPE_FLAGS = {"pretrain": ("pruner",), "sft": SFT_FLAGS}
 
 
 def main(argv: list[str]) -> None:
@@ -109,30 +113,38 @@ def count(run: Callable[[], Tensor], positions: int = 0) -> tuple[float, float]:
     return float(counter.get_total_flops()), float(stored)
 
 
-def sample_cost(cfg: ModelConfig, train: list[str], text: int, mode: str, tiles: int) -> tuple[dict, float]:
+def sample_cost(
+    cfg: ModelConfig, train: list[str], text: int, mode: str, tiles: int, recompute: str = "none"
+) -> tuple[dict, float]:
     """FLOPs of each of COUNTED, and kept bytes, of a sample with one picture of so many tiles and `text`
     tokens. mode: full, pruned, or slow (full, and a teacher's forward on the pruned view).
     """
     model.require_one_of("mode", mode, ("full", "pruned", "slow"))
     view, flops = "pruned" if mode == "pruned" else "full", {}
     with torch.device("meta"):
-        flops["vit"], patches, vit_bytes = encoder_cost(cfg, "vit" in train, tiles)
+        flops["vit"], patches, vit_bytes = encoder_cost(cfg, "vit" in train, tiles, recompute)
         flops["connector"], connector_bytes = connector_cost(cfg, "connector" in train, view, patches)
         blocks = decoder_blocks(cfg, train)
-        flops["decoder"], flops["head"], decoder_bytes = decoder_cost(cfg, blocks, view, text, tiles)
+        train_pretrain.recompute(blocks.layers, recompute)
+        costs = decoder_cost(cfg, blocks, view, text, tiles, recompute)
+        flops["decoder"], flops["head"], decoder_bytes = costs
         if mode == "slow":
             with torch.no_grad():
                 flops["teacher"] = sum(decoder_cost(cfg, blocks, "pruned", text, tiles)[:2])
     return flops, AUTOCAST * (vit_bytes + connector_bytes + decoder_bytes)
 
 
-def encoder_cost(cfg: ModelConfig, trains: bool, tiles: int) -> tuple[float, Tensor, float]:
+def encoder_cost(
+    cfg: ModelConfig, trains: bool, tiles: int, recompute: str = "none"
+) -> tuple[float, Tensor, float]:
     """FLOPs of the encoder up to the highest level that is read, patches of that shape, kept bytes."""
     vit = cfg.vit
     block = model.ViTBlock(vit).bfloat16().requires_grad_(trains)
     positions = cfg.side**2 + vit.cls_token
     states = torch.zeros(tiles, positions, vit.width).bfloat16().requires_grad_(trains)
+    train_pretrain.recompute([block], recompute)
     flops, kept = count(lambda: block(states), positions)
+    kept += states.nbytes if recompute != "none" and trains else 0
     stem = 2 * tiles * cfg.side**2 * 3 * vit.patch_size**2 * vit.width * (2 if trains else 1)
     depth = max(cfg.connector.levels)
     return depth * flops + stem, states[:, int(vit.cls_token) :], depth * kept
@@ -162,7 +174,7 @@ def decoder_blocks(cfg: ModelConfig, train: list[str]) -> model.Decoder:
 
 
 def decoder_cost(
-    cfg: ModelConfig, blocks: model.Decoder, view: str, text: int, tiles: int
+    cfg: ModelConfig, blocks: model.Decoder, view: str, text: int, tiles: int, recompute: str = "none"
 ) -> tuple[float, float, float]:
     """FLOPs of all blocks, FLOPs of the head at the text's positions, kept bytes."""
     c = cfg.decoder
@@ -170,13 +182,18 @@ def decoder_cost(
     T = text + cfg.visual_tokens(view, tiles)
     x = torch.zeros(1, T, c.width).bfloat16().requires_grad_()
     rope, mask = model.rope_tables(torch.zeros(1, T), c), torch.zeros(1, 1, T, T, dtype=torch.bool)
-    flops = kept = 0.0
+    flops = kept = again = 0.0
     for block, times in zip(blocks.layers, (c.layers - sparse, sparse)):
         block_flops, block_kept = count(lambda block=block: block(x, rope, mask)[0], T)
+        if (
+            recompute != "none"
+        ):  # every block keeps its input; while one is computed again, that one keeps all
+            block_kept += x.nbytes
+            again = max(again, count(lambda block=block: type(block).forward(block, x, rope, mask)[0], T)[1])
         flops, kept = flops + times * block_flops, kept + times * block_kept
     head, _ = count(lambda: blocks.head(x[:, :text]))
     logits = 3 * 4 * text * c.vocab_size  # in float32: they, log-softmax, gradient
-    return flops, head, kept + logits / AUTOCAST
+    return flops, head, kept + again + logits / AUTOCAST
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -196,6 +213,10 @@ class Stage:
     @property
     def text(self) -> int:
         return STAGE2_TEXT if self.name == "2" else STAGE1_TEXT
+
+    @property
+    def recompute(self) -> str:
+        return self.flags.get("recompute", "none")
 
     @property
     def tiles(self) -> int:
@@ -220,7 +241,7 @@ class Stage:
         """FLOPs by part of a mean sample of one picture, and the most bytes that a sample keeps."""
         total, most_kept = {}, 0.0
         for mode, share in self.samples.items():
-            flops, kept = sample_cost(self.cfg, self.train, text, mode, self.tiles)
+            flops, kept = sample_cost(self.cfg, self.train, text, mode, self.tiles, self.recompute)
             most_kept = max(most_kept, kept)
             for part, number in flops.items():
                 total[part] = total.get(part, 0.0) + share * number
@@ -378,7 +399,8 @@ def print_memory(stages: list[Stage], sizes: list[dict], kept: list[float], gpus
         micro = bytes_kept * max(1, stage.micro // gpus)
         cells = "".join(f"{x / 1e9:11.1f}" for x in (ddp, ddp / gpus, lora, bytes_kept, micro))
         print(f"  stage {stage.name}".ljust(30) + cells)
-    print("  FSDP2 is not built here yet; about, without recomputation")
+    again = ", ".join(f"{stage.recompute} in stage {stage.name}" for stage in stages)
+    print(f"  FSDP2 is not built here yet; computed again for backward: {again}")
 
 
 def print_hours(stages: list[Stage], plan: PlanConfig) -> None:

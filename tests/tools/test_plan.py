@@ -55,6 +55,16 @@ def test_parts_add_up_to_the_whole_model(kind, mode, train):
     assert sum(parts.values()) == pytest.approx(vlm_flops(cfg, train.split(","), text, mode), rel=0.01)
 
 
+def test_recomputing_costs_a_forward_pass_and_keeps_inputs():
+    cfg, train = model.preset("llava-1.5-vicuna")["model"], ["connector", "decoder"]
+    whole, kept = plan.sample_cost(cfg, train, 200, "full", 1)
+    for recompute, least, most in (("attention", 1.05, 1.2), ("block", 4 / 3, 4 / 3)):
+        flops, few = plan.sample_cost(cfg, train, 200, "full", 1, recompute)
+        assert least * 0.99 < flops["decoder"] / whole["decoder"] < most * 1.01
+        assert flops["vit"] == whole["vit"] and flops["head"] == whole["head"]  # frozen; not in a block
+        assert few < {"attention": 0.9, "block": 0.15}[recompute] * kept
+
+
 def test_the_published_ratios_are_where_arithmetic_puts_them():
     """chain-of-sight: 0.16-0.17 is the floor at 7B for 32 tokens; DualSpeed: about 2.4 and 3.9-4.0 at 200."""
     row = model.preset("cos-7b")

@@ -80,7 +80,7 @@ TEXT = 23  # tokens of every caption, all of them supervised: the mean of Chain-
 
 @dataclass
 class BenchConfig:
-    rounds: int = 9  # timed rounds, after one of warm-up
+    rounds: int = 3  # timed rounds, after one of warm-up
     only: str = ""  # measure only rows whose name starts so
     out: str = "runs/bench.json"  # the file to write
 
@@ -637,6 +637,20 @@ def compiling(bench: BenchConfig) -> list[dict]:
     return [make_row("compile.speedup", ratios, 1.0, note=note)]
 
 
+def recomputing(bench: BenchConfig) -> list[dict]:
+    """What --recompute block costs in the demo's stage 1: a step without it over one with it."""
+    if not bench.wants("recompute.block.speedup"):
+        return []
+    trainers = {part: demo_trainer("pretrain", recompute=part) for part in ("none", "block")}
+    batch = demo_batches(trainers["none"], "pretrain", 1)[0]
+    steps = {part: functools.partial(trainer.step, batch) for part, trainer in trainers.items()}
+    seconds = alternate(steps, bench.rounds)
+    ratios = [a / b for a, b in zip(seconds["none"], seconds["block"])]
+    cfg, train = trainers["none"].vlm.cfg, ["connector", "decoder"]
+    flops = [sum(plan.sample_cost(cfg, train, TEXT, "full", 1, part)[0].values()) for part in trainers]
+    return [make_row("recompute.block.speedup", ratios, flops[0] / flops[1], note="below 1: memory for time")]
+
+
 def planner(bench: BenchConfig) -> list[dict]:
     """Samples a second that one process plans, draws and packs, over those that the demo's step takes."""
     name = "planner.samples_per_s"
@@ -752,7 +766,7 @@ def processes(bench: BenchConfig) -> list[dict]:
 
 
 MEASURES = [stage1, connector_share, packing, dualspeed, reading, mfu, reference_stage1, reference_stage2]
-MEASURES += [head, muon, compiling, planner, evaluation, growth, processes]
+MEASURES += [head, muon, compiling, recomputing, planner, evaluation, growth, processes]
 
 
 def describe_geometry() -> dict:

@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import time
+import timeit
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -77,6 +79,7 @@ class RunConfig(data.RowConfig):
     log_every: int = 10  # steps between log lines
     save_every: int = 0  # steps between checkpoints; 0: only at the end
     eval_every: int = 0  # steps between validations, which keep the best checkpoint; 0: never
+    profile: int = -1  # a step: it and the next four are traced into OUT/trace.json, for Perfetto; -1: none
     later: float = 0.0  # what follows in a chain, as a multiple of this run: the bar counts its time, too
 
     def check(self) -> None:
@@ -274,7 +277,7 @@ MAY_CHANGE = {
     "resume": {
         *"out init resume steps micro_steps val_data workers lr vit_lr warmup final_lr weight_decay".split(),
         *"clip z_loss temperature balance router_z device dtype frozen compile recompute".split(),
-        *"log_every save_every eval_every later".split(),
+        *"log_every save_every eval_every later profile".split(),
     },
 }
 
@@ -455,12 +458,14 @@ def load_batches(run: "Run", cfg: model.ModelConfig, tokenizer: data.Tokenizer, 
     planner = DataLoader(plan, num_workers=min(1, workers), **common)
     ahead = {"prefetch_factor": 4 if workers else None, "pin_memory": pin}
     loader = iter(DataLoader(data.Stream(plan), sampler=planner, num_workers=workers, **ahead, **common))
+    tile_flops = forward_flops(cfg)
     for _ in steps:
         began, micro = time.perf_counter(), []
         for _ in range(run.cfg.micro_steps):
             batch = next(loader)
             if isinstance(batch, UserError):
                 raise batch
+            run.work.update(work_of(batch, cfg, run.cfg.train, tile_flops))
             micro.append(batch.to(run.device))
         run.cursor = micro[-1].plan.cursor
         run.wait += time.perf_counter() - began
@@ -539,6 +544,58 @@ def validation_loss(
     return {name: losses[name] / weights[name] for name in losses}
 
 
+# --- What a step computes -----------------------------------------------------------------------------------
+
+# TFLOP/s of dense bfloat16 products, from the data sheets of cards with these words in their names.
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s that the device reaches in products: a known card's by its data sheet, a CPU's measured."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((1e12 * peak for card, peak in PEAK_TFLOPS.items() if card in name), None)
+    x = torch.ones(512, 512, dtype=dtype)
+    return 2 * 512**3 / min(timeit.repeat(lambda: x @ x, number=1, repeat=20))
+
+
+def forward_flops(cfg: model.ModelConfig) -> tuple[float, float]:
+    """Of encoder and connector on one tile."""
+    with torch.device("meta"):
+        block = model.ViTBlock(cfg.vit).requires_grad_(False)
+        connector = model.CONNECTORS[cfg.connector.kind](cfg).requires_grad_(False)
+        positions = torch.zeros(1, cfg.side**2 + cfg.vit.cls_token, cfg.vit.width)
+        patches = positions[:, int(cfg.vit.cls_token) :]
+        with FlopCounterMode(display=False) as in_block:
+            block(positions)
+        with FlopCounterMode(display=False) as in_connector:
+            connector([patches] * len(cfg.connector.levels))
+    return max(cfg.connector.levels) * in_block.get_total_flops(), in_connector.get_total_flops()
+
+
+def work_of(batch: data.Batch, cfg: model.ModelConfig, train: str, tile_flops: tuple) -> dict[str, float]:
+    """What a micro-batch is worth: supervised tokens, all tokens, and FLOPs of the products that they need:
+    forward, and backward where gradients flow. Neither padding counts nor what --recompute does twice.
+    """
+    d, tiles = cfg.decoder, len({*batch.full_tiles.tolist(), *batch.pruned_tiles.tolist()})
+    passes = {part: 3 if part in train.split(",") else 1 for part in ("vit", "connector")}
+    flops = tiles * (passes["vit"] * tile_flops[0] + passes["connector"] * tile_flops[1])
+    sparse = sum(d.sparse(layer) for layer in range(d.layers))  # whose tokens meet two experts
+    queries, keys = d.heads * d.head_dim, d.kv_heads * d.head_dim
+    weights = d.width * (d.layers * 2 * (queries + keys) + (d.layers + sparse) * 3 * d.mlp_width)
+    ends = 2 * (d.width + queries) + 2 * (d.width + keys) + 3 * (d.width + d.mlp_width)  # of adapters, whose
+    weights += 1.5 * cfg.lora.rank * d.layers * ends  # three passes are counted beside two of what is frozen
+    student = 3 if "decoder" in train.split(",") else 2  # backward to weights and inputs, or to inputs alone
+    for rows, times in ((batch.student, student), (batch.teacher, 1)):
+        if rows is not None:
+            lengths = torch.bincount(rows.doc_ids[rows.doc_ids >= 0]).double()
+            pairs = 2 * d.layers * queries * lengths.square().sum().item()  # causal: half of T x T
+            head = 2 * len(rows.targets) * d.width * d.vocab_size
+            flops += times * (2 * weights * lengths.sum().item() + head) + (3 if times > 1 else 1) * pairs
+    tokens = (batch.student.doc_ids >= 0).sum().item()
+    return {"supervised": len(batch.student.targets), "tokens": tokens, "flops": flops}
+
+
 # --- The log ------------------------------------------------------------------------------------------------
 
 
@@ -554,6 +611,7 @@ class Run:
     best: float = math.inf  # validation loss
     skipped: Counter = field(default_factory=Counter)  # why records could not be used: how often
     cursor: list | None = None  # packing: where each group of sources goes on
+    work: Counter = field(default_factory=Counter)  # since the last log line, of this rank: see `work_of`
     wait: float = 0.0  # seconds since the last log line in which the loop waited for data
     cpu_seconds: float | None = None  # of all threads, up to the last log line
     is_crowded: bool = False  # see `warn_if_crowded`
@@ -604,8 +662,15 @@ class Run:
         self.progress = tqdm(total=self.cfg.steps, initial=first, desc=self.stage, **common)
         self.began = self.since = time.perf_counter()
         self.first, self.samples, self.plans = first, 0, []
+        self.peak = peak_flops(self.device, getattr(torch, self.cfg.dtype))
+        profiler, profiled = torch.profiler.profile(), self.cfg.profile if self.rank == 0 else -1
         for step in range(first, self.cfg.steps):
+            if step == profiled:
+                profiler.start()
             yield step
+            if profiled >= 0 and step == min(profiled + 4, self.cfg.steps - 1):
+                profiler.stop()
+                profiler.export_chrome_trace(str(self.folder / "trace.json"))
             self.progress.update()
 
     def log(self, step: int, stats: dict, micro: list[data.Batch], visual_tokens: int) -> None:
@@ -622,22 +687,38 @@ class Run:
         values = {name: float(value) for name, value in stats.items()}
         seconds, n = time.perf_counter() - self.since, len(self.plans)
         rate, wait = self.samples / seconds, self.wait / seconds
+        work = {name: self.world * x / seconds for name, x in self.work.items()}  # a second, of all ranks
         bar = {name: f"{values[name]:.3f}" for name in ("loss", "kl") if name in values}
         bar |= {"samples/s": f"{rate:.0f}", "tok/img": visual_tokens, "wait": f"{wait:.0%}"}
+        speed = {"samples_per_s": rate, "seconds": seconds, "wait": wait, "visual_tokens": visual_tokens}
+        speed |= {"tokens_per_s": work["tokens"], "supervised_per_s": work["supervised"]}
+        speed |= {"tflops": work["flops"] / 1e12, "peak_gb": self.peak_bytes() / 1e9}
+        if self.peak:
+            speed["mfu"] = work["flops"] / (self.world * self.peak)
+            bar["mfu"] = f"{speed['mfu']:.0%}"
+        pace = (time.perf_counter() - self.began) / (step + 1 - self.first)  # seconds a step
+        speed["left"] = pace * (self.cfg.steps - step - 1)
         if self.cfg.later:
-            pace = (time.perf_counter() - self.began) / (step + 1 - self.first)  # seconds a step
-            left = self.cfg.steps * (1 + self.cfg.later) - step - 1
-            bar["whole chain left"] = tqdm.format_interval(pace * left)
+            left = tqdm.format_interval(speed["left"] + pace * self.cfg.steps * self.cfg.later)
+            bar["whole chain left"] = left
         self.progress.set_postfix(bar)
         rows = Counter()  # how full they were, and each kind's share of the positions
         for plan in self.plans:
             rows.update({name: share / n for name, share in plan.shares.items()})
         if self.skipped:
             rows["skipped"] = self.skipped.total()
-        speed = {"samples_per_s": rate, "seconds": seconds, "wait": wait, "visual_tokens": visual_tokens}
         self.record(step=step + 1, **speed, **values, **rows)
         self.warn_if_crowded(seconds - self.wait)
         self.since, self.samples, self.wait, self.plans = time.perf_counter(), 0, 0.0, []
+        self.work.clear()
+
+    def peak_bytes(self) -> int:
+        """The most memory that was held: of the GPU's, or on a CPU by the process (0 if unknown)."""
+        if self.device.type == "cuda" or os.name != "posix":
+            return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        import resource  # of POSIX systems only
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def warn_if_crowded(self, seconds: float) -> None:
         """Once: threads that wait for each other while another program has their core make steps up to ten

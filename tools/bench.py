@@ -74,7 +74,7 @@ GEOMETRY = model.ModelConfig(
     decoder=model.DecoderConfig(4096, 512, 8, heads=8, kv_heads=8, head_dim=64, mlp_width=1408),
     lora=model.LoraConfig(16, 16.0),
 )
-SAMPLES = 16  # of a step where batches are equal
+SAMPLES = 8  # of a step where batches are equal
 TEXT = 23  # tokens of every caption, all of them supervised: the mean of Chain-of-Sight's data
 
 

@@ -23,6 +23,7 @@ SIGLIP = model.ViTConfig(
     patch_bias=True,
 )  # fmt: skip
 ALL = "vit,connector,decoder"
+KINDS = [kind for kind in model.CONNECTORS if kind != "chain"]
 
 
 def pruner_config(name: str) -> model.ModelConfig:
@@ -54,7 +55,7 @@ CASES = {  # name -> model, samples, flags
     "slow alone": (small_config(), [("chat", "slow")], {}),
     "full alone": (small_config(), [("chat", "full")], {}),
     **{f"pruner {name}": (pruner_config(name), MIXED, {}) for name in prune.PRUNERS},
-    **{f"connector {kind}": (connector_config(kind), MIXED, {}) for kind in model.CONNECTORS},
+    **{f"connector {kind}": (connector_config(kind), MIXED, {}) for kind in KINDS},
     "experts": (decoder_config(experts=4), MIXED, {}),
     "experts in bfloat16": (decoder_config(experts=4), MIXED, {"pure_bf16": True}),
     "norms and biases of heads": (decoder_config(qk_norm=True, qkv_bias=True), MIXED, {}),

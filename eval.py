@@ -27,6 +27,7 @@ import re
 import string
 import subprocess
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -64,7 +65,7 @@ class EvalConfig:
     # -- hardware
     batch_size: int = 64  # pictures in a batch
     device: str = "auto"  # auto, cpu or cuda
-    dtype: str = "auto"  # of the whole model: float32 or bfloat16; auto: bfloat16 on cuda
+    dtype: str = "auto"  # of matrices and their products: float32 or bfloat16; auto: bfloat16 on cuda
 
 
 def main(argv: list[str]) -> None:
@@ -75,8 +76,7 @@ def main(argv: list[str]) -> None:
     if cfg.chat:
         return chat(cfg)
     tasks = open_tasks(cfg, open_task)
-    results, examples = evaluate(tasks, cfg)
-    write_results(tasks, cfg, results, examples)
+    write_results(tasks, cfg, *evaluate(tasks, cfg))
 
 
 def check_config(cfg: EvalConfig) -> None:
@@ -89,16 +89,15 @@ def check_config(cfg: EvalConfig) -> None:
 
 def evaluate(tasks: list["Task"], cfg: EvalConfig) -> tuple[list, list]:
     """Ask and score all tasks with every view of the visual tokens: rows of eval.json, and examples."""
-    vlm, tokenizer = load_model(cfg)
+    vlm, tokenizer, autocast = load_model(cfg)
     vlm.states = remember_states(vlm.states)
-    results, examples = [], []
-    for view in views_of(cfg):
-        is_first = view == views_of(cfg)[0]
-        for task in tasks:
-            if is_first or task.kind not in TEXT_KINDS:  # text looks at no view
+    first, results, examples = views_of(cfg)[0], [], []
+    for view, task in itertools.product(views_of(cfg), tasks):
+        if view == first or task.kind not in TEXT_KINDS:  # text looks at no view
+            with autocast:
                 rows, task_examples = score_task(vlm, tokenizer, task, view, cfg)
-                results += rows
-                examples += task_examples if is_first else []
+            results += rows
+            examples += task_examples if view == first else []
     if dist.is_initialized():
         dist.destroy_process_group()
     return results, examples
@@ -108,18 +107,18 @@ def views_of(cfg: EvalConfig) -> tuple[str, ...]:
     return ("full", "pruned") if cfg.tokens == "both" else (cfg.tokens,)
 
 
-def load_model(cfg: EvalConfig) -> tuple[model.VLM, data.Tokenizer]:
+def load_model(cfg: EvalConfig) -> tuple[model.VLM, data.Tokenizer, torch.autocast]:
+    """A model, its tokenizer, and the context to answer in: as in training, matrices may be in bfloat16."""
     _, _, device = model.find_ranks(cfg.device, hours=24)  # a rank may wait that long for another
     step = model.find_step(cfg.model)
     is_half = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")
-    vlm = model.VLM.from_pretrained(step, torch.bfloat16 if is_half else torch.float32)
-    return vlm.to(device).eval(), data.Tokenizer.from_pretrained(step / "tokenizer")
+    vlm = model.VLM.from_pretrained(step, torch.bfloat16 if is_half else torch.float32).to(device).eval()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=is_half)
+    return vlm, data.Tokenizer.from_pretrained(step / "tokenizer"), autocast
 
 
-def remember_states(encode, most: int = 2**30):
-    """VLM.states that encodes no tile twice: several questions, the blind control and both views share them.
-    most: bytes that are kept before all is dropped.
-    """
+def remember_states(encode, most: int = 2**30):  # bytes that are kept before all is dropped
+    """VLM.states that encodes no tile twice: questions, the blind control and both views share them."""
     known = {}  # what is in a tile -> its hidden states
 
     def states(pixels: torch.Tensor) -> tuple:
@@ -234,9 +233,8 @@ def open_tasks(cfg: EvalConfig, open_task) -> list[Task]:
     numbers = cfg.shots.split(",") if cfg.shots else []
     valid = all(map(str.isdecimal, numbers))
     require(valid, f"--shots '{cfg.shots}': use a number of at least 0 or a list such as 0,4,8")
-    tasks, names = [], []
-    for name in cfg.tasks.split(","):
-        names += [*SCENE_TASKS, "scenes_words"] if name == "scenes" else [name]
+    tasks, groups = [], {"scenes": [*SCENE_TASKS, "scenes_words"]}
+    names = itertools.chain(*(groups.get(name, [name]) for name in cfg.tasks.split(",")))
     for name in dict.fromkeys(names):
         for shots in dict.fromkeys(map(int, numbers)) or [None]:
             tasks.append(open_task(name, shots, cfg))
@@ -407,11 +405,10 @@ def answer_all(vlm, tokenizer, task: Task, images: list, view: str, cfg, kept=No
     size = max(1, cfg.batch_size // (1 + (task.shots or 0)))  # as many pictures at any number of shots
     marks = stop_marks(task)
     stops = tokenizer.ids_with(marks) if marks else ()
-    starts = range(0, len(order), world * size)
-    for start in tqdm(starts, desc=f"{task.name} {view}", leave=False, disable=rank > 0):
-        numbers, samples, texts = order[start + rank * size :][:size], [], []
-        for i in numbers:
-            samples.append(data.load_sample(prompts[i], pictures[i], vlm.cfg, f"{task.name} question {i}"))
+    batches = [order[start + rank * size :][:size] for start in range(0, len(order), world * size)]
+    bar = tqdm(batches, desc=f"{task.name} {view}", leave=False, disable=rank > 0)
+    for numbers, samples in zip(bar, load_batches(task, batches, prompts, pictures, vlm.cfg)):
+        texts = []
         if numbers and "likelihood" in (cfg.scoring, task.kind):
             questions = [task.questions[i] for i in numbers]
             texts = likeliest_choices(vlm, tokenizer, task, questions, samples, view)
@@ -431,6 +428,20 @@ def answer_all(vlm, tokenizer, task: Task, images: list, view: str, cfg, kept=No
         kept.append(too_long)
     answers |= too_long
     return [answers[i] for i in range(len(task.questions))]
+
+
+def load_batches(task: Task, batches: list[list[int]], prompts: dict, pictures: dict, cfg):
+    """The samples of each batch, whose pictures threads decode while the model answers the one before."""
+
+    def load(i: int) -> data.Sample:
+        return data.load_sample(prompts[i], pictures[i], cfg, f"{task.name} question {i}")
+
+    drawn = any(isinstance(image, data.Scene) for image in itertools.chain(*pictures.values()))
+    with ThreadPoolExecutor() as pool:
+        start = map if drawn else pool.map  # to draw takes Python, which the model's thread needs
+        loading = (start(load, numbers) for numbers in [*batches, []])
+        for samples, _ in itertools.pairwise(loading):  # the following ones have been started
+            yield [*samples]
 
 
 def prompt_lengths(task: Task, prompts: dict, pictures: dict, cfg: model.ModelConfig, view: str) -> dict:
@@ -468,11 +479,9 @@ def cut_answer(text: str, marks: tuple[str, ...]) -> str:
 def likeliest_choices(vlm, tokenizer, task: Task, questions: list, samples: list, view: str) -> list[str]:
     """The likeliest choice of each question; of kind likelihood, the log-probabilities of all, as JSON."""
     in_turn = task.shots is None and task.kind != "likelihood"  # an answer begins the turn of a chat template
-    space, options = "" if tokenizer.prefix or in_turn else " ", []
-    for question in questions:
-        unknown = f"--scoring likelihood: the possible answers of {task.name} are not known"
-        require(len(question.choices) > 0, unknown)
-        options.append([tokenizer.encode(space + choice) for choice in question.choices])
+    space, known = "" if tokenizer.prefix or in_turn else " ", all(question.choices for question in questions)
+    require(known, f"--scoring likelihood: the possible answers of {task.name} are not known")
+    options = [[tokenizer.encode(space + choice) for choice in question.choices] for question in questions]
     sums = answer_likelihoods(vlm, samples, options, view)
     if task.kind == "likelihood":
         return [json.dumps(values.round(4).tolist()) for values in sums]
@@ -610,13 +619,10 @@ def score_rows(task: Task, answers: list, blind_answers: list | None, view: str,
     blind_scores = score_answers(task, blind_answers) if blind_answers else None
     levels = [*itertools.zip_longest(*(question.subsets for question in task.questions))]
     members = {"": {*range(len(answers))}}  # question numbers of each subset
-    for level in levels:
-        for i, name in enumerate(level):
-            if name:
-                members.setdefault(name, set()).add(i)
-    rows = []
-    for name, numbers in members.items():
-        rows.append(row_of(task, name, sorted(numbers), scores, blind_scores, view))
+    for i, name in itertools.chain(*map(enumerate, levels)):
+        if name:
+            members.setdefault(name, set()).add(i)
+    rows = [row_of(task, name, sorted(members[name]), scores, blind_scores, view) for name in members]
     if levels and all(levels[0]):  # a guess may be the best constant answer of each
         parts = [row for name, row in zip(members, rows) if name in levels[0]]
         total = sum(row["chance"] * row["n"] for row in parts)
@@ -706,12 +712,12 @@ def git_commit() -> str:
 
 def chat(cfg: EvalConfig) -> None:
     """Ask about one picture; earlier questions and answers stay in the context. An empty line ends."""
-    vlm, tokenizer = load_model(cfg)
+    vlm, tokenizer, autocast = load_model(cfg)
     picture = data.load_sample([], [Path(cfg.chat)], vlm.cfg, "--chat")
-    view, history = "pruned" if cfg.tokens == "pruned" else "full", []
+    view, history = views_of(cfg)[0], []
     tokens = len(data.sample_slots(vlm.cfg, view, picture.sizes)[0])
     print(f"{cfg.chat}: {tokens} visual tokens. Ask; an empty line ends.")
-    with contextlib.suppress(EOFError):
+    with autocast, contextlib.suppress(EOFError):
         while question := input("> ").strip():
             sample = picture._replace(pieces=data.prompt_pieces(question, 1, tokenizer, history))
             batch = data.prompt_batch([sample], view, vlm.cfg).to(next(vlm.parameters()).device)
@@ -736,11 +742,9 @@ def vqa_normalise(text: str) -> str:
     for mark in TABLES["vqa_punctuation"]:
         beside_space = mark + " " in text or " " + mark in text
         cleaned = cleaned.replace(mark, "" if beside_space else " ")
-    words = []
-    for word in re.sub(r"\.(?!\d)", "", cleaned, count=32).split():
-        word = TABLES["vqa_numbers"].get(word, word)
-        if word not in ("a", "an", "the"):
-            words.append(TABLES["vqa_contractions"].get(word, word))
+    words = re.sub(r"\.(?!\d)", "", cleaned, count=32).split()
+    words = [TABLES["vqa_numbers"].get(word, word) for word in words]
+    words = [TABLES["vqa_contractions"].get(word, word) for word in words if word not in ("a", "an", "the")]
     return " ".join(words)
 
 
@@ -750,9 +754,7 @@ def vqa_accuracy(prediction: str, answers: list[str]) -> float:
     Antol et al. 2015: each annotator in turn is left out, min(1, matches among the others / 3) is averaged.
     With ten answers 0, 1, 2, 3, 4+ matches give 0, .3, .6, .9, 1. A single answer is compared for equality.
     """
-    answers = [*map(vqa_normalise, answers)]
-    n = len(answers)
-    k = answers.count(vqa_normalise(prediction))
+    n, k = len(answers), [*map(vqa_normalise, answers)].count(vqa_normalise(prediction))
     if n == 1:
         return float(k)
     return (k * min(1, (k - 1) / 3) + (n - k) * min(1, k / 3)) / n
@@ -835,13 +837,10 @@ def cider_d(captions: list[str], references: list[list[str]]) -> list[float]:
     subset is not comparable. Quirks kept: a lone item has 0, a perfect caption of three words 7.5.
     """
     groups = [[*map(ngram_counts, texts)] for texts in references]
-    items_with = Counter()
-    for group in groups:
-        items_with.update(set().union(*group))
+    items_with = Counter(gram for group in groups for gram in set().union(*group))
     idf = {gram: math.log(len(groups) / count) for gram, count in items_with.items()}
     scores, unseen = [], math.log(max(1, len(groups)))
-    for text, group in zip(captions, groups, strict=True):
-        caption = ngram_counts(text)
+    for caption, group in zip(map(ngram_counts, captions), groups, strict=True):
         similarities = [cider_similarity(caption, reference, idf, unseen) for reference in group]
         scores.append(10 * sum(similarities) / len(group))
     return scores
@@ -866,9 +865,8 @@ def parse_box(text: str) -> tuple[int, ...] | None:
     Each must be an integer in 0..999; digits glued to a letter (the 1 of "x1=20") are no number.
     """
     numbers = re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?", text)[:4]
-    if len(numbers) < 4 or not all(re.fullmatch(r"\d{1,3}", number) for number in numbers):
-        return None
-    return tuple(map(int, numbers))
+    valid = len(numbers) == 4 and all(re.fullmatch(r"\d{1,3}", number) for number in numbers)
+    return tuple(map(int, numbers)) if valid else None
 
 
 def box_hit(prediction: str, answer: str) -> float:

@@ -1506,9 +1506,7 @@ class VLM(nn.Module):
         self.vit.post_layernorm.requires_grad_(False)
 
     @torch.no_grad()
-    def generate(
-        self, batch, end: int, max_new_tokens: int, temperature=0.0, seed=0, stops=()
-    ) -> list[list[int]]:
+    def generate(self, batch, end: int, max_new_tokens: int, temperature=0.0, seed=0, stops=()) -> list[list]:
         """Continue the rows of `data.prompt_batch`: the new ids of each row, without `end`. A row also ends
         behind one of the ids `stops`, which is kept. At temperature 0 it takes the likeliest token.
         """
@@ -1519,17 +1517,16 @@ class VLM(nn.Module):
         draw = torch.Generator(x.device).manual_seed(seed)
         new = torch.full((B, max_new_tokens), end, device=x.device)
         ended = torch.zeros(B, dtype=torch.bool, device=x.device)
-        last = torch.tensor([end, *stops], device=x.device)
+        last = torch.tensor([end, *stops]).to(x.device, non_blocking=True)
         for t in range(max_new_tokens):
             hidden, _ = self.decoder.hidden(x, positions, mask, cache)
             logits = self.decoder.head(hidden[:, -1]).float()  # (B, N)
+            token = logits.argmax(-1)
             if temperature > 0:
                 token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=draw)[:, 0]
-            else:
-                token = logits.argmax(-1)
             new[:, t] = torch.where(ended, end, token)
-            ended |= torch.isin(token, last)
-            if ended.all():
+            ended |= (token[:, None] == last).any(-1)  # torch.isin may wait for the GPU
+            if (t % 8 == 7 or not x.is_cuda) and ended.all():  # to look makes the host wait for the GPU
                 break
             x, positions = self.decoder.embed(new[:, t : t + 1]), positions[:, -1:] + 1
             mask = visible[:, None, None, : T + t + 1]
@@ -1563,7 +1560,7 @@ class VLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: torch.dtype | None = torch.float32) -> "VLM":
-        """From a run folder (its newest complete step) or a step folder. dtype None: as it was saved."""
+        """From a run folder (its newest complete step) or a step folder. dtype None: matrices as saved."""
         folder = find_step(path)
         with torch.device("meta"):
             vlm = cls(from_dict(ModelConfig, read_json(folder / "config.json")["model"]))
@@ -1696,9 +1693,14 @@ def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
     os.replace(temporary, path)
 
 
+def kept_dtype(name: str, p: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """dtype for matrices; vectors and position tables, which are few, keep the residuals in float32."""
+    return dtype if p.ndim > 1 and "position" not in name else torch.float32
+
+
 def load_weights(module: nn.Module, readers: dict, source: str | Path, dtype: torch.dtype | None) -> None:
-    """Fill a module made on the meta device, each tensor cast once to dtype (None: as it is stored). Strict:
-    names the first tensor that is missing, unknown or of another shape.
+    """Fill a module made on the meta device, each tensor cast once to its `kept_dtype` (None: matrices
+    stay as they are stored). Strict: names the first tensor that is missing, unknown or of another shape.
     """
     expected, loaded = module.state_dict(), {}
     for name in [*expected, *readers]:
@@ -1711,5 +1713,5 @@ def load_weights(module: nn.Module, readers: dict, source: str | Path, dtype: to
         fits = value.shape == like.shape and value.is_floating_point()  # not quantized
         kinds = f"{tuple(value.shape)} of {value.dtype}, not {tuple(like.shape)} of floats"
         require(fits, f"{source}: tensor '{name}' is {kinds}")
-        loaded[name] = value.to(dtype or value.dtype, copy=True)  # off the mapped file
+        loaded[name] = value.to(kept_dtype(name, value, dtype or value.dtype), copy=True)  # not mapped
     module.load_state_dict(loaded, assign=True)

@@ -384,13 +384,12 @@ def start(stage: str, config: type, argv: list[str], doc: str) -> tuple:
 
 
 def freeze(vlm: model.VLM, cfg: RunConfig) -> None:
-    """Freeze what does not train. Trained weights are kept in float32, frozen matrices as --frozen says;
-    frozen vectors and position tables, which are few, stay in float32, and with them the residual stream.
-    """
+    """Freeze what does not train. Trained weights are kept in float32, frozen matrices as --frozen says."""
     vlm.set_trainable(model.trainable_parts(cfg.train), cfg.trains_isolator())
     for name, p in vlm.named_parameters():
-        narrow = p.ndim > 1 and "position" not in name and not p.requires_grad and cfg.frozen == "bfloat16"
-        p.data = p.data.to(torch.bfloat16 if narrow or cfg.pure_bf16 else torch.float32)
+        narrow = not p.requires_grad and cfg.frozen == "bfloat16"
+        dtype = model.kept_dtype(name, p, torch.bfloat16 if narrow else torch.float32)
+        p.data = p.data.to(torch.bfloat16 if cfg.pure_bf16 else dtype)
 
 
 def begin(run: "Run", vlm: model.VLM, optimizers) -> int:

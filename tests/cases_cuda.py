@@ -6,7 +6,8 @@ import warnings
 import pytest
 import torch
 from helpers import TOKENIZER, small_config
-from helpers_cuda import CUDA, pretend, trace_steps
+from helpers_cuda import CUDA, Waits, fake_vlm, pretend, trace_steps
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 import model
@@ -110,3 +111,31 @@ def test_a_step_stays_on_its_device(name):
 
 def test_there_are_enough_cases():
     assert len(CASES) >= 30
+
+
+class NeverEnding(Waits):
+    """A host that asks whether all rows have ended is told that they have not."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        return 0 if func._schema.name == "aten::_local_scalar_dense" else out
+
+
+@pytest.mark.parametrize("view", ["full", "pruned"])
+def test_generate_stays_on_its_device_and_waits_every_8_tokens(view, monkeypatch):
+    cfg, stops, answers = small_config(), [*range(2, 90)], []
+    samples = []
+    for n in range(3):
+        pieces = data.prompt_pieces("what colour is it?" * (n + 1), 1, TOKENIZER)
+        samples.append(data.load_sample(pieces, [data.make_scene("test", n)], cfg))
+    batch = data.prompt_batch(samples, view, cfg)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: answers.append(x) or [[5]] * len(x))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        vlm = fake_vlm(model.copy_config(cfg), flags_of(frozen="bfloat16", train="connector")).eval()
+        batch = batch.to(CUDA)
+        with NeverEnding() as waits, torch.autocast("cuda", torch.bfloat16):
+            vlm.generate(batch, TOKENIZER.end, 20, stops=stops)
+    ((place, times),) = waits.places.items()
+    assert place[0] == "number" and "ended.all()" in place[1] and times == 2
+    (ids,) = answers
+    assert (ids.device, ids.shape) == (CUDA, (3, 20))

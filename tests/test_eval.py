@@ -1,6 +1,7 @@
 """Tasks, kept answers, the blind control and chat; own files go all the way in tools/test_report.py."""
 
 import json
+import threading
 
 import pytest
 import torch
@@ -215,6 +216,81 @@ def test_files_that_are_not_ours_stay_as_they_are(saved, tmp_path):
         evaluation.main(["--model", str(saved), "--tasks", "scenes_pope", "--out", str(tmp_path)])
     with pytest.raises(UserError, match="--model is missing"):
         evaluation.main(["--tasks", "scenes_pope"])
+
+
+# --- What a GPU likes: matrices in bfloat16, pictures decoded while it works
+@pytest.mark.parametrize("flags", ["", "--scoring likelihood", "--shots 1", "--chat PICTURE"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_answers_in_bfloat16_are_computed_in_autocast_over_float32_residuals(
+    saved, tmp_path, monkeypatch, flags, dtype
+):
+    picture, seen, lines = write_set(tmp_path).with_name("a.png"), [], iter(["What is it?", ""])
+    real = model.Decoder.hidden
+
+    def hidden(decoder, x, *more):
+        dtypes = {p.dtype for p in decoder.parameters() if p.ndim > 1}
+        seen.append((x.dtype, decoder.norm.weight.dtype, *dtypes, torch.is_autocast_enabled("cpu")))
+        return real(decoder, x, *more)
+
+    monkeypatch.setattr(model.Decoder, "hidden", hidden)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    common = f"--model {saved} --device cpu --dtype {dtype} --n 2 --tasks scenes_pope"
+    evaluation.main([*common.split(), *flags.replace("PICTURE", str(picture)).split()])
+    half = dtype == "bfloat16"
+    assert {*seen} == {(torch.float32, torch.float32, torch.bfloat16 if half else torch.float32, half)}
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_text_is_scored_in_bfloat16_too(saved, tmp_path):
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        out = tmp_path / f"{dtype}.json"
+        flags = f"--model {saved} --device cpu --dtype {dtype} --tasks scenes_words --n 4 --out {out}"
+        evaluation.main(flags.split())
+        losses.append(results(out)[0]["score"])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+def file_batches(folder, vlm) -> tuple:
+    """Three batches of two questions, each about its own picture."""
+    path = write_set(folder, *({"image": f"{n}.png", "answers": ["a"]} for n in range(6)))
+    for n in range(6):
+        Image.new("RGB", (20, 10), (40 * n, 90, 10)).save(folder / f"{n}.png")
+    task = open_one("vqa", path)
+    prompts = {i: task.prompt(question, TOKENIZER) for i, question in enumerate(task.questions)}
+    pictures = {i: [*question.images] for i, question in enumerate(task.questions)}
+    return task, [[4, 0], [1, 3], [5, 2]], prompts, pictures, vlm.cfg
+
+
+def test_pictures_are_decoded_while_the_batch_before_is_answered(tmp_path, monkeypatch):
+    task, batches, prompts, pictures, cfg = file_batches(tmp_path, tiny_vlm())
+    alone = {i: data.load_sample(prompts[i], pictures[i], cfg) for i in range(6)}
+    loaded, real = {i: threading.Event() for i in range(6)}, data.load_sample
+
+    def load_sample(pieces, images, cfg, name):
+        loaded[int(images[0].stem)].set()
+        return real(pieces, images, cfg, name)
+
+    monkeypatch.setattr(data, "load_sample", load_sample)
+    waiting = iter(evaluation.load_batches(task, batches, prompts, pictures, cfg))
+    for numbers, following, later in zip(batches, [*batches[1:], []], [*batches[2:], [], []]):
+        samples = next(waiting)
+        assert all(loaded[i].wait(20) for i in following) and not any(loaded[i].is_set() for i in later)
+        for i, sample in zip(numbers, samples, strict=True):
+            assert sample.pieces == alone[i].pieces and (sample.pixels == alone[i].pixels).all()
+    assert next(waiting, None) is None
+
+
+def test_a_broken_picture_is_named_when_its_turn_comes(tmp_path, monkeypatch):
+    vlm, kept = tiny_vlm(), []
+    task, *_ = file_batches(tmp_path, vlm)
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    images, cfg = [question.images for question in task.questions], evaluation.EvalConfig(batch_size=2)
+    file = evaluation.AnswerFile(tmp_path / "kept.jsonl", task, {"metadata": {}})
+    with pytest.raises(UserError, match=r"^q question 3: image .*3.png does not decode"):
+        evaluation.answer_all(vlm, TOKENIZER, task, images, "full", cfg, file)
+    kept = [json.loads(line)["question_id"] for line in file.path.read_text().splitlines()]
+    assert kept == [0, 1]  # the batch before
 
 
 # --- The encoder

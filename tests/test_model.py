@@ -407,6 +407,20 @@ def test_generate_is_the_arg_max_of_full_forwards(mode):
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+@pytest.mark.parametrize("tokens, on_cpu, on_cuda", [(20, 20, 2), (3, 3, 1)], ids=["endless", "short"])
+def test_a_gpu_is_asked_every_8_tokens_whether_all_rows_ended(tokens, on_cpu, on_cuda, monkeypatch):
+    """Each time the host waits for it. A row that ended gets `end` again, so the answers are the same."""
+    vlm, never, real, asked = tiny_vlm(), TOKENIZER.vocab_size, torch.Tensor.all, []
+    batch = data.prompt_batch(prompts(), "full", vlm.cfg)
+    stops = [row[tokens - 1] for row in vlm.generate(batch, never, tokens)] if tokens < 8 else []
+    monkeypatch.setattr(torch.Tensor, "all", lambda x: asked.append(x) or real(x))
+    rows = vlm.generate(batch, never, 20, stops=stops)
+    assert len(asked) <= on_cpu and len(asked) == max(map(len, rows))
+    asked.clear()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    assert vlm.generate(batch, never, 20, stops=stops) == rows and len(asked) == on_cuda
+
+
 def samples_of_scenes() -> list[tuple[list, torch.Tensor]]:
     records = [data.Scenes("chat")[i] for i in range(3)]
     return [(data.pieces_of(r, TOKENIZER), data.load_images(r.images, tiny_vlm().cfg)) for r in records]

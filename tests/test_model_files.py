@@ -98,10 +98,10 @@ def test_tensors_are_cast_once_and_owned(tmp_path):
     save_file(weights, copied(tmp_path) / "model.safetensors")
     for dtype in (torch.float32, torch.bfloat16):
         decoder = Decoder.from_pretrained(tmp_path, dtype)
-        assert {p.dtype for p in decoder.parameters()} == {dtype}
         for name, p in decoder.named_parameters():
+            kept = dtype if p.ndim > 1 else torch.float32  # norms stay whole, and with them the residuals
             key = name if name == "lm_head.weight" else f"model.{name}"
-            assert torch.equal(p, weights[key].to(dtype)) and p.is_contiguous()
+            assert p.dtype == kept and torch.equal(p, weights[key].to(kept)) and p.is_contiguous()
             assert p.untyped_storage().nbytes() == p.numel() * p.element_size()
 
 
@@ -214,7 +214,7 @@ torch.zeros(8, 8).to(dtype) @ torch.zeros(8, 8).to(dtype)
 before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 decoder = model.Decoder.from_pretrained(sys.argv[1], dtype)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-assert {p.dtype for p in decoder.parameters()} == {dtype}
+assert {p.dtype for p in decoder.parameters() if p.ndim > 1} == {dtype}
 assert all(p.isfinite().all() for p in decoder.norm.parameters())
 print((peak - before) / sum(p.numel() * p.element_size() for p in decoder.parameters()))
 """

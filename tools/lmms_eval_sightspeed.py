@@ -53,7 +53,7 @@ class Sightspeed(lmms):
             model=pretrained, batch_size=int(batch_size), tokens=tokens, device=device, dtype=dtype
         )
         evaluation.check_config(self.cfg)
-        self.vlm, self.tokenizer = evaluation.load_model(self.cfg)
+        self.vlm, self.tokenizer, self.autocast = evaluation.load_model(self.cfg)
 
     def question(self, request):
         """A request as a Question, its second argument (how to answer, or the continuation), its document."""
@@ -74,8 +74,9 @@ class Sightspeed(lmms):
         for (max_new_tokens, marks), members in groups.items():
             numbers, questions = zip(*members)
             task = benchmarks.BenchmarkTask("lmms-eval", "vqa", [*questions], max_new_tokens)
-            images = [question.images for question in questions]
-            texts = evaluation.answer_all(self.vlm, self.tokenizer, task, images, self.cfg.tokens, self.cfg)
+            images, view = [question.images for question in questions], self.cfg.tokens
+            with self.autocast:
+                texts = evaluation.answer_all(self.vlm, self.tokenizer, task, images, view, self.cfg)
             answers |= {i: evaluation.cut_answer(text, marks) for i, text in zip(numbers, texts)}
         return [answers[i] for i in range(len(requests))]
 
@@ -89,9 +90,10 @@ class Sightspeed(lmms):
             ids = self.tokenizer.encode(text)
             pieces = benchmarks.marked_prompt(question, self.tokenizer)
             sample = data.load_sample(pieces, [*question.images], self.vlm.cfg, "lmms-eval")
-            (sums,) = evaluation.answer_likelihoods(self.vlm, [sample], [[ids]], view)
             batch = data.prompt_batch([sample], view, self.vlm.cfg).to(device)
-            greedy = self.vlm.generate(batch, self.tokenizer.end, len(ids))[0]
+            with self.autocast:
+                (sums,) = evaluation.answer_likelihoods(self.vlm, [sample], [[ids]], view)
+                greedy = self.vlm.generate(batch, self.tokenizer.end, len(ids))[0]
             results.append((float(sums[0]), greedy == ids))
         return results
 

@@ -1369,7 +1369,7 @@ class VLM(nn.Module):
     @classmethod
     def build(cls, cfg: ModelConfig, dtype: torch.dtype | None = torch.float32) -> "VLM":
         """A new model from pre-trained halves, whose shapes replace those in cfg; the connector is new.
-        dtype: of the halves; None keeps what their files hold.
+        dtype: of the halves' matrices; None keeps them as their files hold them. Vectors are in float32.
         """
         vit = decoder = None
         if cfg.encoder_from:
@@ -1399,14 +1399,12 @@ class VLM(nn.Module):
         trains = self.vit.embeddings.patch_embedding.weight.requires_grad and torch.is_grad_enabled()
         with torch.set_grad_enabled(trains):  # a frozen encoder keeps no activations
             pixels = (pixels.float() - self.pixel_mean) / self.pixel_std
-            dtype = self.vit.embeddings.position_embedding.weight.dtype
-            last = max(self.cfg.connector.levels)
+            dtype, last = self.vit.embeddings.position_embedding.weight.dtype, max(self.cfg.connector.levels)
             return self.vit.hidden_states(pixels.to(dtype), last, {*self.cfg.connector.levels, last - 1})
 
     def levels(self, states: tuple[Tensor, ...], tiles: Tensor | slice = slice(None)) -> list[Tensor]:
         """Patches of those tiles at the levels that the connector reads, each (I, P, C)."""
-        first = int(self.cfg.vit.cls_token)
-        return [states[level][tiles, first:] for level in self.cfg.connector.levels]
+        return [states[level][tiles, int(self.cfg.vit.cls_token) :] for level in self.cfg.connector.levels]
 
     def bank(self, batch) -> Tensor | None:
         """All visual tokens that the batch's slots refer to (Rows.visual_index), one row each: (rows, D), or

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import TOKENIZER, small_config
 from helpers_cuda import CUDA, Waits, fake_vlm, pretend, trace_steps
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import data
 import model
@@ -129,7 +129,7 @@ def test_generate_stays_on_its_device_and_waits_every_8_tokens(view, monkeypatch
         pieces = data.prompt_pieces("what colour is it?" * (n + 1), 1, TOKENIZER)
         samples.append(data.load_sample(pieces, [data.make_scene("test", n)], cfg))
     batch = data.prompt_batch(samples, view, cfg)
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: answers.append(x) or [[5]] * len(x))
+    monkeypatch.setattr(FakeTensor, "tolist", lambda x: answers.append(x) or [[5]] * len(x))
     with FakeTensorMode(allow_non_fake_inputs=True):
         vlm = fake_vlm(model.copy_config(cfg), flags_of(frozen="bfloat16", train="connector")).eval()
         batch = batch.to(CUDA)

@@ -17,7 +17,7 @@ LIMITS = {  # lines at most; the aims behind them: what an evening's reading sho
     "eval.py": 890,  # 800
 }
 IDEAS = ("model.py", "prune.py", "train_pretrain.py", "train_sft.py")
-ALL_SIX, FOUR_WITH_IDEAS, TESTS, README, WIDTH = 5560, 2980, 11500, 260, 110  # aims: 4,500; 2,380; 9,500
+ALL_SIX, FOUR_WITH_IDEAS, TESTS, README, WIDTH = 5560, 2980, 12500, 260, 110  # aims: 4,500; 2,380; 9,500
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 
 

@@ -410,9 +410,11 @@ def test_generate_is_the_arg_max_of_full_forwards(mode):
 @pytest.mark.parametrize("tokens, on_cpu, on_cuda", [(20, 20, 2), (3, 3, 1)], ids=["endless", "short"])
 def test_a_gpu_is_asked_every_8_tokens_whether_all_rows_ended(tokens, on_cpu, on_cuda, monkeypatch):
     """Each time the host waits for it. A row that ended gets `end` again, so the answers are the same."""
-    vlm, never, real, asked = tiny_vlm(), TOKENIZER.vocab_size, torch.Tensor.all, []
+    vlm, real, asked = tiny_vlm(), torch.Tensor.all, []
     batch = data.prompt_batch(prompts(), "full", vlm.cfg)
-    stops = [row[tokens - 1] for row in vlm.generate(batch, never, tokens)] if tokens < 8 else []
+    endless = vlm.generate(batch, TOKENIZER.vocab_size, 20)
+    never = min({*range(TOKENIZER.vocab_size)}.difference(*endless))
+    stops = [row[tokens - 1] for row in endless] if tokens < 8 else []
     monkeypatch.setattr(torch.Tensor, "all", lambda x: asked.append(x) or real(x))
     rows = vlm.generate(batch, never, 20, stops=stops)
     assert len(asked) <= on_cpu and len(asked) == max(map(len, rows))

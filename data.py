@@ -544,11 +544,12 @@ def make_rows(laid: list[Laid], row_length: int, fixed=False, rows=None, prompts
 
 def make_batch(
     samples: list[Sample], modes: list[str], cfg: ModelConfig, row_length: int, limit: int,
-    next_sample: int = 0, rows=None, tile_multiple: int = 1, prompts: bool = False,
+    next_sample: int = 0, rows=None, tile_multiple: int = 1, prompts: bool = False, teaches: bool = False,
 ) -> Batch:  # fmt: skip
     """modes: for each sample "full", "pruned" or "slow": its student on full tokens, its teacher on pruned.
     limit: positions of a sample. rows: which samples share a row of row_length positions; None: best fit, in
     rows as wide as they need. tile_multiple: blank pictures fill up the number of tiles to such a multiple.
+    teaches: there is a teacher even for no slow sample, as on other ranks: sharded, all make the same passes.
     """
     samples = [Sample(*sample) for sample in samples]
     first_tile = np.cumsum([0] + [len(sample.pixels) for sample in samples])
@@ -577,8 +578,9 @@ def make_batch(
     student = [laid[VIEWS[mode][0]][i] for i, mode in enumerate(modes)]
     student = make_rows(student, row_length, fixed, rows, prompts)
     slow = [i for i in laid["pruned"] if modes[i] == "slow"]
-    if slow:
-        teacher = make_rows([laid["pruned"][i] for i in slow], row_length, fixed)
+    if slow or teaches:
+        taught = [laid["pruned"][i] for i in slow] or [lay_out([], [])]
+        teacher = make_rows(taught, row_length, fixed and bool(slow))
         of_student = student.doc_ids.view(-1)[student.supervised]  # (R,), the sample of each target
         of_teacher = teacher.doc_ids.view(-1)[teacher.supervised]
         distill = torch.zeros_like(of_teacher)
@@ -676,6 +678,7 @@ class Planned:
     rows: list[list[Sample]]  # with batch_size: one list of samples
     skipped: list[tuple]  # (reason, message) of records that could not be used
     cursor: list  # where each group goes on: [pool, row]
+    any_slow: bool = False  # has another rank, or this one, a slow sample in it?
     shares: dict[str, float] | None = None  # for the log: how full it is, and of what
 
 
@@ -740,12 +743,15 @@ class Plan(IterableDataset):
             for micro in range(cfg.micro_steps):
                 if cfg.batch_size:
                     samples = [*itertools.islice(order, share * self.world)]  # of all ranks
+                    slow = "slow" in [self.choose_mode(number) for number, _ in samples]
                     samples, skipped = self.draw(0, samples[self.rank * share : (self.rank + 1) * share])
-                    yield Planned(step, [samples], skipped, [])
+                    yield Planned(step, [samples], skipped, [], slow)
                 else:  # every rank plans for all, the first one reports
                     start = (micro * self.world + self.rank) * share
                     reported = skipped if self.rank == 0 and micro == 0 else []
-                    yield Planned(step, rows[start : start + share], reported, [*cursor])
+                    of_all = itertools.chain(*rows[micro * self.world * share :][: self.world * share])
+                    slow = "slow" in [sample.mode for sample in of_all]
+                    yield Planned(step, rows[start : start + share], reported, [*cursor], slow)
 
     def packed_rows(self, group: int, pool: int, first: int):
         """Endless rows from row `first` of a pool on: samples, cursor behind them, what the pool skipped."""
@@ -855,7 +861,7 @@ class Stream(Dataset):
             shares["image_fill"] = tiles / (len(rows) * cfg.row_images)
         batch = make_batch(
             samples, modes, plan.cfg, cfg.row_length, cfg.sample_limit, next_sample,
-            tile_multiple=plan.tile_multiple, **layout,
+            tile_multiple=plan.tile_multiple, teaches=planned.any_slow and plan.world > 1, **layout,
         )  # fmt: skip
         shares["fill"] = filled.total() / batch.student.ids.numel()
         batch.plan = replace(planned, rows=[], skipped=skipped, shares=shares)

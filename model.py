@@ -55,8 +55,7 @@ def require_one_of(name: str, value: str, options) -> None:
 
 def require_at_least(config, least: float, names: str) -> None:
     for name in names.split():
-        value = getattr(config, name)
-        require(value >= least, f"--{name} {value}: must be at least {least}")
+        require(getattr(config, name) >= least, f"--{name} {getattr(config, name)}: must be at least {least}")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -236,11 +235,8 @@ class ModelConfig:
         require(p.keep > 0, f"prune.keep {p.keep:g} must be above 0")
         require_one_of("prune.isolator_per", p.isolator_per, ("tile", "image"))
         sums = [*accumulate(self.scale_tokens())]
-        exact = min(round(p.keep), sums[-1]) in sums
-        require(
-            p.name != "coarse" or p.keep <= 1 or exact,
-            f"prune.keep {p.keep:g}: coarse keeps whole scales, so one of {sums}",
-        )
+        whole = p.name != "coarse" or p.keep <= 1 or min(round(p.keep), sums[-1]) in sums
+        require(whole, f"prune.keep {p.keep:g}: coarse keeps whole scales, so one of {sums}")
         if d.experts:
             every = d.expert_every
             require(d.experts > 1, f"decoder.experts {d.experts} must be 0 or above 1")
@@ -353,9 +349,8 @@ def parse_cli(argv: list[str], doc: str | None, *configs) -> None:
         name = word.removeprefix("--")
         if name not in flags or name == word:
             close = difflib.get_close_matches(name, flags, 1)
-            raise UserError(
-                f"unknown flag '{word}', " + (f"did you mean --{close[0]}?" if close else "see --help")
-            )
+            hint = f"did you mean --{close[0]}?" if close else "see --help"
+            raise UserError(f"unknown flag '{word}', {hint}")
         config, attribute, kind, *_ = flags[name]
         if not equals:
             alone = not words or words[0].startswith("--")
@@ -439,12 +434,9 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2)  # (..., T, D) -> (..., H, T, D/H)
 
 
-def quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
 GELU_TANH = functools.partial(F.gelu, approximate="tanh")
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_pytorch_tanh": GELU_TANH, "silu": F.silu}
+ACTIVATIONS = {"gelu": F.gelu, "gelu_pytorch_tanh": GELU_TANH, "silu": F.silu}
+ACTIVATIONS["quick_gelu"] = lambda x: x * torch.sigmoid(1.702 * x)
 
 
 class MLP(nn.Module):
@@ -492,9 +484,8 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        q = split_heads(self.q_proj(x), self.heads)  # (I, H, P, D/H)
-        k = split_heads(self.k_proj(x), self.heads)
-        v = split_heads(self.v_proj(x), self.heads)
+        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        q, k, v = (split_heads(y, self.heads) for y in projected)  # (I, H, P, D/H)
         return self.out_proj(attend(q, k, v))  # (I, P, D)
 
 
@@ -542,9 +533,8 @@ class ViT(nn.Module):
         super().__init__()
         self.cfg, stride = cfg, cfg.patch_size
         self.embeddings = nn.Module()  # a group of parameters, as CLIP has it
-        self.embeddings.class_embedding = (
-            nn.Parameter(torch.randn(cfg.width) * 0.02) if cfg.cls_token else None
-        )
+        cls = nn.Parameter(torch.randn(cfg.width) * 0.02) if cfg.cls_token else None
+        self.embeddings.class_embedding = cls
         self.embeddings.patch_embedding = nn.Conv2d(3, cfg.width, stride, stride, bias=cfg.patch_bias)
         positions = (cfg.image_size // stride) ** 2 + cfg.cls_token
         self.embeddings.position_embedding = nn.Embedding(positions, cfg.width)
@@ -579,7 +569,7 @@ class ViT(nn.Module):
         """
         states = [self.embed(pixels)]
         for n, block in enumerate(self.encoder["layers"][:last]):
-            run = block if self.training else block.forward  # see Decoder.hidden
+            run = block if self.training else block.forward  # not compiled, see Decoder.hidden
             states.append(run(states[n]))
             if only is not None and n not in only:
                 states[n] = None
@@ -882,8 +872,8 @@ class Decoder(nn.Module):
         """
         rope, losses = rope_tables(positions, self.cfg), []
         for block in self.layers:
-            # Without torch.compile, which would recompile for each shape that evaluation or a teacher brings.
-            run = block if self.training and torch.is_grad_enabled() else block.forward
+            # Else with its hooks, but not compiled, as evaluation and teachers bring many shapes.
+            run = block if self.training and torch.is_grad_enabled() else block._call_impl
             x, router = run(x, rope, mask, cache, real)
             if router is not None and torch.is_grad_enabled() and block.mlp.router.weight.requires_grad:
                 losses.append(router)
@@ -1476,7 +1466,7 @@ class VLM(nn.Module):
         bank, teacher = self.bank(batch), None
         if batch.teacher is not None:
             with torch.no_grad():
-                teacher, _ = self.logits(batch.teacher, self.splice(batch.teacher, bank.detach()))
+                teacher, _ = self.logits(batch.teacher, self.splice(batch.teacher, bank))
         x = self.splice(batch.student, bank)
         # DDP needs a gradient for every parameter, so those that this batch does not use (for text alone: all
         # but the decoder) get zeros, with which Adam's momentum keeps moving them; DualSpeed's get None.
@@ -1552,6 +1542,9 @@ class VLM(nn.Module):
     def save_pretrained(self, folder: Path, extra: dict | None = None) -> None:
         """model.safetensors, config.json (the model's and `extra`), preprocessor.json."""
         write_weights(folder / "model.safetensors", self.state_dict())
+        self.save_config(folder, extra)
+
+    def save_config(self, folder: Path, extra: dict | None = None) -> None:
         image = {"image_size": self.cfg.vit.image_size, **dataclasses.asdict(self.cfg.image)}
         write_json(folder / "preprocessor.json", image)
         write_json(folder / "config.json", {"model": dataclasses.asdict(self.cfg), **(extra or {})})
@@ -1657,7 +1650,8 @@ def open_weights(folder: Path) -> dict:
     """Name -> a function that reads that tensor from model.safetensors, its shards, or else a .bin file. A
     file is mapped, safetensors anew for each tensor: its pages are given back before the next is cast.
     """
-    readers, files = {}, []
+    readers, parts = {}, {}
+    files = sorted(folder.glob("shard-*-model-*.safetensors"))  # of a sharded run, a rank each
     for name in ("pytorch_model.bin", "model.safetensors"):  # the latter is taken where both are
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
@@ -1675,12 +1669,20 @@ def open_weights(folder: Path) -> dict:
                     raise TypeError("more than tensors")
                 readers |= {name: functools.partial(tensors.get, name) for name in tensors}
             else:
-                for name in safe_open(file, "pt").keys():
-                    readers[name] = lambda file=file, name=name: safe_open(file, "pt").get_tensor(name)
+                whole = safe_open(file, "pt")
+                shards = json.loads((whole.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+                for name in whole.keys():
+                    offset = shards[name]["saved_offsets"] if name in shards else None
+                    parts.setdefault(name, []).append((offset, file))
         except Exception as e:  # of many kinds; some texts advise to load a .bin file all the same
             damage = f"damaged, or holds more than tensors ({type(e).__name__})"
             raise UserError(f"{file} is {damage}") from None
-    return readers
+
+    def read(name: str) -> Tensor:
+        tensors = [safe_open(file, "pt").get_tensor(name) for _, file in sorted(parts[name])]
+        return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+
+    return readers | {name: functools.partial(read, name) for name in parts}
 
 
 def write_weights(path: Path, weights: dict[str, Tensor]) -> None:

@@ -4,6 +4,7 @@
     one GPU      the same; --dtype bfloat16 --compile true are the defaults there
     one node     torchrun --nproc_per_node=8 train_pretrain.py --data scenes --out runs/a/pretrain
     many nodes   torchrun --nnodes=2 --node_rank=R --master_addr=H --nproc_per_node=8 train_pretrain.py ...
+    large        the same with --shard zero2 or zero3; with many nodes, --out is a folder that all of them see
     go on        the same command with --resume auto
     stage 1b     python train_pretrain.py --init runs/a/pretrain --scale 32to144 --train vit,connector --out b
 
@@ -26,8 +27,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
@@ -75,6 +82,8 @@ class RunConfig(data.RowConfig):
     pure_bf16: bool = False  # trained weights, gradients and moments in bfloat16 too: memory before quality
     compile: str = "auto"  # true or false: torch.compile of every block; auto: on cuda only
     recompute: str = "none"  # memory for time: attention, or each block, is computed again on the way back
+    shard: str = "none"  # spread weights over ranks; zero2 gathers a block once a micro-step, zero3 twice
+    shard_ranks: int = 0  # ranks that hold one copy of the weights together, such as a node's; 0: all
     # -- logging
     log_every: int = 10  # steps between log lines
     save_every: int = 0  # steps between checkpoints; 0: only at the end
@@ -87,7 +96,7 @@ class RunConfig(data.RowConfig):
         model.trainable_parts(self.train)
         require_at_least(self, 1, "steps rows micro_steps log_every row_length row_images row_limit")
         require_at_least(self, 0, "seed batch_size save_every eval_every muon_lr vit_lr z_loss")
-        require_at_least(self, 0, "weight_decay balance router_z")
+        require_at_least(self, 0, "weight_decay balance router_z shard_ranks")
         law = self.lr == -1 and "decoder" in self.train.split(",")
         require(self.lr >= 0 or law, f"--lr {self.lr:g}: at least 0, or -1 if the whole decoder trains")
         require_one_of("--decay", self.decay, ("matrices", "all"))
@@ -96,6 +105,7 @@ class RunConfig(data.RowConfig):
         require_one_of("--dtype", self.dtype, ("auto", "float32", "bfloat16"))
         require_one_of("--compile", self.compile, ("auto", "true", "false"))
         require_one_of("--recompute", self.recompute, ("none", "attention", "block"))
+        require_one_of("--shard", self.shard, ("none", "zero2", "zero3"))
 
     def trains_isolator(self) -> bool:
         return False
@@ -151,11 +161,11 @@ def optimizer_step(run: "Run", ddp: nn.Module, micro: list, optimizers, step: in
     sums = {}
     for n, batch in enumerate(micro):
         last = n == len(micro) - 1
-        with nullcontext() if last or run.world == 1 else ddp.no_sync():
+        with nullcontext() if last or not isinstance(ddp, DistributedDataParallel) else ddp.no_sync():
             with run.autocast():
                 logits, teacher, router_losses = ddp(batch)
             losses = add_penalties(run.cfg, loss_of(logits, teacher, batch), logits, router_losses)
-            (losses["loss"] * (run.world / count)).backward()  # DDP averages gradients over the ranks
+            (losses["loss"] * (run.world / count)).backward()  # gradients are averaged over the ranks
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
     rate = schedule(step, run.cfg)
@@ -163,6 +173,7 @@ def optimizer_step(run: "Run", ddp: nn.Module, micro: list, optimizers, step: in
     for group in groups:
         group["lr"] = group["peak"] * rate
     norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], run.cfg.clip)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -222,7 +233,7 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure=None) -> None:
         for group in self.param_groups:
             stacks = {}  # matrices of one shape, of about 2^26 numbers at a time, as they are copied
             for n, p in enumerate(group["params"]):
@@ -276,8 +287,8 @@ MAY_CHANGE = {
     "init": {"prune.", "lora."},  # and all flags of the run but --preset
     "resume": {
         *"out init resume steps micro_steps val_data workers lr vit_lr warmup final_lr weight_decay".split(),
-        *"clip z_loss temperature balance router_z device dtype frozen compile recompute".split(),
-        *"log_every save_every eval_every later profile".split(),
+        *"clip z_loss temperature balance router_z device dtype frozen compile recompute shard".split(),
+        *"shard_ranks log_every save_every eval_every later profile".split(),
     },
 }
 
@@ -337,6 +348,11 @@ def resolve_device(cfg: RunConfig, device: torch.device, world: int) -> None:
     if cfg.dtype == "float32":
         cfg.frozen = "float32"  # without autocast a product needs both sides in one dtype
     require(not cfg.pure_bf16 or cfg.dtype == "bfloat16", "--pure_bf16 true needs --dtype bfloat16")
+    cfg.shard = cfg.shard if world > 1 else "none"
+    if cfg.shard != "none":
+        require(not cfg.muon_lr, f"--shard {cfg.shard}: Muon needs whole matrices, take --muon_lr 0")
+        even = world % (cfg.shard_ranks or world) == 0
+        require(even, f"--shard_ranks {cfg.shard_ranks} does not divide the {world} ranks")
     name = "batch_size" if cfg.batch_size else "rows"
     size = getattr(cfg, name)
     micro_steps = [str(n) for n in range(1, size + 1) if size % (n * world) == 0]
@@ -361,6 +377,21 @@ def start(stage: str, config: type, argv: list[str], doc: str) -> tuple:
     for source, _ in sources:
         if isinstance(source, data.FileSource):  # so does a folder that has none of the pictures
             source.first_usable(source.with_pictures)
+    place, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    for turn in range(ranks):  # if sharded, a node holds one whole copy of the model at a time
+        if turn == place:
+            vlm, tokenizer = build_model(cfg, model_cfg, step, origin)
+            run.announce(vlm, step or f"preset {cfg.preset}", sources)
+            if cfg.shard != "none":
+                shard(run, vlm)
+            vlm.to(device)
+        if cfg.shard != "none":
+            dist.barrier()
+    return run, vlm, tokenizer, cfg
+
+
+def build_model(cfg: RunConfig, model_cfg: model.ModelConfig, step: Path | None, origin: str) -> tuple:
+    """The VLM on the CPU, from the checkpoint `step` or the preset's halves, and its tokenizer."""
     if step:
         tokenizer = data.Tokenizer.from_pretrained(step / "tokenizer")
         # Frozen matrices may be saved in bfloat16, which only autocast multiplies with float32.
@@ -379,8 +410,7 @@ def start(stage: str, config: type, argv: list[str], doc: str) -> tuple:
     ids, rows = tokenizer.vocab_size, vlm.cfg.decoder.vocab_size
     require(ids <= rows, f"the tokenizer has {ids} ids, the decoder {rows}: give --tokenizer_from its own")
     cfg.check_room(vlm.cfg)
-    run.announce(vlm, step or f"preset {cfg.preset}", sources)
-    return run, vlm.to(device), tokenizer, cfg
+    return vlm, tokenizer
 
 
 def freeze(vlm: model.VLM, cfg: RunConfig) -> None:
@@ -392,6 +422,24 @@ def freeze(vlm: model.VLM, cfg: RunConfig) -> None:
         p.data = p.data.to(torch.bfloat16 if cfg.pure_bf16 else dtype)
 
 
+def shard(run: "Run", vlm: model.VLM) -> None:
+    """FSDP2: a rank keeps its share of every weight and of its gradient and moments. A decoder block is
+    gathered to run, under autocast in bfloat16 (its vectors, too); gradients are averaged in float32. All
+    else is gathered once a micro-step: a rank without pictures runs no encoder, yet all must gather alike. A
+    frozen encoder stays whole on every rank. Ranks beyond shard_ranks hold further copies (HSDP).
+    """
+    cfg, n = run.cfg, run.cfg.shard_ranks or run.world
+    mesh = init_device_mesh(run.device.type, (run.world // n, n), mesh_dim_names=("replicate", "shard"))
+    mesh = mesh if n < run.world else mesh["shard"]
+    narrow, reduce = getattr(torch, cfg.dtype), {"reduce_dtype": torch.float32, "cast_forward_inputs": False}
+    for block in vlm.decoder.layers:
+        precision = MixedPrecisionPolicy(narrow, **reduce)
+        fully_shard(block, mesh=mesh, reshard_after_forward=cfg.shard == "zero3", mp_policy=precision)
+    frozen = {p for p in vlm.vit.parameters() if not p.requires_grad}
+    common = {"reshard_after_forward": False, "ignored_params": frozen}
+    fully_shard(vlm, mesh=mesh, mp_policy=MixedPrecisionPolicy(**reduce), **common)
+
+
 def begin(run: "Run", vlm: model.VLM, optimizers) -> int:
     """The first step, 0 or where a run goes on, whose optimizers and log are restored. From here on the run
     exists on disk: every check has passed.
@@ -399,10 +447,13 @@ def begin(run: "Run", vlm: model.VLM, optimizers) -> int:
     first, lines, log = 0, [], run.folder / "metrics.jsonl"
     if (run.folder / "latest").is_file():
         folder = model.find_step(run.folder)
-        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu", mmap=True)
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            groups = optimizer.state_dict()["param_groups"]  # with the rates of today's flags
-            optimizer.load_state_dict({**saved, "param_groups": groups})
+        state, moments = model.read_json(folder / "state.json"), moments_of(vlm, optimizers)
+        if run.cfg.shard == "none":
+            readers = model.open_weights(folder / "optimizer")
+            for name, tensor in moments.items():
+                tensor.copy_(readers[name]())
+        else:
+            dcp.load(moments, storage_reader=HuggingFaceStorageReader(str(folder / "optimizer")))
         first, run.cursor = state["step"], state["cursor"]
         lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
         lines = [line for line in lines if line.get("step", 0) <= first]  # later steps come again
@@ -418,7 +469,7 @@ def begin(run: "Run", vlm: model.VLM, optimizers) -> int:
 
 
 def prepare(run: "Run", vlm: model.VLM) -> nn.Module:
-    """Recompute and compile block by block if asked, wrap in DDP if there are other ranks."""
+    """Recompute and compile block by block if asked, wrap in DDP if other ranks have the same weights."""
     blocks = [*vlm.vit.encoder["layers"], *vlm.decoder.layers]
     vlm.train()
     if run.cfg.compile == "true":
@@ -431,7 +482,7 @@ def prepare(run: "Run", vlm: model.VLM) -> nn.Module:
             block.compile(fullgraph=True)
     else:
         recompute(blocks, run.cfg.recompute)
-    if run.world == 1:
+    if run.world == 1 or run.cfg.shard != "none":
         return vlm
     ids = [run.device.index] if run.device.type == "cuda" else None
     return DistributedDataParallel(vlm, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -495,15 +546,24 @@ def finish_step(run: "Run", vlm: model.VLM, tokenizer, optimizers, step: int) ->
 
 
 def save(run: "Run", vlm: model.VLM, tokenizer, optimizers, done: int) -> None:
-    """step-00000200/ under a temporary name, then renamed; then `latest` points to it; then older ones go."""
+    """step-00000200/ under a temporary name, then renamed; then `latest` points to it; then older ones go.
+    Rank 0 writes it, but where weights are sharded every rank its own shards, also as safetensors.
+    """
+    folder = run.folder / f"step-{done:08d}"
+    temporary = folder.with_name(folder.name + ".tmp")
     if run.rank == 0:
-        folder = run.folder / f"step-{done:08d}"
-        temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        vlm.save_pretrained(temporary, {**run.config(vlm), "end_token": tokenizer.end})
+        vlm.save_config(temporary, {**run.config(vlm), "end_token": tokenizer.end})
         tokenizer.save(temporary / "tokenizer")
-        state = {"optimizers": [o.state_dict() for o in optimizers], "step": done, "cursor": run.cursor}
-        torch.save(state, temporary / "state.pt")
+        model.write_json(temporary / "state.json", {"step": done, "cursor": run.cursor})
+    for place, tensors in (("", vlm.state_dict()), ("optimizer", moments_of(vlm, optimizers))):
+        if run.cfg.shard != "none":
+            dist.barrier()
+            writer = HuggingFaceStorageWriter(str(temporary / place), save_distributed=True)
+            dcp.save(tensors, storage_writer=writer)  # it returns when all ranks have written
+        elif run.rank == 0:
+            model.write_weights(temporary / place / "model.safetensors", tensors)
+    if run.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
         model.write_text(run.folder / "latest", folder.name + "\n")
@@ -513,6 +573,13 @@ def save(run: "Run", vlm: model.VLM, tokenizer, optimizers, done: int) -> None:
                 shutil.rmtree(old)
     if run.world > 1:
         dist.barrier()
+
+
+def moments_of(vlm: model.VLM, optimizers: list) -> dict[str, Tensor]:
+    """The optimizers' own tensors, by the names of their weights; made first where no step was yet."""
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    state = get_optimizer_state_dict(vlm, optimizers, options=flat)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 @torch.no_grad()

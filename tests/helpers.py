@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -183,10 +184,10 @@ def broken_set(folder: Path, n: int = 200) -> Path:
 
 
 # --- Steps
-def small_batch(picks: list[tuple[str, str]], cfg: model.ModelConfig, start: int = 0) -> data.Batch:
+def small_batch(picks: list[tuple[str, str]], cfg: model.ModelConfig, start: int = 0, **more) -> data.Batch:
     """picks: (kind, mode) of each sample; number n, counted from `start`, is always the same record."""
     records = [data.Scenes(kind)[int(kind == "text") * 100 + n] for n, (kind, _) in enumerate(picks, start)]
-    return data.make_batch(samples_of(records, cfg), [mode for _, mode in picks], cfg, 128, 512)
+    return data.make_batch(samples_of(records, cfg), [mode for _, mode in picks], cfg, 128, 512, **more)
 
 
 def small_run(rank: int = 0, world: int = 1, **flags) -> train_pretrain.Run:
@@ -216,16 +217,23 @@ def assert_same_step(a: tuple[dict, dict], b: tuple[dict, dict]) -> None:
 
 
 def on_two_ranks(function, folder: Path, *arguments) -> list:
-    """What function(rank, *arguments) returns in either of two processes that talk over gloo."""
-    mp.spawn(run_rank, (function, str(folder), arguments), nprocs=2)
-    return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return on_ranks(2, function, folder, *arguments)
 
 
-def run_rank(rank: int, function, folder: str, arguments: tuple) -> None:
+def on_ranks(world: int, function, folder: Path, *arguments) -> list:
+    """What function(rank, *arguments) returns in each of `world` processes that talk over gloo."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mp.spawn(run_rank, (world, function, str(folder), arguments), nprocs=world)
+    return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def run_rank(rank: int, world: int, function, folder: str, arguments: tuple) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
     torch.save(function(rank, *arguments), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():  # a whole run has ended it
+        torch.distributed.destroy_process_group()
 
 
 def steps_of_rank(

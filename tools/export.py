@@ -1,9 +1,10 @@
 """A run as two Hugging Face folders, which transformers and others load: encoder/ and decoder/.
 
     python tools/export.py RUN OUT
+    python tools/export.py RUN OUT --whole   # instead this project's own layout, in one file of weights
 
-RUN is a run folder or a checkpoint. Adapters are merged; preprocessor and tokenizer go along. The connector
-has no layout of its own there and stays in the run.
+RUN is a run folder or a checkpoint, sharded or not. Adapters are merged; preprocessor and tokenizer go along.
+The connector has no layout of its own there and stays in the run.
 """
 
 import dataclasses
@@ -22,10 +23,31 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen
 PREPROCESSING = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")  # what training does, too
 
 
+@dataclasses.dataclass
+class ExportConfig:
+    # -- export
+    whole: bool = False  # the whole model as one model.safetensors, with config and tokenizer
+
+
 def main(argv: list[str]) -> None:
-    model.parse_cli([word for word in argv if word.startswith("-")], __doc__)  # --help, and no other flags
-    model.require(len(argv) == 2, "give a run and a new folder: python tools/export.py RUN OUT")
-    print(f"in {export(*argv)}")
+    cfg, paths = ExportConfig(), [word for word in argv if not word.startswith("-")]
+    model.parse_cli([word for word in argv if word.startswith("-")], __doc__, cfg)
+    model.require(len(paths) == 2, "give a run and a new folder: python tools/export.py RUN OUT")
+    print(f"in {(merge if cfg.whole else export)(*paths)}")
+
+
+def merge(run: str, out: str) -> Path:
+    """A checkpoint whose weights are one model.safetensors as the run holds them, in shards or not."""
+    step, to = model.find_step(run), Path(out).resolve()
+    model.require(not to.exists(), f"{to} exists: choose a new folder")
+    unfinished = to.with_name(to.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    kept = {"ignore": shutil.ignore_patterns("*.safetensors", "optimizer", "state.json")}
+    shutil.copytree(step, unfinished, **kept)
+    weights = {name: read() for name, read in model.open_weights(step).items()}
+    model.write_weights(unfinished / "model.safetensors", weights)
+    os.replace(unfinished, to)
+    return to
 
 
 def export(run: str, out: str) -> Path:

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import TOKENIZER, small_config
+from helpers import TOKENIZER, graphs, small_config
 from helpers_cuda import CUDA, Waits, fake_vlm, pretend, trace_steps
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -139,3 +139,35 @@ def test_generate_stays_on_its_device_and_waits_every_8_tokens(view, monkeypatch
     assert place[0] == "number" and "ended.all()" in place[1] and times == 2
     (ids,) = answers
     assert (ids.device, ids.shape) == (CUDA, (3, 20))
+
+
+# --- Compiled: one graph for each kind of block, however many layers, and none after the first steps
+DEEP_VIT = model.ViTConfig(image_size=32, width=32, layers=5, heads=2, mlp_width=64)
+DEEP = {
+    "vit": DEEP_VIT,
+    "connector": model.ConnectorConfig(levels=[1, 5], width=32, heads=2, windows=[4, 2], queries=[4, 1]),
+    "decoder": dataclasses.replace(DECODER, layers=6),
+}
+COMPILED = {  # name -> model, flags, kinds of blocks that are compiled
+    "frozen encoder": (small_config(**DEEP), {}, 2),
+    "all trains": (small_config(**DEEP), {"train": ALL}, 2),
+    "experts": (
+        small_config(**{**DEEP, "decoder": dataclasses.replace(DECODER, layers=6, experts=4)}), {}, 3,
+    ),
+    "lora": (small_config(**DEEP, lora=model.LoraConfig(4, 4.0)), FROZEN, 2),
+    "connector alone": (small_config(**DEEP), {"frozen": "bfloat16", "train": "connector"}, 2),
+}  # fmt: skip
+FAST, SLOW, TEXT = [("chat", "pruned")] * 3, [("chat", "slow"), ("chat", "pruned")], [("text", "pruned")] * 2
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_graph_for_each_kind_of_block(name):
+    cfg, changes, kinds = COMPILED[name]
+    flags = flags_of(compile="true", **changes)
+    batches = [batch_of(picks, cfg) for picks in (FAST, SLOW, TEXT)]
+    counts = []
+    with graphs() as compiled:
+        after = lambda: counts.append(len(compiled))  # noqa: E731
+        trace_steps(model.copy_config(cfg), flags, batches * 3, "sft", loss_of(flags), after)
+    # Another number of tiles makes one more, of blocks of the encoder, after which that number is free.
+    assert counts == [kinds] + [kinds + 1] * 8

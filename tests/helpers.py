@@ -5,6 +5,7 @@ import io
 import json
 import os
 import tarfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +207,29 @@ def one_step(rank: int, world: int, micro: list[data.Batch], cfg: model.ModelCon
     optimizers, ddp = [torch.optim.SGD(trained, lr=1.0)], train_pretrain.prepare(run, vlm)
     stats = train_pretrain.optimizer_step(run, ddp, micro, optimizers, 0, train_sft.fast_slow_loss)
     return vlm.state_dict(), {name: float(value) for name, value in stats.items()}
+
+
+@contextmanager
+def graphs():
+    """Those that are compiled meanwhile; to save time they are run as they are."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    compiled, compile_block = [], torch.nn.Module.compile
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return aot_eager(graph, inputs)
+
+    def compile_whole(block, fullgraph):
+        assert fullgraph  # a graph that breaks is an error
+        compile_block(block, fullgraph=True, backend=backend)
+
+    torch._dynamo.reset()
+    torch.nn.Module.compile = compile_whole
+    try:
+        yield compiled
+    finally:
+        torch.nn.Module.compile = compile_block
 
 
 def assert_same_step(a: tuple[dict, dict], b: tuple[dict, dict]) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import traceback
 import weakref
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 TORCH = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
@@ -157,8 +158,10 @@ class Trace:
     weights: int  # bytes before the first step
 
 
-def trace_steps(cfg, flags, batches: list[data.Batch], stage: str, loss_of) -> Trace:
-    """Optimizer steps of one micro-batch each; what happens in the last of them is counted."""
+def trace_steps(cfg, flags, batches: list[data.Batch], stage: str, loss_of, after=None) -> Trace:
+    """Optimizer steps of one micro-batch each; what happens in the last of them is counted. after: called
+    behind each step instead of that, as nothing compiles while operators are watched.
+    """
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         vlm = fake_vlm(cfg, flags)
         run = train_pretrain.Run(stage, flags, 0, 1, CUDA)
@@ -170,8 +173,10 @@ def trace_steps(cfg, flags, batches: list[data.Batch], stage: str, loss_of) -> T
         weights = memory.now
         for step, batch in enumerate(batches):
             waits, memory.peak = Waits(), 0
-            with memory, waits:
+            with nullcontext() if after else memory, nullcontext() if after else waits:
                 micro = [batch.map(mode.from_tensor).to(CUDA)]  # without its data
                 stats = train_pretrain.optimizer_step(run, ddp, micro, optimizers, step, loss_of)
                 del micro
+            if after:
+                after()
     return Trace(vlm, stats, waits.places, memory, weights)

@@ -280,3 +280,24 @@ def test_both_stages_run_compiled_in_bfloat16_on_cuda(tmp_path, small_halves):
     sft = ["--init", str(tmp_path / "a"), *"--scale 32to144 --slow_share 0.5".split()]
     train_sft.main([*flags, *sft, "--out", str(tmp_path / "b")])
     assert (tmp_path / "b" / "latest").is_file()
+
+
+@pytest.mark.slow
+def test_ranks_with_whole_weights_compile_the_graphs_of_one_process(tmp_path):
+    """DDP's own optimizer would cut blocks of this width into pieces."""
+    flags, counts = {"compile": "true", "train": "vit,connector,decoder"}, []
+    cfg = small_config(decoder=model.DecoderConfig(helpers.TOKENIZER.vocab_size, 512, 2, 8, 8, 64, 1536))
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    for world in (1, 2):  # of two, one is here: what it compiles does not depend on the other
+        vlm = model.VLM(cfg)
+        run = helpers.small_run(0, world, **flags)
+        train_pretrain.freeze(vlm, run.cfg)
+        optimizers = train_pretrain.make_optimizers(vlm, run.cfg)
+        with helpers.graphs() as compiled:
+            net = train_pretrain.prepare(run, vlm)
+            for picks in ([("chat", "pruned"), ("chat", "slow")], [("text", "pruned")]):
+                micro = [small_batch(picks, cfg)]
+                train_pretrain.optimizer_step(run, net, micro, optimizers, 0, train_sft.fast_slow_loss)
+        counts.append(len(compiled))
+    torch.distributed.destroy_process_group()
+    assert type(net).__name__ == "DistributedDataParallel" and counts[0] == counts[1] > 0

@@ -25,12 +25,14 @@ import json
 import math
 import mmap
 import os
+import pickle
 import random
 import re
 import tarfile
 import unicodedata
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,6 +118,7 @@ class Tokenizer:
         for name, content in self.files.items():
             (folder / name).write_bytes(content)
 
+    @functools.cache  # noqa: B019 (templates have few texts, a run one tokenizer)
     def control(self, text: str, after: str = "", before_image: bool = False) -> list[int]:
         """Ids of a template's text behind the text `after`: the only place where control tokens are made.
 
@@ -649,6 +652,12 @@ class RowConfig:
         require(self.batch_size or tiles <= self.row_images, f"{text}: raise --row_images")
 
 
+def open_store(host: str, port: int, **options):
+    """torch's key-value store over TCP; its newer backend takes no value above 8 MiB."""
+    options |= {"timeout": timedelta(hours=0.5), "use_libuv": False}
+    return torch.distributed.TCPStore(host, port, **options)
+
+
 def sample_order(sizes: list[int], weights: list[float], seed: int, first: int = 0, block: int = 4096):
     """Endless (source, index) from sample number `first` on: a source drawn by weight, its records in a new
     permutation each epoch. Sources are drawn in blocks, so that earlier ones need only be counted.
@@ -678,7 +687,7 @@ class Planned:
     rows: list[list[Sample]]  # with batch_size: one list of samples
     skipped: list[tuple]  # (reason, message) of records that could not be used
     cursor: list  # where each group goes on: [pool, row]
-    any_slow: bool = False  # has another rank, or this one, a slow sample in it?
+    any_slow: bool = False  # has any rank a slow sample in this micro-batch?
     shares: dict[str, float] | None = None  # for the log: how full it is, and of what
 
 
@@ -687,8 +696,9 @@ class Plan(IterableDataset):
     """What each step of this rank trains on, tokenized and measured, but before any picture is decoded.
 
     Packed, pools of samples are put into rows by best fit, and the rows shuffled; by_kind, a row holds one
-    kind, drawn by weight (stage 1). Every rank plans for all, in a process of its own, which opens pictures
-    only where their size matters or a document can do without them; others may prove broken when decoded.
+    kind, drawn by weight (stage 1). Every rank plans for all, in a process of its own, though it draws only
+    one pool of `world` if there is a board. That process opens pictures only where their size matters or a
+    document can do without them; others may prove broken when decoded.
     """
 
     sources: list[tuple]  # (source, weight), see open_sources
@@ -702,6 +712,7 @@ class Plan(IterableDataset):
     by_kind: bool = False
     tile_multiple: int = 1  # of a micro-batch, see `make_batch`; 8 where code is compiled for each shape
     cursor: list | None = None  # where to go on
+    board: tuple[str, int] | None = None  # host and port of a store where ranks share the pools they draw
 
     POOL = 512  # samples that are packed together
 
@@ -755,9 +766,8 @@ class Plan(IterableDataset):
 
     def packed_rows(self, group: int, pool: int, first: int):
         """Endless rows from row `first` of a pool on: samples, cursor behind them, what the pool skipped."""
-        length, order = self.rows.row_length, self.order(group, pool * self.POOL)
-        while True:
-            samples, skipped = self.draw(group, itertools.islice(order, self.POOL))
+        length = self.rows.row_length
+        for samples, skipped in self.pools(group, pool):
             lengths, tiles = [sample.length for sample in samples], [sample.tiles for sample in samples]
             rows = best_fit(lengths, length, tiles, self.rows.row_images, length // 16)
             random.Random(f"{self.rows.seed}-{group}-{pool}").shuffle(rows)
@@ -765,6 +775,34 @@ class Plan(IterableDataset):
                 cursor = [pool, n + 1] if n + 1 < len(rows) else [pool + 1, 0]
                 yield [samples[i] for i in rows[n]], cursor, [] if n else skipped
             pool, first = pool + 1, 0
+
+    def pools(self, group: int, first: int):
+        """What `draw` makes of each pool from that one on: of `world` pools a rank draws one and reads the
+        others from the board.
+        """
+        order, world = self.order(group, first * self.POOL), self.world if self.board else 1
+        board = open_store(*self.board, is_master=False) if self.board else None
+        drawn, at = None, first  # order stands at the first sample of pool `at`
+        for pool in itertools.count(first):
+            mine, key = (
+                pool + (self.rank - pool) % world,
+                f"{group}-{pool}",
+            )  # the next one that this rank draws
+            if mine >= at:
+                samples = itertools.islice(order, (mine - at) * self.POOL, (mine - at + 1) * self.POOL)
+                try:
+                    drawn, at = self.draw(group, samples), mine + 1
+                except UserError as error:  # an error of all ranks, which they raise when they come to it
+                    drawn, at = error, mine + 1
+                if board:
+                    board.set(f"{group}-{mine}", pickle.dumps(drawn))
+            here = drawn if mine == pool else pickle.loads(board.get(key))
+            if isinstance(here, UserError):
+                raise here
+            yield here
+            if board and board.add(f"{key}-reads", 1) == world:
+                board.delete_key(key)
+                board.delete_key(f"{key}-reads")
 
     def draw(self, group: int, order) -> tuple[list[Sample], list[tuple]]:
         """The next samples of a group, and (reason, message) of what was skipped: records that are broken or
@@ -1257,17 +1295,17 @@ class FileSource(Table):
 
 def local_pictures(images: list, folder: Path, place: str) -> list[Picture]:
     """Pictures at hand as they are; paths must lie inside the folder, where wget -x puts what a URL names."""
-    pictures = []
+    pictures, root = [], os.path.join(os.path.abspath(folder), "")
     for image in images:
         if not isinstance(image, bytes | FileSlice):
             text = isinstance(image, str)
             require_usable(text, f"{place}: an image must be the path of a file, got {image!r}")
-            path = folder / (image.partition("://")[2] or image)
+            path = os.path.join(folder, image.partition("://")[2] or image)
             there = "://" not in image or os.path.isfile(path)
             require_usable(there, f"{place}: image {image} is a URL: download it and write the file's path")
-            inside = Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))  # links are followed
+            inside = os.path.abspath(path).startswith(root)  # links are followed
             require_usable(inside, f"{place}: image {image} leads out of the folder", "image outside")
-            image = path
+            image = Path(path)
         pictures.append(image)
     return pictures
 

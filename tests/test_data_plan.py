@@ -6,7 +6,20 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, TOKENIZER, draw, log_of, samples_of, slot_mask, small_config, small_plan
+from helpers import (
+    SMALL,
+    TOKENIZER,
+    broken_set,
+    chat,
+    draw,
+    log_of,
+    on_two_ranks,
+    samples_of,
+    slot_mask,
+    small_config,
+    small_plan,
+    write,
+)
 from PIL import Image
 from torch.nn.attention import varlen
 from torch.utils.data import DataLoader
@@ -365,3 +378,42 @@ def test_resume_refuses_another_share_of_slow_samples(tmp_path, small_halves):
     train_sft.main([*flags, "--steps", "1"])
     with pytest.raises(model.UserError, match="--slow_share cannot change"):
         train_sft.main([*flags, "--resume", "auto", "--steps", "2", "--slow_share", "0.5"])
+
+
+def rows_and_reads(rank: int, folder: str, board: tuple | None) -> tuple[str, int]:
+    """All rows of this rank with cursors and what was skipped, and how often it read a record."""
+    plan = small_plan(
+        f"{folder}/train.json", steps=range(120), rows=8, row_length=128, rank=rank, world=2,
+        board=board, cursor=[[1, 3]],
+    )  # fmt: skip
+    reads, read = [], plan.read
+    plan.read = lambda *arguments: reads.append(arguments[1]) or read(*arguments)
+    return str([(p.rows, p.cursor, p.skipped) for p in plan.micro_batches()]), len(reads)
+
+
+def test_ranks_share_the_pools_that_they_draw(tmp_path):
+    """The rows of ranks that draw everything, for little more than half of the reading."""
+    broken_set(tmp_path, 400)
+    board = data.open_store("localhost", 0, is_master=True, wait_for_workers=False)
+    place = ("localhost", board.port)
+    for rank, shared in enumerate(on_two_ranks(rows_and_reads, tmp_path / "r", str(tmp_path), place)):
+        rows, reads = rows_and_reads(rank, str(tmp_path), None)
+        assert shared[0] == rows and shared[1] < 0.7 * reads
+
+
+def errors_of_rank(rank: int, folder: str, board: tuple) -> str:
+    plan = small_plan(f"{folder}/train.json", rows=8, row_length=128, rank=rank, world=2, board=board)
+    board = data.open_store(*board, is_master=False)
+    board.set("large", bytes(9_000_000))  # a pool of long documents
+    if rank == 1:
+        plan.draw = lambda group, order: ([], [])  # never asked for: the first pool is that of rank 0
+    (error,) = plan
+    return str(error)
+
+
+def test_an_error_of_one_planner_is_one_of_all(tmp_path):
+    write(tmp_path / "train.json", [chat(None, "What? " * 200, "Red.")] * 3)
+    board = data.open_store("localhost", 0, is_master=True, wait_for_workers=False)
+    place = ("localhost", board.port)
+    errors = on_two_ranks(errors_of_rank, tmp_path / "r", str(tmp_path), place)
+    assert errors[0] == errors[1] and "records of train one after the other cannot be used" in errors[0]

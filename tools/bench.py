@@ -29,12 +29,12 @@ micro-batch of ten. Attention, fp32 on a CPU, is slower for its FLOPs than all e
 of it: an efficiency above 1 is that and no merit.
 
 Rows that end in _per_s are no ratios. Of reading floor and efficiency are those of Pillow's decoding alone,
-of planner those of the demo's stage 1, which one process has to feed. Rows of mfu are FLOPs counted in a step
-of the demo's recipe, optimizer left out, over what the machine reaches in products of the demo's own shapes:
-4096 x 128 by 128 x 128. Rows of reference_style are the step that small trainers take (one sample a row,
-padded to the longest, a head at all positions; in stage 2 one mode a batch, the encoder run again for the
-teacher, a pruning loop over pictures) against ours on the same samples. Rows of growth are exponents: 1 where
-twice as much takes twice as long, their floor that of the counted FLOPs.
+of planner those of the demo's stage 1, which one process has to feed, and 10,000 of a node. Rows of mfu are
+FLOPs counted in a step of the demo's recipe, optimizer left out, over what the machine reaches in products of
+the demo's own shapes: 4096 x 128 by 128 x 128. Rows of reference_style are the step that small trainers take
+(one sample a row, padded to the longest, a head at all positions; in stage 2 one mode a batch, the encoder
+run again for the teacher, a pruning loop over pictures) against ours on the same samples. Rows of growth are
+exponents: 1 where twice as much takes twice as long, their floor that of the counted FLOPs.
 """
 
 import dataclasses
@@ -42,6 +42,8 @@ import functools
 import itertools
 import json
 import os
+import pickle
+import random
 import statistics
 import subprocess
 import sys
@@ -191,7 +193,7 @@ def stage1_config(cfg: model.ModelConfig, name: str) -> model.ModelConfig:
 def stage1_flops(cfg: model.ModelConfig, name: str) -> dict[str, float]:
     """FLOPs by part of one sample: connector and adapters train, as in the paper's stage 1."""
     train = model.trainable_parts(model.preset("cos-7b")["pretrain"]["train"])
-    return plan.sample_cost(stage1_config(cfg, name), train, TEXT, "full", 1)[0]
+    return plan.sample_cost(stage1_config(cfg, name), train, TEXT, "full", 1)
 
 
 def stage1_floor(cfg: model.ModelConfig, name: str) -> float:
@@ -240,7 +242,7 @@ def connector_share(bench: BenchConfig) -> list[dict]:
         seconds = alternate({"alone": trainer.connector_alone(), "step": trainer.step}, 5 * bench.rounds)
         ratios = [a / b for a, b in zip(seconds["alone"], seconds["step"])]
         train = model.trainable_parts(recipe["train"])
-        floor = shares(plan.sample_cost(trainer.vlm.cfg, train, TEXT, "full", 1)[0])["connector"]
+        floor = shares(plan.sample_cost(trainer.vlm.cfg, train, TEXT, "full", 1))["connector"]
         note = "forward and backward in the whole step; floor: its share of the FLOPs; aim: at most 0.25"
         rows.append(make_row("connector.share.tiny", ratios, floor, note=note))
     if bench.wants("connector.share.7b"):
@@ -263,7 +265,7 @@ def packing(bench: BenchConfig) -> list[dict]:
     for name, (T, rows) in layouts.items():
         trainers[name] = trainer = Trainer(cfg, recipe)
         trainer.batch = data.make_batch(samples, ["full"] * n, cfg, T, 4096, rows=rows)
-        parts = plan.sample_cost(cfg, model.trainable_parts(recipe["train"]), T - V, "full", 1)[0]
+        parts = plan.sample_cost(cfg, model.trainable_parts(recipe["train"]), T - V, "full", 1)
         flops[name] = n * (parts["vit"] + parts["connector"]) + len(rows) * parts["decoder"]
         fill[name] = sum(taken) / (len(rows) * T)
     seconds = alternate({name: trainer.step for name, trainer in trainers.items()}, bench.rounds)
@@ -294,7 +296,7 @@ def dual_config(cfg: model.ModelConfig, name: str) -> model.ModelConfig:
 
 def dual_parts(cfg: model.ModelConfig, text: int, mode: str, tiles: int) -> dict[str, float]:
     """FLOPs by part of a sample: sample_cost, whose head sees all text, with a head that sees the answers."""
-    parts = plan.sample_cost(cfg, ["connector", "decoder"], text, mode, tiles)[0]
+    parts = plan.sample_cost(cfg, ["connector", "decoder"], text, mode, tiles)
     unseen = (1 - ANSWER) * parts["head"]
     if mode == "slow":
         parts["teacher"] -= unseen / 3  # a forward pass
@@ -439,8 +441,8 @@ def counted_flops(trainer: Trainer, batch: data.Batch) -> float:
     """FLOPs of that step by part: all that is no padding, forward and backward, without the optimizer."""
     cfg, train = trainer.vlm.cfg, model.trainable_parts(trainer.flags.train)
     with torch.device("meta"):
-        vit, patches, _ = plan.encoder_cost(cfg, "vit" in train, 1)
-        connector, _ = plan.connector_cost(cfg, "connector" in train, "full", patches)
+        vit, patches = plan.encoder_cost(cfg, "vit" in train, 1)
+        connector = plan.connector_cost(cfg, "connector" in train, "full", patches)
     flops = len(batch.pixels) * (vit + connector)
     for rows, passes in ((batch.student, 3), (batch.teacher, 1)):
         if rows is not None:
@@ -647,7 +649,7 @@ def recomputing(bench: BenchConfig) -> list[dict]:
     seconds = alternate(steps, bench.rounds)
     ratios = [a / b for a, b in zip(seconds["none"], seconds["block"])]
     cfg, train = trainers["none"].vlm.cfg, ["connector", "decoder"]
-    flops = [sum(plan.sample_cost(cfg, train, TEXT, "full", 1, part)[0].values()) for part in trainers]
+    flops = [sum(plan.sample_cost(cfg, train, TEXT, "full", 1, part).values()) for part in trainers]
     return [make_row("recompute.block.speedup", ratios, flops[0] / flops[1], note="below 1: memory for time")]
 
 
@@ -666,6 +668,46 @@ def planner(bench: BenchConfig) -> list[dict]:
         needs.append(batches[0].samples / (time.perf_counter() - began))
     row = make_row(name, rates, statistics.median(needs), note="on one core; floor: what the step takes")
     return [{**row, "efficiency": round(row["value"] / row["floor"], 4)}]
+
+
+RANKS = 8  # of a node
+
+
+def node_planner(bench: BenchConfig) -> list[dict]:
+    """Samples a second of a node of 8 ranks that share what they draw of records in LLaVA's form, packed: one
+    rank is timed, with the pools of the others on the board. The floor is what a node should reach.
+    """
+    name = "planner.node_samples_per_s"
+    if not bench.wants(name):
+        return []
+    words, rng = "where is the red circle left of a small green square".split(), random.Random(0)
+    records, rates = [], []
+    for n in range(2000):
+        turns = [("gpt" if i % 2 else "human", rng.choices(words, k=20)) for i in range(4)]
+        turns = [{"from": role, "value": " ".join(text)} for role, text in turns]
+        turns[0]["value"] = "<image>\n" + turns[0]["value"]
+        records.append({"image": f"{n}.jpg", "conversations": turns})
+    with tempfile.TemporaryDirectory() as folder:
+        model.write_json(Path(folder) / "a.json", records)
+        for n in range(len(records)):
+            Image.new("RGB", (8, 8)).save(Path(folder) / f"{n}.jpg")
+        cfg = model.preset("tiny")["model"]
+        tokenizer, sources = data.find_tokenizer(cfg), data.open_sources(f"{folder}/a.json", "sft")
+        for _ in range(min(3, bench.rounds)):
+            board = data.open_store("localhost", 0, is_master=True, wait_for_workers=False)
+            shared = data.Plan(
+                sources, tokenizer, cfg, data.RowConfig(rows=64, row_length=1024), lambda number: "pruned",
+                range(10**6), world=RANKS, board=("localhost", board.port),
+            )  # fmt: skip
+            alone, order = dataclasses.replace(shared, board=None), shared.order(0, 0)
+            for pool in range(2 * RANKS):
+                drawn = alone.draw(0, itertools.islice(order, alone.POOL))
+                if pool % RANKS:
+                    board.set(f"0-{pool}", pickle.dumps(drawn))
+            began = time.perf_counter()
+            next(planned for planned in shared.micro_batches() if planned.cursor[0][0] == 2 * RANKS - 1)
+            rates.append((2 * RANKS - 1) * shared.POOL / (time.perf_counter() - began))
+    return [make_row(name, rates, 10_000.0, note="of 8 processes, on a core each")]
 
 
 def evaluation(bench: BenchConfig) -> list[dict]:
@@ -766,7 +808,7 @@ def processes(bench: BenchConfig) -> list[dict]:
 
 
 MEASURES = [stage1, connector_share, packing, dualspeed, reading, mfu, reference_stage1, reference_stage2]
-MEASURES += [head, muon, compiling, recomputing, planner, evaluation, growth, processes]
+MEASURES += [head, muon, compiling, recomputing, planner, node_planner, evaluation, growth, processes]
 
 
 def describe_geometry() -> dict:

@@ -103,35 +103,41 @@ class Waits(TorchDispatchMode):
 
 
 class Memory(TorchDispatchMode):
-    """Bytes of all live storages on the GPU, as the caching allocator rounds them, and their peak."""
+    """Bytes of all live storages on a device, as CUDA's caching allocator rounds them, and their peak."""
 
-    def __init__(self):
+    def __init__(self, device: torch.device = CUDA):
         super().__init__()
+        self.device = device
         self.bytes, self.now, self.peak, self.peak_at = {}, 0, 0, ""
 
     def add(self, x) -> None:
-        if not isinstance(x, torch.Tensor) or not x.is_cuda:
+        x = getattr(x, "_local_tensor", x)  # of a sharded weight
+        if not isinstance(x, torch.Tensor) or x.device != self.device:
             return
         storage = x.untyped_storage()
-        key = storage._cdata
-        if key not in self.bytes:
-            self.bytes[key] = -(-storage.nbytes() // 512) * 512
+        if storage._cdata not in self.bytes:
+            weakref.finalize(storage, self.resize, storage._cdata, None)
+            self.resize(storage._cdata, storage.nbytes())
+
+    def resize(self, key: int, size: int | None) -> None:
+        """None: the storage is gone."""
+        self.now -= self.bytes.pop(key, 0)
+        if size is not None:
+            self.bytes[key] = -(-size // 512) * 512
             self.now += self.bytes[key]
-            weakref.finalize(storage, self.drop, key)
             if self.now > self.peak:
                 self.peak, self.peak_at = self.now, caller()
 
-    def drop(self, key: int) -> None:
-        self.now -= self.bytes.pop(key, 0)
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name == "aten::_local_scalar_dense" and self.device.type == "cpu":
+            return 1.0 if args[0].dtype.is_floating_point else 1  # its value is not known
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             self.add(x)
         return out
 
 
-def fake_vlm(cfg: model.ModelConfig, flags: train_pretrain.RunConfig) -> model.VLM:
+def fake_vlm(cfg: model.ModelConfig, flags: train_pretrain.RunConfig, device=CUDA) -> model.VLM:
     """On the GPU that is not there; made on "meta", so that 30 billion weights take no memory either."""
     with torch.device("meta"):
         vlm = model.VLM(cfg)
@@ -139,11 +145,11 @@ def fake_vlm(cfg: model.ModelConfig, flags: train_pretrain.RunConfig) -> model.V
     for module in vlm.modules():
         for name, p in module._parameters.items():
             if p is not None:
-                empty = torch.empty(p.shape, dtype=p.dtype, device=CUDA)
+                empty = torch.empty(p.shape, dtype=p.dtype, device=device)
                 module._parameters[name] = torch.nn.Parameter(empty, p.requires_grad)
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=CUDA)
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
     return vlm
 
 

@@ -272,8 +272,8 @@ def test_the_plan_counts_the_experts_that_a_token_meets(mode):
     cfg = sparse_config(layers=3, expert_every=3)
     wide = small_config()
     wide.decoder = dataclasses.replace(wide.decoder, layers=3)
-    parts, _ = plan.sample_cost(cfg, ["decoder"], 50, mode, 1)
-    dense, _ = plan.sample_cost(wide, ["decoder"], 50, mode, 1)
+    parts = plan.sample_cost(cfg, ["decoder"], 50, mode, 1)
+    dense = plan.sample_cost(wide, ["decoder"], 50, mode, 1)
     T = 50 + cfg.visual_tokens("pruned" if mode == "pruned" else "full")
     c = cfg.decoder
     extra = 6 * T * (3 * c.width * c.mlp_width + c.experts * c.width)

@@ -1,4 +1,4 @@
-"""The GPU path without a GPU: cases_cuda.py runs in a process that sees a CUDA which is not there."""
+"""The GPU path without a GPU: cases_*.py run in processes that see a CUDA which is not there."""
 
 import os
 import shutil
@@ -7,7 +7,9 @@ import sys
 import warnings
 from pathlib import Path
 
+import gpu_checks
 import pytest
+import torch
 from helpers_cuda import build_library
 
 HERE = Path(__file__).parent
@@ -22,9 +24,21 @@ def library(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_whole_steps_on_a_cuda_that_is_not_there(library):
-    environment = {**os.environ, "NO_CUDA": str(library), "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "helpers_cuda", str(HERE / "cases_cuda.py")]
+@pytest.mark.parametrize("cases", ["cases_cuda.py", "cases_memory.py"])
+def test_whole_steps_on_a_cuda_that_is_not_there(cases, library):
+    environment = {
+        **os.environ,
+        "NO_CUDA": str(library),
+        "PYTHONPATH": f"{HERE}:{HERE.parent}",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "helpers_cuda", str(HERE / cases)]
     run = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert " passed" in run.stdout and "skipped" not in run.stdout
+
+
+@pytest.mark.slow
+def test_what_a_gpu_has_to_show_runs_on_a_cpu():
+    line = gpu_checks.measure("tiny", "false", torch.device("cpu"))
+    assert "peak nan GB, planned 0.1; loss" in line and "loss nan" not in line

@@ -38,7 +38,7 @@ def test_flops_are_those_of_the_plan(name, mode):
     pixels = torch.zeros(1, 3, side, side, dtype=torch.uint8).numpy()
     batch = data.make_batch([(pieces, pixels)], [mode], cfg, 256, 4096)
     work = train_pretrain.work_of(batch, cfg, train, train_pretrain.forward_flops(cfg))
-    parts, _ = plan.sample_cost(cfg, train.split(","), text, mode, 1)
+    parts = plan.sample_cost(cfg, train.split(","), text, mode, 1)
     assert work["flops"] == pytest.approx(sum(parts.values()), rel=0.12)
     assert work["supervised"] == text
     assert work["tokens"] == text + cfg.visual_tokens("pruned" if mode == "pruned" else "full")

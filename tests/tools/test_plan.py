@@ -50,17 +50,21 @@ def cut_padding(rows: data.Rows, T: int) -> data.Rows:
 @pytest.mark.parametrize("kind", ["chain", "mlp", "cabstractor"])
 def test_parts_add_up_to_the_whole_model(kind, mode, train):
     cfg, text = small(kind=kind), 50
-    parts, _ = plan.sample_cost(cfg, train.split(","), text, mode, 1)
+    parts = plan.sample_cost(cfg, train.split(","), text, mode, 1)
     # one per cent: the plan leaves out the selection of tokens and nothing else
     assert sum(parts.values()) == pytest.approx(vlm_flops(cfg, train.split(","), text, mode), rel=0.01)
 
 
 def test_recomputing_costs_a_forward_pass_and_keeps_inputs():
-    cfg, train = model.preset("llava-1.5-vicuna")["model"], ["connector", "decoder"]
-    whole, kept = plan.sample_cost(cfg, train, 200, "full", 1)
+    values, train = model.preset("llava-1.5-vicuna"), ["connector", "decoder"]
+    stage = plan.stages_of(values, values["model"])[-1]
+    cfg = stage.cfg
+    kept = stage.peak(8).lines[0][1]  # a block's bytes of each position
+    whole = plan.sample_cost(cfg, train, 200, "full", 1)
     # A block is not computed again to its end: nothing needs the result of its last product.
     for recompute, least, most in (("attention", 1.05, 1.2), ("block", 1.25, 4 / 3)):
-        flops, few = plan.sample_cost(cfg, train, 200, "full", 1, recompute)
+        flops = plan.sample_cost(cfg, train, 200, "full", 1, recompute)
+        few = stage.changed({"recompute": recompute}).peak(8).lines[0][1]
         assert least * 0.99 < flops["decoder"] / whole["decoder"] < most * 1.01
         assert flops["vit"] == whole["vit"] and flops["head"] == whole["head"]  # frozen; not in a block
         assert few < {"attention": 0.9, "block": 0.15}[recompute] * kept
@@ -117,11 +121,11 @@ def test_the_plan_of_adapters_on_one_card():
     one, two = plan.stages_of(row, cfg, flags)
     assert (one.train, one.cfg.lora.rank) == (["connector"], 0)
     assert (two.train, two.cfg.lora.rank) == (["connector", "lora"], 64)
-    assert one.micro == 32 * (1024 // (80 + 23)) // 32 == 9  # of captions, below --row_images 12
-    assert two.micro == int(1024 / (0.9 * 88 + 0.1 * 336 + 200)) == 3  # nine of ten are pruned
+    assert one.load(1) == plan.Load(9, 1024, 1024 - 9 * 80)  # captions that fit into its one row
+    assert two.load(1) == plan.Load(1, 1024, 1024 - 336, 200)  # the largest is slow; the rest is text
     stages = plan.stages_of(row, model.copy_config(row["model"]))
-    assert [stage.micro for stage in stages] == [32 * 9 // 8, 32 * 3 // 16]
-    assert stages[1].cost(200)[0]["decoder"] > 1.2 * two.cost(200)[0]["decoder"]  # it has its own gradients
+    assert [stage.load(1).positions for stage in stages] == [4096, 2048]
+    assert stages[1].cost(200)["decoder"] > 1.2 * two.cost(200)["decoder"]  # it has its own gradients
 
 
 def test_the_plan_scales_tokens_if_the_step_still_fits(capsys):
@@ -136,9 +140,9 @@ def test_what_a_pruner_spares_is_not_counted(kind, name):
     """The connector on what is kept only; rel: the attention to patches is not counted either."""
     cfg, train = small(kind=kind), ["connector", "decoder"]
     cfg.prune = model.PruneConfig(name, 0.5, 2)
-    parts, _ = plan.sample_cost(cfg.check(), train, 50, "pruned", 1)
+    parts = plan.sample_cost(cfg.check(), train, 50, "pruned", 1)
     assert sum(parts.values()) == pytest.approx(vlm_flops(cfg, train, 50, "pruned"), rel=0.03)
-    share = parts["connector"] / plan.sample_cost(cfg, train, 50, "full", 1)[0]["connector"]
+    share = parts["connector"] / plan.sample_cost(cfg, train, 50, "full", 1)["connector"]
     assert share == pytest.approx(0.5, abs=0.05)  # of two scales with 16 tokens each, one
 
 
@@ -157,3 +161,10 @@ def test_tiles_and_hours_are_those_of_the_data(capsys):
     assert hours == {"558k": "2.6", "665k": "6.0"}
     plan.main("--preset tiny --slow_share 1".split())
     assert "samples 100% slow" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["siglip2-qwen2.5-0.5b", "llava-1.5-vicuna"])
+def test_the_table_of_gpus_is_what_the_plan_says(name):
+    page = (model.HERE / "tools" / "README.md").read_text()
+    assert all(f"\n{line}\n" in page for line in plan.card_rows(name))

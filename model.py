@@ -1672,14 +1672,20 @@ def open_weights(folder: Path) -> dict:
                 whole = safe_open(file, "pt")
                 shards = json.loads((whole.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
                 for name in whole.keys():
-                    offset = shards[name]["saved_offsets"] if name in shards else None
-                    parts.setdefault(name, []).append((offset, file))
+                    if name in shards:
+                        parts.setdefault(name, []).append((shards[name]["saved_offsets"], file))
+                    else:
+                        parts[name] = [([0], file)]
         except Exception as e:  # of many kinds; some texts advise to load a .bin file all the same
             damage = f"damaged, or holds more than tensors ({type(e).__name__})"
             raise UserError(f"{file} is {damage}") from None
 
     def read(name: str) -> Tensor:
-        tensors = [safe_open(file, "pt").get_tensor(name) for _, file in sorted(parts[name])]
+        tensors, rows = [], 0
+        for offsets, file in sorted(parts[name]):
+            require(not offsets or offsets[0] == rows, f"{folder}: a shard of tensor '{name}' is missing")
+            tensors.append(safe_open(file, "pt").get_tensor(name))
+            rows += len(tensors[-1]) if tensors[-1].ndim else 0
         return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
 
     return readers | {name: functools.partial(read, name) for name in parts}

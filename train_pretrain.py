@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -82,7 +82,9 @@ class RunConfig(data.RowConfig):
     pure_bf16: bool = False  # trained weights, gradients and moments in bfloat16 too: memory before quality
     compile: str = "auto"  # true or false: torch.compile of every block; auto: on cuda only
     recompute: str = "none"  # memory for time: attention, or each block, is computed again on the way back
-    shard: str = "none"  # spread weights over ranks; zero2 gathers a block once a micro-step, zero3 twice
+    shard: str = (
+        "none"  # weights and moments over ranks; zero2 keeps blocks gathered until backward, zero3 not
+    )
     shard_ranks: int = 0  # ranks that hold one copy of the weights together, such as a node's; 0: all
     # -- logging
     log_every: int = 10  # steps between log lines
@@ -339,7 +341,10 @@ def resolve_flags(config: type, stage: str, argv: list[str], doc: str) -> tuple:
 def resolve_device(cfg: RunConfig, device: torch.device, world: int) -> None:
     """What "auto" means on this device, and whether a step divides over the ranks."""
     if cfg.dtype == "auto":
-        cfg.dtype = str(model.fast_dtype(device)).removeprefix("torch.")
+        narrow = torch.tensor(int(model.fast_dtype(device) == torch.bfloat16), device=device)
+        if dist.is_initialized():
+            dist.broadcast(narrow, 0)  # ranks that measured otherwise follow the first
+        cfg.dtype = "bfloat16" if narrow else "float32"
     if cfg.workers == -1:  # on a CPU the step itself takes all cores
         cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         cfg.workers = max(1, cores - 1) if device.type == "cuda" else 1
@@ -348,11 +353,10 @@ def resolve_device(cfg: RunConfig, device: torch.device, world: int) -> None:
     if cfg.dtype == "float32":
         cfg.frozen = "float32"  # without autocast a product needs both sides in one dtype
     require(not cfg.pure_bf16 or cfg.dtype == "bfloat16", "--pure_bf16 true needs --dtype bfloat16")
-    cfg.shard = cfg.shard if world > 1 else "none"
-    if cfg.shard != "none":
+    if cfg.shard != "none" and world > 1:
         require(not cfg.muon_lr, f"--shard {cfg.shard}: Muon needs whole matrices, take --muon_lr 0")
         even = world % (cfg.shard_ranks or world) == 0
-        require(even, f"--shard_ranks {cfg.shard_ranks} does not divide the {world} ranks")
+        require(even, f"--shard_ranks {cfg.shard_ranks} does not divide the {world} ranks: take 0 for all")
     name = "batch_size" if cfg.batch_size else "rows"
     size = getattr(cfg, name)
     micro_steps = [str(n) for n in range(1, size + 1) if size % (n * world) == 0]
@@ -377,15 +381,18 @@ def start(stage: str, config: type, argv: list[str], doc: str) -> tuple:
     for source, _ in sources:
         if isinstance(source, data.FileSource):  # so does a folder that has none of the pictures
             source.first_usable(source.with_pictures)
-    place, ranks = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    for turn in range(ranks):  # if sharded, a node holds one whole copy of the model at a time
+    place = int(os.environ.get("LOCAL_RANK", 0))
+    turns, mesh = torch.tensor(place + 1, device=device), make_mesh(run) if run.sharded else None
+    if run.sharded:
+        dist.all_reduce(turns, dist.ReduceOp.MAX)
+    for turn in range(int(turns)):  # sharded, a node holds one whole copy of the model at a time
         if turn == place:
             vlm, tokenizer = build_model(cfg, model_cfg, step, origin)
             run.announce(vlm, step or f"preset {cfg.preset}", sources)
-            if cfg.shard != "none":
-                shard(run, vlm)
+            if run.sharded:
+                shard(run, vlm, mesh)
             vlm.to(device)
-        if cfg.shard != "none":
+        if run.sharded:
             dist.barrier()
     return run, vlm, tokenizer, cfg
 
@@ -422,15 +429,21 @@ def freeze(vlm: model.VLM, cfg: RunConfig) -> None:
         p.data = p.data.to(torch.bfloat16 if cfg.pure_bf16 else dtype)
 
 
-def shard(run: "Run", vlm: model.VLM) -> None:
+def make_mesh(run: "Run") -> DeviceMesh:
+    """The ranks that share weights; with --shard_ranks in rows of so many, each of which has all (HSDP)."""
+    n, kind = run.cfg.shard_ranks or run.world, run.device.type
+    if n == run.world:
+        return init_device_mesh(kind, (n,), mesh_dim_names=("shard",))
+    return init_device_mesh(kind, (run.world // n, n), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(run: "Run", vlm: model.VLM, mesh: DeviceMesh) -> None:
     """FSDP2: a rank keeps its share of every weight and of its gradient and moments. A decoder block is
-    gathered to run, under autocast in bfloat16 (its vectors, too); gradients are averaged in float32. All
-    else is gathered once a micro-step: a rank without pictures runs no encoder, yet all must gather alike. A
-    frozen encoder stays whole on every rank. Ranks beyond shard_ranks hold further copies (HSDP).
+    gathered to run, under autocast in bfloat16 (norms and routers, too); gradients are averaged in float32.
+    All else is gathered once a micro-step: a rank without pictures runs no encoder, yet all must gather
+    alike. A frozen encoder stays whole on every rank.
     """
-    cfg, n = run.cfg, run.cfg.shard_ranks or run.world
-    mesh = init_device_mesh(run.device.type, (run.world // n, n), mesh_dim_names=("replicate", "shard"))
-    mesh = mesh if n < run.world else mesh["shard"]
+    cfg = run.cfg
     narrow, reduce = getattr(torch, cfg.dtype), {"reduce_dtype": torch.float32, "cast_forward_inputs": False}
     for block in vlm.decoder.layers:
         precision = MixedPrecisionPolicy(narrow, **reduce)
@@ -448,10 +461,13 @@ def begin(run: "Run", vlm: model.VLM, optimizers) -> int:
     if (run.folder / "latest").is_file():
         folder = model.find_step(run.folder)
         state, moments = model.read_json(folder / "state.json"), moments_of(vlm, optimizers)
-        if run.cfg.shard == "none":
+        if not run.sharded:
             readers = model.open_weights(folder / "optimizer")
             for name, tensor in moments.items():
-                tensor.copy_(readers[name]())
+                value = readers[name]() if name in readers else None
+                same = value is not None and value.shape == tensor.shape
+                require(same, f"{folder / 'optimizer'}: '{name}' is missing, or of another shape")
+                tensor.copy_(value)
         else:
             dcp.load(moments, storage_reader=HuggingFaceStorageReader(str(folder / "optimizer")))
         first, run.cursor = state["step"], state["cursor"]
@@ -482,7 +498,7 @@ def prepare(run: "Run", vlm: model.VLM) -> nn.Module:
             block.compile(fullgraph=True)
     else:
         recompute(blocks, run.cfg.recompute)
-    if run.world == 1 or run.cfg.shard != "none":
+    if run.world == 1 or run.sharded:
         return vlm
     ids = [run.device.index] if run.device.type == "cuda" else None
     return DistributedDataParallel(vlm, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -502,6 +518,7 @@ def load_batches(run: "Run", cfg: model.ModelConfig, tokenizer: data.Tokenizer, 
     plan = data.Plan(
         sources, tokenizer, cfg, run.cfg, choose_mode, steps, run.rank, run.world, cursor=run.cursor,
         by_kind=run.stage == "pretrain", tile_multiple=8 if run.cfg.compile == "true" else 1,
+        board=open_board(run),
     )  # fmt: skip
     workers, pin = run.cfg.workers if os.name == "posix" else 0, run.device.type == "cuda"
     common = {"batch_size": None, "multiprocessing_context": "fork" if workers else None}
@@ -522,6 +539,18 @@ def load_batches(run: "Run", cfg: model.ModelConfig, tokenizer: data.Tokenizer, 
         yield micro
 
 
+def open_board(run: "Run") -> tuple[str, int] | None:
+    """Host and port of a store, in rank 0, on which the ranks' planners share what they draw."""
+    if run.world == 1 or run.cfg.batch_size:
+        return None
+    host = os.environ.get("MASTER_ADDR", "localhost")
+    if run.rank == 0:
+        run.board = data.open_store(host, 0, is_master=True, wait_for_workers=False)
+    port = torch.full((), run.board.port if run.rank == 0 else 0, device=run.device)
+    dist.broadcast(port, 0)
+    return host, int(port)
+
+
 # --- Checkpoints and validation -----------------------------------------------------------------------------
 
 
@@ -540,8 +569,8 @@ def finish_step(run: "Run", vlm: model.VLM, tokenizer, optimizers, step: int) ->
         summary = ", ".join(f"{kind} {value:.4f}" for kind, value in losses.items())
         run.say(f"step {done}: validation loss of {summary}" + (" (best)" if best else ""))
         run.record(step=done, **{f"val_loss {kind}".removesuffix(" all"): x for kind, x in losses.items()})
-        if best:
-            run.best = losses["all"]
+        run.best = min(run.best, losses["all"])
+        if best and run.rank == 0:
             model.write_text(run.folder / "best", f"step-{done:08d}\n")
 
 
@@ -557,7 +586,7 @@ def save(run: "Run", vlm: model.VLM, tokenizer, optimizers, done: int) -> None:
         tokenizer.save(temporary / "tokenizer")
         model.write_json(temporary / "state.json", {"step": done, "cursor": run.cursor})
     for place, tensors in (("", vlm.state_dict()), ("optimizer", moments_of(vlm, optimizers))):
-        if run.cfg.shard != "none":
+        if run.sharded:
             dist.barrier()
             writer = HuggingFaceStorageWriter(str(temporary / place), save_distributed=True)
             dcp.save(tensors, storage_writer=writer)  # it returns when all ranks have written
@@ -681,10 +710,15 @@ class Run:
     wait: float = 0.0  # seconds since the last log line in which the loop waited for data
     cpu_seconds: float | None = None  # of all threads, up to the last log line
     is_crowded: bool = False  # see `warn_if_crowded`
+    board: object = None  # see `open_board`
 
     @property
     def folder(self) -> Path:
         return Path(self.cfg.out)
+
+    @property
+    def sharded(self) -> bool:
+        return self.world > 1 and self.cfg.shard != "none"
 
     def config(self, vlm: model.VLM) -> dict:
         """config.json: everything needed to rebuild and repeat."""

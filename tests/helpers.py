@@ -253,7 +253,7 @@ def on_ranks(world: int, function, folder: Path, *arguments) -> list:
 
 def run_rank(rank: int, world: int, function, folder: str, arguments: tuple) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
     torch.save(function(rank, *arguments), f"{folder}/{rank}.pt")
     if torch.distributed.is_initialized():  # a whole run has ended it

@@ -79,7 +79,7 @@ def five_steps(rank: int, world: int, picks: list, flags: dict, changes: dict) -
     run = train_pretrain.Run("sft", run_cfg, rank, world, torch.device("cpu"))
     train_pretrain.freeze(vlm, run_cfg)
     if run_cfg.shard != "none":
-        train_pretrain.shard(run, vlm)
+        train_pretrain.shard(run, vlm, train_pretrain.make_mesh(run))
     optimizers = train_pretrain.make_optimizers(vlm, run_cfg)
     net, stats = train_pretrain.prepare(run, vlm), []
     everyone = [pick for held in picks for pick in held]
@@ -150,7 +150,7 @@ QUARTERS = [[FAST], [SLOW, FAST], [TEXT], [FULL]]
 
 
 def test_four_ranks_equal_one_process(tmp_path):
-    cases = [(QUARTERS, flags, {}) for flags in ({"shard": "zero3"}, {"shard_ranks": 2})]
+    cases = [(QUARTERS, {**flags}, {}) for flags in ({"shard": "zero3"}, {"shard_ranks": 2})]
     one = five_steps(0, 1, *cases[0])
     for result in on_ranks(4, all_cases, tmp_path, 4, cases)[0]:
         assert_same(one, result, 1e-6, 2e-5)
@@ -194,7 +194,8 @@ def test_a_run_goes_on_with_fewer_and_with_more_ranks(tmp_path, small_halves):
         torch.equal(merged[name], weights[name]) for name in merged
     )
     assert (tmp_path / "merged" / "tokenizer").is_dir() and model.VLM.from_pretrained(tmp_path / "merged")
-    later = [*common, "--init", f"{tmp_path}/on-4", "--slow_share", "0.5", "--steps", "2", "--out"]
+    packed = "--batch_size 0 --rows 4 --workers 1 --slow_share 0.5 --steps 2".split()
+    later = [*common, *packed, "--init", f"{tmp_path}/on-4", "--out"]
     assert on_ranks(2, train, tmp_path / "s", "train_sft", [*later, f"{tmp_path}/two"], None) == [1, 1]
     train_sft.main([*later, f"{tmp_path}/one"])
     assert helpers.losses_of(tmp_path / "two") == pytest.approx(helpers.losses_of(tmp_path / "one"), rel=1e-5)
@@ -233,7 +234,20 @@ def test_what_cannot_be_sharded_is_refused_in_a_sentence(flags, world, fix):
         train_pretrain.resolve_device(cfg, torch.device("cpu"), world)
 
 
-def test_one_process_shards_nothing():
+def test_one_process_shards_nothing_and_its_run_may_be_sharded_later():
     cfg = train_pretrain.RunConfig(shard="zero3", muon_lr=0.01)
     train_pretrain.resolve_device(cfg, torch.device("cpu"), 1)
-    assert cfg.shard == "none"
+    run = train_pretrain.Run("sft", cfg, 0, 1, torch.device("cpu"))
+    assert not run.sharded and cfg.shard == "zero3" and dataclasses.replace(run, world=2).sharded
+
+
+def test_a_shard_that_is_missing_is_named(tmp_path, small_halves):
+    flags = [*SMALL, *small_halves, "--shard", "zero2", "--muon_lr", "0", "--steps", "1"]
+    on_ranks(2, train, tmp_path / "r", "train_pretrain", [*flags, "--out", f"{tmp_path}/a"], None)
+    shards = sorted(model.find_step(tmp_path / "a").glob("shard-*.safetensors"))
+    for file in shards:
+        hidden = file.rename(tmp_path / file.name)
+        with pytest.raises(model.UserError, match=r"tensor '.*' is (missing|\()"):
+            model.VLM.from_pretrained(tmp_path / "a")
+        hidden.rename(file)
+    assert model.VLM.from_pretrained(tmp_path / "a")

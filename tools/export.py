@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
 
 
 def merge(run: str, out: str) -> Path:
-    """A checkpoint whose weights are one model.safetensors as the run holds them, in shards or not."""
+    """Copy a checkpoint, sharded or not, with all of its weights in one model.safetensors."""
     step, to = model.find_step(run), Path(out).resolve()
     model.require(not to.exists(), f"{to} exists: choose a new folder")
     unfinished = to.with_name(to.name + ".tmp")
@@ -45,6 +45,8 @@ def merge(run: str, out: str) -> Path:
     kept = {"ignore": shutil.ignore_patterns("*.safetensors", "optimizer", "state.json")}
     shutil.copytree(step, unfinished, **kept)
     weights = {name: read() for name, read in model.open_weights(step).items()}
+    for name, value in model.VLM.from_pretrained(step).state_dict().items():  # which checks that all is there
+        model.require(weights[name].shape == value.shape, f"{step}: a shard of tensor '{name}' is missing")
     model.write_weights(unfinished / "model.safetensors", weights)
     os.replace(unfinished, to)
     return to

@@ -862,8 +862,10 @@ class Plan(IterableDataset):
                 facts = mode, record.kind, record.name, number, n_tiles, len(learned)
                 samples.append(Sample(pieces, None, [sizes[n] for n in used], images, *facts))
         if not samples:
-            text = f"{record.name}: no answer is left within {limit} positions"
-            raise BadRecord(text, "no answer within the limit")
+            limits = f"{limit} positions"
+            if sum(tiles.values()) > most_tiles:
+                limits += f", nor its {sum(tiles.values())} tiles within --row_images {most_tiles}"
+            raise BadRecord(f"{record.name}: no answer is left within {limits}", "no answer within the limit")
         skipped += dropped[:1]
         return samples
 
@@ -962,7 +964,8 @@ def opened(image: Picture, name: str):
             unread = picture.format == "PNG" and "exif" not in picture.info
             orientation = 0
             if not unread and picture.format != "TIFF":
-                orientation = picture.getexif().get(ExifTags.Base.Orientation)
+                with contextlib.suppress(SyntaxError, ValueError):  # of a damaged EXIF block
+                    orientation = picture.getexif().get(ExifTags.Base.Orientation)
             yield picture, orientation if orientation in range(9) else 0
     except Exception as error:  # decoders raise anything
         number = getattr(error, "errno", None)
@@ -1022,6 +1025,9 @@ def cut_picture(picture: Image.Image, cfg: ModelConfig) -> np.ndarray:
     """
     side, resample, cut = cfg.vit.image_size, cfg.image.resample, cfg.image.cut
     if cut == "pad":
+        if max(picture.size) > 8 * side:  # of a banner the square would be huge
+            size = [max(1, x) for x in inside(picture.size, (8 * side, 8 * side))]
+            picture = picture.resize(size, resample, reducing_gap=3.0)
         mean = tuple(int(255 * x) for x in cfg.image.mean)
         picture = centred(picture, (max(picture.size), max(picture.size)), mean)
     columns, rows = tiling_of(cfg, picture.size)
@@ -1221,7 +1227,7 @@ def read_tar_sample(file, start: int, end: int, place: str) -> dict:
     except tarfile.TarError as error:
         raise BadRecord(f"{place}: does not read ({error})") from None
     raw = objects.get(".json", {})
-    if layout_of(raw) is None and (".txt" in objects or "caption" in raw):
+    if layout_of(raw) in (None, ("text",)) and (".txt" in objects or "caption" in raw):
         text = objects[".txt"]["text"] if ".txt" in objects else raw["caption"]
         raw = {"caption": text} if pictures else {"text": text}
     key = "images" if isinstance(raw.get("images"), list) else "image"

@@ -548,7 +548,7 @@ class AnswerFile:
         return answers
 
     def append(self, answers: dict[int, str]) -> None:
-        with open(self.path, "a") as file:
+        with open(self.path, "a", encoding="utf-8") as file:
             for i, text in answers.items():
                 question = self.task.questions[i]
                 row = {"question_id": question.name, "prompt": question.text, "text": text}

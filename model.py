@@ -213,7 +213,9 @@ class ModelConfig:
     def check(self) -> "ModelConfig":
         """Refuse what would silently train another model, or fail only when all is loaded."""
         v, c, d, p = self.vit, self.connector, self.decoder, self.prune
+        near = max(1, v.image_size // v.patch_size) * v.patch_size
         size = f"vit.image_size {v.image_size} is no positive multiple of vit.patch_size {v.patch_size}"
+        size += f": take --vit.image_size {near}"
         require(v.image_size > 0 and v.image_size % v.patch_size == 0, size)
         require_one_of("vit.pre_norm", v.pre_norm, ("before", "after", ""))
         require_one_of("vit.activation", v.activation, ACTIVATIONS)
@@ -299,7 +301,7 @@ def flags_of(config, prefix: str = "") -> dict[str, tuple]:
     """Flag name -> (object, field, type, help, group), those of nested configs with dotted names."""
     flags, comments, group = {}, {}, "flags"
     for cls in reversed(type(config).__mro__[:-1]):
-        source = Path(inspect.getfile(cls)).read_text()
+        source = Path(inspect.getfile(cls)).read_text("utf-8")
         body = re.search(rf"^class {cls.__name__}\b.*?(?=^\S|\Z)", source, re.M | re.S)[0]
         for title, name, comment in re.findall(r"^    (?:# -- (.+)|(\w+):[^#\n]*(?:# *(.*))?)$", body, re.M):
             group = title or group
@@ -365,12 +367,18 @@ def parse_cli(argv: list[str], doc: str | None, *configs) -> None:
 
 
 def run_cli(main) -> None:
-    """An entry point: a UserError, or what the system says of a path, becomes one line and exit code 2."""
+    """An entry point: a UserError, or what the system says of a path, becomes one line and exit code 2. Text
+    that a terminal's encoding lacks is printed with a replacement, and Ctrl-C ends without a traceback.
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     try:
         main(sys.argv[1:])
     except (UserError, OSError, SafetensorError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # what shells give a program that Ctrl-C ended
 
 
 def answer_early(argv: list[str]) -> None:
@@ -383,7 +391,7 @@ def answer_early(argv: list[str]) -> None:
     names = {**globals()}
     for stem in ("data", "train_pretrain", script.stem):
         file = HERE / f"{stem}.py"
-        tree = ast.parse(file.read_text())
+        tree = ast.parse(file.read_text("utf-8"))
         classes = [node for node in tree.body if getattr(node, "name", "").endswith("Config")]
         names |= {"__name__": f"flags of {stem}", "__file__": str(file)}
         exec(compile(ast.Module(classes, []), stem, "exec"), names)

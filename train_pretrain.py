@@ -471,7 +471,7 @@ def begin(run: "Run", vlm: model.VLM, optimizers) -> int:
         else:
             dcp.load(moments, storage_reader=HuggingFaceStorageReader(str(folder / "optimizer")))
         first, run.cursor = state["step"], state["cursor"]
-        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+        lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.is_file() else []
         lines = [line for line in lines if line.get("step", 0) <= first]  # later steps come again
         run.skipped += Counter(before=max((line.get("skipped", 0) for line in lines), default=0))
         run.best = min((line["val_loss"] for line in lines if "val_loss" in line), default=math.inf)
@@ -580,18 +580,23 @@ def save(run: "Run", vlm: model.VLM, tokenizer, optimizers, done: int) -> None:
     """
     folder = run.folder / f"step-{done:08d}"
     temporary = folder.with_name(folder.name + ".tmp")
-    if run.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        vlm.save_config(temporary, {**run.config(vlm), "end_token": tokenizer.end})
-        tokenizer.save(temporary / "tokenizer")
-        model.write_json(temporary / "state.json", {"step": done, "cursor": run.cursor})
-    for place, tensors in (("", vlm.state_dict()), ("optimizer", moments_of(vlm, optimizers))):
-        if run.sharded:
-            dist.barrier()
-            writer = HuggingFaceStorageWriter(str(temporary / place), save_distributed=True)
-            dcp.save(tensors, storage_writer=writer)  # it returns when all ranks have written
-        elif run.rank == 0:
-            model.write_weights(temporary / place / "model.safetensors", tensors)
+    try:
+        if run.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            vlm.save_config(temporary, {**run.config(vlm), "end_token": tokenizer.end})
+            tokenizer.save(temporary / "tokenizer")
+            model.write_json(temporary / "state.json", {"step": done, "cursor": run.cursor})
+        for place, tensors in (("", vlm.state_dict()), ("optimizer", moments_of(vlm, optimizers))):
+            if run.sharded:
+                dist.barrier()
+                writer = HuggingFaceStorageWriter(str(temporary / place), save_distributed=True)
+                dcp.save(tensors, storage_writer=writer)  # it returns when all ranks have written
+            elif run.rank == 0:
+                model.write_weights(temporary / place / "model.safetensors", tensors)
+    except BaseException:  # a full disk, or Ctrl-C
+        if run.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     if run.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
@@ -738,7 +743,7 @@ class Run:
         """A line of metrics.jsonl."""
         if self.rank == 0:
             line = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
-            with open(self.folder / "metrics.jsonl", "a") as f:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(line) + "\n")
 
     def announce(self, vlm: model.VLM, origin: str, sources: list) -> None:

@@ -801,7 +801,7 @@ def processes(bench: BenchConfig) -> list[dict]:
             env = {**os.environ, "OMP_NUM_THREADS": "1"}
             command = [sys.executable, *launch.split(), "--out", str(out)]
             subprocess.run(command, check=True, capture_output=True, env=env, cwd=ROOT)
-            lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+            lines = map(json.loads, (out / "metrics.jsonl").read_text("utf-8").splitlines())
             rates[ranks] += [line["samples_per_s"] for line in lines if line["step"] > 8]
     ratios = [two / one for two, one in zip(rates[2], rates[1])]
     return [make_row("processes.speedup", ratios, 2.0, note="one thread each; floor: twice as fast")]

@@ -20,7 +20,6 @@ answers in the server's form (VQAv2, VizWiz, DocVQA). --limit asks a random part
 import ast
 import base64
 import collections
-import itertools
 import json
 import math
 import random
@@ -688,13 +687,13 @@ def file_records(path: Path, folder: Path) -> list[tuple[dict, str]]:
     records = []
     if path.suffix == ".txt":  # MME: the questions about a picture, each with its answer behind a tab
         name = "/".join([path.relative_to(folder).parts[1], path.stem])
-        for line in path.read_text().splitlines():
+        for line in path.read_text("utf-8-sig").splitlines():
             if line.count("\t") == 1:
                 question, answer = line.split("\t")
                 facts = {"question_id": name, "image": path.stem}
                 records.append({**facts, "question": question, "answer": answer})
     elif path.suffix == ".lst":  # PIQA: the number of the right answer of every line
-        records = [{"ind": i, "label": label} for i, label in enumerate(path.read_text().split())]
+        records = [{"ind": i, "label": label} for i, label in enumerate(path.read_text("utf-8-sig").split())]
     elif path.suffix == ".json":
         records = whole_json(path)
     else:
@@ -707,7 +706,7 @@ def whole_json(path: Path) -> list[dict]:
     """The records of a .json: a list, the list in an object (with COCO's captions put to their pictures), an
     object of objects by their ids, or, as POPE has it, one a line.
     """
-    text = path.read_text()
+    text = path.read_text("utf-8-sig")
     try:
         value = json.loads(text)
     except json.JSONDecodeError as e:
@@ -972,8 +971,10 @@ def options_of(raw: dict) -> list[str]:
     if value is None:
         value = []
         for names in ("ABCDEFGHI", [f"choice_{c}" for c in "abcd"], ("sol1", "sol2")):
-            columns = itertools.takewhile(lambda name: raw.get(name) not in (None, "", "nan"), names)
-            value = value or [raw[name] for name in columns]
+            filled = [name for name in names if raw.get(name) not in (None, "", "nan")]
+            if filled != [*names[: len(filled)]]:
+                raise ValueError(f"an option before {filled[-1]} is empty")
+            value = value or [raw[name] for name in filled]
     return [option["text"] if isinstance(option, dict) else str(option) for option in value]
 
 

@@ -153,7 +153,8 @@ def count_records(
 ) -> tuple[np.ndarray, Counter, dict[str, list[str]]]:
     """Counts of the usable records (n, 6), how many were skipped by reason, and ten messages of each."""
     counts, reasons, messages = [], Counter(), defaultdict(list)
-    workers = min(cfg.workers or len(os.sched_getaffinity(0)), len(chunks))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cfg.workers or cores, len(chunks))
     loader = DataLoader(
         chunks, None, num_workers=workers, multiprocessing_context="fork" if workers else None
     )

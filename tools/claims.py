@@ -202,7 +202,7 @@ def run_stage(stage: str, argv: list[str], init: Path | None, out: Path) -> tupl
     if not (folder / "done.json").is_file():
         start = ["--init", str(init)] if init else []
         TRAIN[stage]([*argv, *start, "--out", str(folder), "--resume", "auto"])
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
         timed = [line for line in lines if "seconds" in line]
         seconds = sum(line["seconds"] for line in timed)
         facts = {"seconds": round(seconds, 1), "visual_tokens": timed[-1]["visual_tokens"]}

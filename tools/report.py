@@ -106,7 +106,7 @@ def read_curves(step: Path) -> dict[str, dict]:
     folder = run_of(step)
     while folder and (folder / "metrics.jsonl").is_file():
         config = model.read_json(folder / "config.json")
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
         series = {}
         for name in ("ce" if config["stage"] == "sft" else "loss", "kl", "val_loss"):
             points = [(line["step"], line[name]) for line in lines if "step" in line and name in line]

@@ -70,7 +70,7 @@ def run_once(record: Path, seed: int, out: Path) -> dict:
         subprocess.run(call, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
     row, seconds = model.read_json(result)["results"][0], {}
     for stage in stages:
-        lines = (folder / stage / "metrics.jsonl").read_text().splitlines()
+        lines = (folder / stage / "metrics.jsonl").read_text("utf-8").splitlines()
         seconds[stage] = round(sum(json.loads(line).get("seconds", 0) for line in lines), 1)
     facts = {"seed": seed, "seconds": round(sum(seconds.values()), 1), "by_stage": seconds}
     return {**facts, "score": row["score"], "blind": row["blind_score"]}

@@ -689,6 +689,7 @@ class Planned:
     cursor: list  # where each group goes on: [pool, row]
     any_slow: bool = False  # has any rank a slow sample in this micro-batch?
     shares: dict[str, float] | None = None  # for the log: how full it is, and of what
+    names: list[str] | None = None  # of its records
 
 
 @dataclass
@@ -904,7 +905,8 @@ class Stream(Dataset):
             tile_multiple=plan.tile_multiple, teaches=planned.any_slow and plan.world > 1, **layout,
         )  # fmt: skip
         shares["fill"] = filled.total() / batch.student.ids.numel()
-        batch.plan = replace(planned, rows=[], skipped=skipped, shares=shares)
+        names = [sample.name for row in planned.rows for sample in row]
+        batch.plan = replace(planned, rows=[], skipped=skipped, shares=shares, names=names)
         return batch
 
 
@@ -1213,7 +1215,7 @@ def read_object(content: bytes, suffix: str, place: str) -> dict:
 
 def read_tar_sample(file, start: int, end: int, place: str) -> dict:
     """A sample's .json, or its .txt as a caption, with its pictures in order, which are not read yet."""
-    objects, pictures = {}, []
+    objects, pictures, others = {}, [], []
     file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -1224,12 +1226,16 @@ def read_tar_sample(file, start: int, end: int, place: str) -> dict:
                     pictures.append(FileSlice(file.name, member.offset_data, member.size))
                 elif member.isfile() and suffix in (".json", ".txt"):
                     objects[suffix] = read_object(tar.extractfile(member).read(), suffix, place)
+                elif member.isfile():
+                    others.append(base)
     except tarfile.TarError as error:
         raise BadRecord(f"{place}: does not read ({error})") from None
     raw = objects.get(".json", {})
     if layout_of(raw) in (None, ("text",)) and (".txt" in objects or "caption" in raw):
         text = objects[".txt"]["text"] if ".txt" in objects else raw["caption"]
         raw = {"caption": text} if pictures else {"text": text}
+    text_beside = f"{place}: {', '.join(others)} beside its text is no picture that is read"
+    require_usable(pictures or not others or "text" not in raw, text_beside, "media not read")
     key = "images" if isinstance(raw.get("images"), list) else "image"
     if not isinstance(raw.get(key), list):
         return raw | {"image": pictures} if pictures else raw
@@ -1349,6 +1355,8 @@ def read_conversation(raw: dict, kind: str, folder: Path, place: str) -> Record:
     """LLaVA's form, in stage 1 a caption: the bare images and the first answer, without the instruction. In a
     record without images "<image>" is plain text.
     """
+    media = ", ".join(raw.keys() & {"video", "videos", "audio", "audios"})
+    require_usable(not media, f"{place}: has {media}, which is not read", "media not read")
     images = raw.get("image") or raw.get("images") or []
     images = images if isinstance(images, list) else [images]
     turns, marks = [], 0

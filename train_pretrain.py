@@ -82,9 +82,7 @@ class RunConfig(data.RowConfig):
     pure_bf16: bool = False  # trained weights, gradients and moments in bfloat16 too: memory before quality
     compile: str = "auto"  # true or false: torch.compile of every block; auto: on cuda only
     recompute: str = "none"  # memory for time: attention, or each block, is computed again on the way back
-    shard: str = (
-        "none"  # weights and moments over ranks; zero2 keeps blocks gathered until backward, zero3 not
-    )
+    shard: str = "none"  # share weights out: zero2 keeps gathered blocks until backward, zero3 not
     shard_ranks: int = 0  # ranks that hold one copy of the weights together, such as a node's; 0: all
     # -- logging
     log_every: int = 10  # steps between log lines
@@ -176,13 +174,15 @@ def optimizer_step(run: "Run", ddp: nn.Module, micro: list, optimizers, step: in
         group["lr"] = group["peak"] * rate
     norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], run.cfg.clip)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    finite = norm.isfinite()
     for optimizer in optimizers:
+        optimizer.found_inf = (~finite).float()  # at 1 AdamW's fused kernel skips the step, and so does Muon
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     means = torch.stack([*sums.values()]) / count
     if run.world > 1:
         dist.all_reduce(means)
-    return {**dict(zip(sums, means)), "grad_norm": norm, "rate": rate}
+    return {**dict(zip(sums, means)), "grad_norm": norm, "rate": rate, "finite": finite}
 
 
 def add_penalties(cfg: RunConfig, losses: dict, logits: Tensor, router_losses: Tensor | None) -> dict:
@@ -232,10 +232,14 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict], dtype: torch.dtype, momentum: float = 0.95):
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum})
-        self.dtype = dtype
+        self.dtype, self.found_inf = (
+            dtype,
+            torch.zeros(()),
+        )  # at 1 a step changes nothing, as torch.amp has it
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
+        skips = self.found_inf > 0
         for group in self.param_groups:
             stacks = {}  # matrices of one shape, of about 2^26 numbers at a time, as they are copied
             for n, p in enumerate(group["params"]):
@@ -244,12 +248,15 @@ class Muon(torch.optim.Optimizer):
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
                     stacks.setdefault((*p.shape, n * p.numel() // 2**26), []).append(p)
             for (rows, columns, _), matrices in stacks.items():
-                speed = 1 - group["momentum"]
-                means = [self.state[p]["momentum_buffer"].lerp_(p.grad, speed) for p in matrices]
-                nesterov = [p.grad.lerp(mean, group["momentum"]) for p, mean in zip(matrices, means)]
+                means = [self.state[p]["momentum_buffer"] for p in matrices]
+                grads = [torch.where(skips, mean, p.grad) for p, mean in zip(matrices, means)]
+                means = [mean.lerp_(grad, 1 - group["momentum"]) for grad, mean in zip(grads, means)]
+                nesterov = [grad.lerp(mean, group["momentum"]) for grad, mean in zip(grads, means)]
                 rate = group["lr"] * math.sqrt(max(1, rows / columns))
-                for p, update in zip(matrices, orthogonalise(torch.stack(nesterov).to(self.dtype))):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+                updates = torch.where(skips, 0.0, orthogonalise(torch.stack(nesterov).to(self.dtype)))
+                kept = torch.where(skips, 1.0, 1 - group["lr"] * group["weight_decay"])
+                for p, update in zip(matrices, updates):
+                    p.mul_(kept).add_(update, alpha=-rate)
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -716,6 +723,8 @@ class Run:
     cpu_seconds: float | None = None  # of all threads, up to the last log line
     is_crowded: bool = False  # see `warn_if_crowded`
     board: object = None  # see `open_board`
+    finite: list[tuple] = field(default_factory=list)  # since the last log line: see `check_finite`
+    in_a_row: int = 0  # steps up to now without a finite gradient
 
     @property
     def folder(self) -> Path:
@@ -743,6 +752,7 @@ class Run:
         """A line of metrics.jsonl."""
         if self.rank == 0:
             line = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+            line = {k: v for k, v in line.items() if not isinstance(v, float) or math.isfinite(v)}
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(line) + "\n")
 
@@ -782,6 +792,10 @@ class Run:
         """Bar and metrics.jsonl every log_every steps: the only place where the loop waits for the device."""
         self.samples += sum(batch.samples for batch in micro) * self.world
         self.plans += [batch.plan for batch in micro]
+        if "finite" in stats:
+            self.finite.append(
+                (step + 1, stats["finite"], [name for batch in micro for name in batch.plan.names])
+            )
         for batch in micro:
             for reason, message in batch.plan.skipped:
                 if self.skipped.total() < 10:
@@ -789,7 +803,8 @@ class Run:
                 self.skipped[reason] += 1
         if (step + 1) % self.cfg.log_every and step + 1 != self.cfg.steps:
             return
-        values = {name: float(value) for name, value in stats.items()}
+        self.check_finite()
+        values = {name: float(value) for name, value in stats.items() if name != "finite"}
         seconds, n = time.perf_counter() - self.since, len(self.plans)
         rate, wait = self.samples / seconds, self.wait / seconds
         work = {name: self.world * x / seconds for name, x in self.work.items()}  # a second, of all ranks
@@ -816,6 +831,22 @@ class Run:
         self.warn_if_crowded(seconds - self.wait)
         self.since, self.samples, self.wait, self.plans = time.perf_counter(), 0, 0.0, []
         self.work.clear()
+
+    def check_finite(self) -> None:
+        """Steps without a finite gradient changed nothing: they are counted, and the records that this rank
+        had in them kept in a file. Ten in a row end the run.
+        """
+        for step, finite, names in self.finite:
+            self.in_a_row = 0 if finite else self.in_a_row + 1
+            if not finite:
+                self.skipped["loss or gradient not finite"] += 1
+                with open(self.folder / f"not_finite-{self.rank}.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": step, "records": names}) + "\n")
+            fix = "--lr may be too large; not_finite-*.jsonl names the records, the last checkpoint is intact"
+            require(
+                self.in_a_row < 10, f"{self.folder}: no gradient was finite in ten steps up to {step}: {fix}"
+            )
+        self.finite.clear()
 
     def peak_bytes(self) -> int:
         """The most memory that was held: of the GPU's, or on a CPU by the process (0 if unknown)."""

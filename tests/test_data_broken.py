@@ -174,3 +174,40 @@ def test_memory_of_workers_stays_flat_over_an_epoch(tmp_path):
             after, epoch = held(), samples
     print(f"workers held {before} and {after} kB, {epoch} samples")
     assert epoch > 17_000 and all(b < a + 8_000 for a, b in zip(before, after))
+
+
+# --- What public bug reports tell of
+def test_a_damaged_exif_block_costs_no_picture():
+    broken = helpers.picture("red", "WEBP", exif=b"Exif\0\0\0\x08\0\x02\x01\x12\0\x03")
+    assert helpers.colour_of(broken)[0] > 240 and data.picture_size(broken) == (20, 20)
+
+
+def test_media_that_is_not_read_is_named_and_never_trained_on_as_text(tmp_path):
+    video = {"video": "a.mp4", **helpers.chat(None, "<video>\nWhat?", "A cat.")}
+    records = [helpers.chat(None, "What?", "Red."), video]
+    source = data.FileSource(helpers.write(tmp_path / "a.json", records))
+    with pytest.raises(data.BadRecord, match="record 1: has video, which is not read"):
+        source[1]
+    for suffix in ("jp2", "img"):
+        tar = helpers.write_tar(tmp_path / f"{suffix}.tar", {f"0.{suffix}": b"x", "0.txt": b"A cat."})
+        with pytest.raises(data.BadRecord, match=f"0.{suffix} beside its text is no picture that is read"):
+            data.FileSource(tar)
+
+
+def test_a_text_column_of_img2dataset_makes_no_text(tmp_path):
+    members = {
+        "0.jpg": helpers.picture("red", "JPEG"),
+        "0.txt": b"A cat.",
+        "0.json": b'{"text": "alt", "n": 1}',
+    }
+    record = data.FileSource(helpers.write_tar(tmp_path / "a.tar", members))[0]
+    assert (record.kind, record.parts, len(record.images)) == ("caption", [0, "A cat."], 1)
+
+
+def test_too_many_pictures_are_named_as_such(tmp_path):
+    images = [f"{n}.png" for n in range(20)]
+    for name in images:
+        helpers.write(tmp_path / name, helpers.picture())
+    path = helpers.write(tmp_path / "a.json", [helpers.chat(images, "<image>" * 20 + "What?")])
+    (error,) = helpers.draw(helpers.small_plan(path, rows=1, row_length=4096, row_limit=4096))
+    assert "nor its 20 tiles within --row_images 16" in str(error)

@@ -1,5 +1,6 @@
 """Bad input: one clear sentence, exit code 2, nothing written. And the flags themselves."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -142,3 +143,23 @@ def test_help_and_flags_of_configs(capsys):
     assert model.changed_flags(model.ModelConfig(), cfg) == [
         "connector.windows", "connector.queries", "decoder.qk_norm", "decoder.tied", "lora.alpha",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "error, code", [(KeyboardInterrupt, 130), (model.UserError("no"), 2), (OSError("no"), 2)]
+)
+def test_no_error_of_a_user_or_the_system_leaves_a_traceback(error, code, capsys):
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        model.run_cli(main)
+    assert ended.value.code == code and "Traceback" not in capsys.readouterr().err
+
+
+def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    model.run_cli(lambda argv: print("caf\u00e9 \u2713"))
+    terminal.flush()
+    assert terminal.buffer.getvalue() == b"caf\\xe9 \\u2713\n"

@@ -369,3 +369,11 @@ def test_a_new_model_starts_at_the_resolution_and_recipes_carry_it(tmp_path, sma
     assert model.VLM.from_pretrained(tmp_path / "b").cfg.image.cut == "anyres"
     train_sft.main([*one, "--init", str(tmp_path / "b"), "--resolution", "48", "--out", str(tmp_path / "c")])
     assert model.VLM.from_pretrained(tmp_path / "c").cfg.image.cut == ""  # the flag wins over the recipe
+
+
+def test_padding_a_banner_costs_no_square_of_its_longer_side():
+    banner = Image.new("RGB", (20_000, 10), "red")
+    cfg = config("pad", 64, 8, "mlp")
+    (tile,) = data.cut_picture(banner, cfg)
+    middle = tile[:, 31:33].reshape(3, -1).mean(1)
+    assert tile.shape == (3, 64, 64) and middle[0] > tile[:, 0].mean(1)[0] + 5  # a thin red line

@@ -301,3 +301,68 @@ def test_ranks_with_whole_weights_compile_the_graphs_of_one_process(tmp_path):
         counts.append(len(compiled))
     torch.distributed.destroy_process_group()
     assert type(net).__name__ == "DistributedDataParallel" and counts[0] == counts[1] > 0
+
+
+# --- Losses and gradients that are not finite
+def run_with_nan(steps: set[int], argv: list[str], monkeypatch) -> None:
+    """Stage 1, whose loss is NaN in those steps."""
+    real, calls = train_pretrain.caption_loss, iter(range(10**6))
+
+    def loss_of(logits, teacher, batch):
+        losses = real(logits, teacher, batch)
+        return {"loss": losses["loss"] * (float("nan") if next(calls) in steps else 1.0)}
+
+    monkeypatch.setattr(train_pretrain, "caption_loss", loss_of)
+    train_pretrain.main(argv)
+
+
+NAN = [*SMALL, *"--steps 12 --save_every 2 --muon_lr 0.01 --warmup 0 --weight_decay 0.1".split()]
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, small_halves, monkeypatch):
+    flags = [*NAN, *small_halves, "--steps", "4", "--save_every", "1", "--final_lr", "1", "--out"]
+    run_with_nan({2}, [*flags, f"{tmp_path}/nan"], monkeypatch)
+    lines = [json.loads(line) for line in (tmp_path / "nan" / "metrics.jsonl").read_text().splitlines()]
+    assert [("loss" in line, line.get("skipped", 0)) for line in lines] == [
+        (True, 0),
+        (True, 0),
+        (False, 1),
+        (True, 1),
+    ]
+    (note,) = (tmp_path / "nan" / "not_finite-0.jsonl").read_text().splitlines()
+    note = json.loads(note)
+    assert note["step"] == 3 and len(note["records"]) == 8 and all(note["records"])
+    weights = [value.isfinite().all() for value in helpers.weights_of(tmp_path / "nan").values()]
+    assert all(weights)
+
+
+@pytest.mark.parametrize("muon_lr", [0.0, 0.01])
+def test_weights_and_moments_stay_the_same_bits(muon_lr):
+    torch.manual_seed(0)
+    vlm, cfg = model.VLM(small_config()), train_pretrain.RunConfig(muon_lr=muon_lr, weight_decay=0.1)
+    vlm.set_trainable(["connector", "decoder"], isolator=True)
+    optimizers, weights = train_pretrain.make_optimizers(vlm, cfg), []
+    for grad in (0.1, float("nan"), 0.1):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"]
+                for p in group["params"]:
+                    p.grad = torch.full_like(p, grad)
+            optimizer.found_inf = torch.tensor(float(grad != grad))
+            optimizer.step()
+        tensors = {**vlm.state_dict(), **train_pretrain.moments_of(vlm, optimizers)}
+        weights.append({name: value.clone() for name, value in tensors.items()})
+    first, skipped, last = weights
+    assert all(torch.equal(first[name], skipped[name]) for name in first)
+    assert not torch.equal(skipped["decoder.embed_tokens.weight"], last["decoder.embed_tokens.weight"])
+
+
+def test_ten_steps_in_a_row_end_the_run_and_the_checkpoint_stays(tmp_path, small_halves, monkeypatch):
+    with pytest.raises(
+        UserError, match="no gradient was finite in ten steps up to 12: --lr may be too large"
+    ):
+        run_with_nan({*range(2, 12)}, [*NAN, *small_halves, "--out", str(tmp_path / "a")], monkeypatch)
+    step = model.find_step(tmp_path / "a")
+    assert step.name == "step-00000010"  # its weights are those of the second step
+    assert all(value.isfinite().all() for value in helpers.weights_of(tmp_path / "a").values())
+    assert len((tmp_path / "a" / "not_finite-0.jsonl").read_text().splitlines()) == 10

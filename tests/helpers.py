@@ -204,7 +204,7 @@ def one_step(rank: int, world: int, micro: list[data.Batch], cfg: model.ModelCon
     vlm.set_trainable(["vit", "connector", "decoder"], isolator=True)
     run = small_run(rank, world, clip=1e9, warmup=0, steps=10)
     trained = [{"params": [p for p in vlm.parameters() if p.requires_grad], "peak": 1.0}]
-    optimizers, ddp = [torch.optim.SGD(trained, lr=1.0)], train_pretrain.prepare(run, vlm)
+    optimizers, ddp = [torch.optim.SGD(trained, lr=1.0, fused=True)], train_pretrain.prepare(run, vlm)
     stats = train_pretrain.optimizer_step(run, ddp, micro, optimizers, 0, train_sft.fast_slow_loss)
     return vlm.state_dict(), {name: float(value) for name, value in stats.items()}
 

@@ -139,7 +139,7 @@ def one_step(rank: int, world: int, batch: data.Batch, weights=(0.01, 0.001), **
     run = small_run(rank, world, clip=1e9, warmup=0, steps=10, balance=balance, router_z=router_z)
     before = {name: p.detach().clone() for name, p in vlm.named_parameters()}
     trained = [{"params": [p for p in vlm.parameters() if p.requires_grad], "peak": 1.0}]
-    optimizers, ddp = [torch.optim.SGD(trained, lr=1.0)], train_pretrain.prepare(run, vlm)
+    optimizers, ddp = [torch.optim.SGD(trained, lr=1.0, fused=True)], train_pretrain.prepare(run, vlm)
     stats = train_pretrain.optimizer_step(run, ddp, [batch], optimizers, 0, train_sft.fast_slow_loss)
     change = {name: before[name] - p.detach() for name, p in vlm.named_parameters()}
     return change, {name: float(value) for name, value in stats.items()}

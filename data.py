@@ -785,18 +785,17 @@ class Plan(IterableDataset):
         board = open_store(*self.board, is_master=False) if self.board else None
         drawn, at = None, first  # order stands at the first sample of pool `at`
         for pool in itertools.count(first):
-            mine, key = (
-                pool + (self.rank - pool) % world,
-                f"{group}-{pool}",
-            )  # the next one that this rank draws
+            mine = pool + (self.rank - pool) % world  # the next pool that this rank draws
             if mine >= at:
                 samples = itertools.islice(order, (mine - at) * self.POOL, (mine - at + 1) * self.POOL)
+                at = mine + 1
                 try:
-                    drawn, at = self.draw(group, samples), mine + 1
-                except UserError as error:  # an error of all ranks, which they raise when they come to it
-                    drawn, at = error, mine + 1
+                    drawn = self.draw(group, samples)
+                except UserError as error:  # of all ranks, which raise it when they come to this pool
+                    drawn = error
                 if board:
                     board.set(f"{group}-{mine}", pickle.dumps(drawn))
+            key = f"{group}-{pool}"
             here = drawn if mine == pool else pickle.loads(board.get(key))
             if isinstance(here, UserError):
                 raise here

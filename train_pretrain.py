@@ -232,10 +232,8 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict], dtype: torch.dtype, momentum: float = 0.95):
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum})
-        self.dtype, self.found_inf = (
-            dtype,
-            torch.zeros(()),
-        )  # at 1 a step changes nothing, as torch.amp has it
+        self.dtype = dtype
+        self.found_inf = torch.zeros(())  # 1: the step changes nothing, as in torch's fused optimizers
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -751,8 +749,10 @@ class Run:
     def record(self, **values) -> None:
         """A line of metrics.jsonl."""
         if self.rank == 0:
-            line = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
-            line = {k: v for k, v in line.items() if not isinstance(v, float) or math.isfinite(v)}
+            values = {k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}
+            line = {
+                k: v for k, v in values.items() if v == v and v not in (math.inf, -math.inf)
+            }  # JSON has none
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(line) + "\n")
 
@@ -793,9 +793,8 @@ class Run:
         self.samples += sum(batch.samples for batch in micro) * self.world
         self.plans += [batch.plan for batch in micro]
         if "finite" in stats:
-            self.finite.append(
-                (step + 1, stats["finite"], [name for batch in micro for name in batch.plan.names])
-            )
+            names = [name for batch in micro for name in batch.plan.names]
+            self.finite.append((step + 1, stats["finite"], names))
         for batch in micro:
             for reason, message in batch.plan.skipped:
                 if self.skipped.total() < 10:
@@ -843,9 +842,8 @@ class Run:
                 with open(self.folder / f"not_finite-{self.rank}.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps({"step": step, "records": names}) + "\n")
             fix = "--lr may be too large; not_finite-*.jsonl names the records, the last checkpoint is intact"
-            require(
-                self.in_a_row < 10, f"{self.folder}: no gradient was finite in ten steps up to {step}: {fix}"
-            )
+            text = f"{self.folder}: no gradient was finite in ten steps up to {step}"
+            require(self.in_a_row < 10, f"{text}: {fix}")
         self.finite.clear()
 
     def peak_bytes(self) -> int:

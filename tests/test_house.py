@@ -11,13 +11,13 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {  # lines at most; the aims behind them: what an evening's reading should come to
     "model.py": 1731,  # 1,250
     "prune.py": 400,
-    "train_pretrain.py": 882,  # 740 with sharding
+    "train_pretrain.py": 880,  # 780 with sharding
     "train_sft.py": 110,
-    "data.py": 1737,  # 1,350
+    "data.py": 1736,  # 1,350
     "eval.py": 890,  # 800
 }
 IDEAS = ("model.py", "prune.py", "train_pretrain.py", "train_sft.py")
-ALL_SIX, FOUR_WITH_IDEAS, TESTS, README, WIDTH = 5733, 3108, 12500, 260, 110  # aims: 4,500; 2,380; 9,500
+ALL_SIX, FOUR_WITH_IDEAS, TESTS, README, WIDTH = 5730, 3106, 12500, 260, 110  # aims: 4,700; 2,540; 9,500
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
 
 
